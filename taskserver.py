@@ -1,0 +1,2430 @@
+#!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.7"
+# ///
+"""An HTTP server for long work, in one file, with the standard library alone.
+
+A client POSTs a task and gets a record with an id at once; a worker runs the task in the background; the client polls
+the record until it is completed. `python3 taskserver.py` serves two task types to try that out. Your own are functions:
+
+    import taskserver
+
+    application = taskserver.Application()
+
+    @application.task("thumbnail")               # POST /create-thumbnail, GET /poll-thumbnail/<id>
+    def thumbnail(payload, report):              # payload: the posted object
+        report(0.5, "half way")
+        return {"size": 128}                     # the result; an exception makes the task fail
+
+    if __name__ == "__main__":
+        taskserver.main(application)
+
+The file is one story: what a section uses stands above it. The way of a request through the sections:
+
+    client                                                                        6 HTTP
+      |  bytes --> Server, one loop: accepts, watches all connections --> Connection --> parse_request
+      |                                                                                  | Request (4)
+      |            a thread, where the answer may have to wait <-- or at once <----------+
+      |                |                                                              5 Application
+      |                +--> handle: checks (9), Router (4) --> _create: Record, pending  --> 2 Store, under 1 Lock
+      |  <-- Response (4)                                 \--> _poll: the record as it is <--    |  saves it first: 8
+      |                                                                                          |
+      |                                      3 WorkerPool: a thread calls the function, here or in a child (10),
+      |                                                    and replaces the record by one that is completed or failed
+
+The core ends with section 6; what follows attaches to it: 7 Monitoring, 8 Durability, 9 Access, 10 Child processes,
+11 OpenAPI, 12 Live page, 13 Running, 14 Demo and command line.
+
+The stock request parser of `http.server` is not used: it ignores Transfer-Encoding, takes malformed requests for
+others, and needs most of the time that an answer takes.
+
+Words: a *task* is one request to run a *task type*, that is, a function and its two endpoints. A *record* describes a
+task; it is *pending* (it waits or runs), then *final*: *completed* or *failed*. The *payload* is what was posted, the
+*result* what the function returned. The *store* holds records, a *worker* is a thread that runs tasks, a *pool* owns
+workers, the *journal* is where records outlive the process. Durations are in seconds, sizes in bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import collections
+import concurrent.futures
+import email.utils
+import functools
+import hashlib
+import hmac
+import http
+import http.client
+import http.server
+import importlib.util
+import inspect
+import ipaddress
+import itertools
+import json
+import logging
+import math
+import multiprocessing
+import multiprocessing.connection
+import numbers
+import os
+import pickle
+import queue
+import re
+import selectors
+import signal
+import socket
+import socketserver
+import sys
+import threading
+import time
+import traceback
+import urllib.parse
+import uuid
+from typing import Any, Callable, ClassVar, Dict, Iterable, Mapping, NamedTuple, NoReturn, TypeVar
+
+__version__ = "1.0.0"
+
+log = logging.getLogger("taskserver")
+
+
+# -- 1. Lock -----------------------------------------------------------------------------------------
+
+
+class ReadersWriterLock:
+    """Many readers at once, or one writer alone; a writer that waits goes before readers that come later.
+
+    `with lock.read:` and `with lock.write:` hold one side. Neither side may be asked for by a thread that holds one
+    already: a writer between the two requests would wait for the first, and the second for the writer. Nothing slow
+    may be done while holding a side, and a stream of writers keeps readers out.
+    """
+
+    def __init__(self) -> None:
+        self.mutex = threading.Lock()  # guards the three below; held for a few instructions at a time
+        self.readers = 0  # threads that read
+        self.writers = 0  # threads that write or wait to
+        self.writing = False
+        self.may_read = threading.Condition(self.mutex)  # the last writer has left
+        self.may_write = threading.Condition(self.mutex)  # a writer, or the last reader, has left
+        self.read = _ReadSide(self)
+        self.write = _WriteSide(self)
+
+
+class _ReadSide:
+    def __init__(self, lock: ReadersWriterLock) -> None:
+        self._lock = lock
+
+    def __enter__(self) -> None:
+        lock = self._lock
+        with lock.mutex:
+            while lock.writers:
+                lock.may_read.wait()
+            lock.readers += 1
+
+    def __exit__(self, *exception: object) -> None:
+        lock = self._lock
+        with lock.mutex:
+            lock.readers -= 1
+            if lock.writers and not lock.readers:
+                lock.may_write.notify()
+
+
+class _WriteSide:
+    def __init__(self, lock: ReadersWriterLock) -> None:
+        self._lock = lock
+
+    def __enter__(self) -> None:
+        lock = self._lock
+        with lock.mutex:
+            lock.writers += 1
+            while lock.readers or lock.writing:
+                lock.may_write.wait()
+            lock.writing = True
+
+    def __exit__(self, *exception: object) -> None:
+        lock = self._lock
+        with lock.mutex:
+            lock.writing = False
+            lock.writers -= 1
+            if lock.writers:
+                lock.may_write.notify()
+            else:
+                lock.may_read.notify_all()
+
+
+# -- 2. Records and store ----------------------------------------------------------------------------
+
+PENDING, COMPLETED, FAILED = "pending", "completed", "failed"
+
+MAX_MESSAGE = 500  # characters of a reported message that are kept
+MAX_ERROR = 2000  # characters of an error that are kept
+MAX_RESULT = 1 << 20  # bytes of a result, encoded
+
+
+class Progress:
+    """The last report of a running task: one value, replaced as a whole, so that it needs no lock."""
+
+    __slots__ = ("last",)
+
+    def __init__(self) -> None:
+        self.last: tuple[float | None, str | None] = (None, None)
+
+    def report(self, fraction: float, message: str | None = None) -> None:
+        """Say how far the task is: from 0 to 1, and in words, or None to leave the words as they are.
+
+        ValueError: no number from 0 to 1, or a message that is no text. Never blocks.
+        """
+        if not isinstance(fraction, numbers.Real) or not 0 <= fraction <= 1:
+            raise ValueError(f"report() takes a number from 0 to 1 first, not {fraction!r:.100}")
+        if message is None:
+            message = self.last[1]
+        elif not isinstance(message, str):
+            raise ValueError(f"report() takes a text or None second, not {message!r:.100}")
+        self.last = (float(fraction), message and message[:MAX_MESSAGE])
+
+
+class Record(NamedTuple):
+    """What is known of a task. It never changes: the store replaces it by a successor."""
+
+    id: str  # a uuid4 in lower case
+    name: str
+    status: str
+    type: str
+    created_at: float  # seconds since the epoch, as are the next two
+    started_at: float | None = None
+    finished_at: float | None = None
+    progress: float | None = None  # 0.0 to 1.0
+    message: str | None = None
+    result: bytes | None = None  # JSON, encoded once, by the worker
+    error: str | None = None
+    payload: bytes | None = None  # JSON as it was posted; dropped when the task is final
+    live: Progress | None = None  # what a running task reports; not part of what is journaled
+
+
+@functools.lru_cache(maxsize=64)
+def _whole_second(second: int) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
+
+
+def timestamp(seconds: float | None) -> str:
+    """Return 1700000000.5 as the JSON of "2023-11-14T22:13:20.500Z" (RFC 3339), None as null."""
+    if seconds is None:
+        return "null"
+    second, millisecond = divmod(int(seconds * 1000), 1000)
+    return f'"{_whole_second(second)}.{millisecond:03d}Z"'
+
+
+def encode_record(record: Record, with_result: bool = True) -> bytes:
+    """Return the record as the JSON that a client sees, with what its task has reported until now."""
+    id, name, status, type, created_at, started_at, finished_at, progress, message, result, error, _, live = record
+    if live:
+        progress, message = live.last
+    text = (
+        f'{{"id": "{id}", "name": {json.dumps(name)}, "status": "{status}", "type": "{type}", '
+        f'"created_at": {timestamp(created_at)}, "started_at": {timestamp(started_at)}, '
+        f'"finished_at": {timestamp(finished_at)}, "progress": {json.dumps(progress)}, "message": {json.dumps(message)}, '
+    )
+    if with_result:
+        text += f'"result": {result.decode() if result else "null"}, '
+    return f'{text}"error": {json.dumps(error)}}}'.encode()
+
+
+# A final record is asked for again and again and never changes. Small ones only: this is a bound in bytes too.
+encode_final = functools.lru_cache(maxsize=1024)(encode_record)
+
+
+def encode_result(value: object) -> bytes:
+    """Return what a function has returned as JSON. ValueError: JSON cannot hold it, or it is too large."""
+    try:
+        encoded = json.dumps(value, allow_nan=False).encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"the result cannot be written as JSON: {error}") from None
+    if len(encoded) > MAX_RESULT:
+        raise ValueError(f"the result has {len(encoded)} bytes as JSON, at most {MAX_RESULT} are kept")
+    return encoded
+
+
+def describe(exception: BaseException) -> str:
+    """Return ValueError("no such host") as "ValueError: no such host"."""
+    try:
+        text = str(exception)
+    except Exception:
+        text = "(an exception that cannot say what it is)"
+    return f"{type(exception).__name__}: {text}"[:MAX_ERROR] if text else type(exception).__name__
+
+
+class StoreFull(Exception):
+    """No record fits in before so many seconds (its argument) have passed."""
+
+
+class JournalError(Exception):
+    """A record cannot be made durable; the text is one sentence. See `DurableStore`."""
+
+
+class Store:
+    """The records by id: a dict behind a readers-writer lock, bounded in number and in time.
+
+    A final record stays for `keep` seconds; then `evict` drops it.
+    """
+
+    blocks = False  # whether `add` may wait for a disk
+    failing = False  # whether that disk cannot be written
+
+    def __init__(self, keep: float = 3600, max_tasks: int = 100_000, clock: Callable[[], float] = time.monotonic):
+        self.keep, self.max_tasks = keep, max_tasks
+        self.stopping = threading.Event()
+        self._clock = clock
+        self._lock = ReadersWriterLock()  # guards all below
+        # In the order of creation; reversed() takes a plain dict since Python 3.8 only.
+        self._records: dict[str, Record] = {} if sys.version_info >= (3, 8) else collections.OrderedDict()
+        self._unsaved = 0  # new records that are being saved; they count as held
+        self._held = {PENDING: 0, COMPLETED: 0, FAILED: 0}  # records by status
+        self._finished: collections.deque[tuple[float, str]] = collections.deque()  # when by the clock, and id; oldest first
+        self._awaited: dict[str, threading.Event] = {}  # by id: set when the record becomes final
+
+    def get(self, id: str) -> Record:
+        """Return a record. KeyError: unknown or evicted."""
+        with self._lock.read:
+            return self._records[id]
+
+    def newest(self, limit: int) -> list[Record]:
+        """Return at most so many records, the newest first."""
+        with self._lock.read:
+            return list(itertools.islice(reversed(self._records.values()), limit))  # type: ignore[call-overload]
+
+    def held(self) -> dict[str, int]:
+        """Return the number of records by status."""
+        with self._lock.read:
+            return dict(self._held)
+
+    def add(self, record: Record) -> None:
+        """Put in a new record. StoreFull: `max_tasks` are held. JournalError. Neither leaves anything behind."""
+        if len(self._records) + self._unsaved >= self.max_tasks:
+            self.evict()
+        with self._lock.write:
+            if len(self._records) + self._unsaved >= self.max_tasks:
+                raise StoreFull(self._finished[0][0] + self.keep - self._clock() if self._finished else self.keep)
+            self._unsaved += 1
+        try:
+            self._save(record)
+        except BaseException:
+            self._unsaved -= 1
+            raise
+        self._publish(record)
+
+    def update(self, record: Record, durable: bool = True) -> None:
+        """Replace a record by its successor. `durable`: once that is saved; blocks and may raise JournalError."""
+        if durable:
+            self._save(record)
+        self._publish(record)
+
+    def wait(self, id: str, seconds: float) -> Record:
+        """Return a record once it is final, or as it is after so many seconds. KeyError: unknown or evicted.
+
+        Blocks, but holds no lock meanwhile.
+        """
+        with self._lock.write:
+            pending = self._records[id].status == PENDING and not self.stopping.is_set()
+            awaited = self._awaited.setdefault(id, threading.Event()) if pending else None
+        if awaited:
+            awaited.wait(seconds)
+        return self.get(id)
+
+    def evict(self) -> None:
+        """Drop the final records that have outlived their time."""
+        full_portion = 1000  # then readers have their turn
+        evicted = [""] * full_portion
+        while len(evicted) == full_portion:
+            evicted = []
+            with self._lock.write:
+                oldest = self._clock() - self.keep
+                while self._finished and self._finished[0][0] <= oldest and len(evicted) < full_portion:
+                    evicted.append(self._finished.popleft()[1])
+                    self._held[self._records.pop(evicted[-1]).status] -= 1
+            if evicted:
+                self._forget(evicted)
+
+    def stop(self) -> None:
+        """Wake all who wait; nobody waits from now on."""
+        with self._lock.write:
+            self.stopping.set()
+            awaited = list(self._awaited.values())
+        for event in awaited:
+            event.set()
+
+    def _publish(self, record: Record) -> None:
+        """Let a record be seen, and wake who waits for its end."""
+        with self._lock.write:
+            self._insert(record)
+            awaited = self._awaited.pop(record.id, None) if record.status != PENDING else None
+        if awaited:
+            awaited.set()
+
+    def _insert(self, record: Record, age: float = 0.0) -> None:
+        """Put in a record; if it is final, as so many seconds old. Called with the write side held."""
+        if record.id in self._records:
+            self._held[self._records[record.id].status] -= 1
+        self._held[record.status] += 1
+        self._records[record.id] = record
+        if record.status != PENDING:
+            self._finished.append((self._clock() - age, record.id))
+
+    # Hooks for a store that writes to a disk, called without a lock held
+
+    def _save(self, record: Record) -> None:
+        """Make a record durable before it is seen. Blocks. JournalError."""
+
+    def _forget(self, ids: list[str]) -> None:
+        """Have evicted records deleted some time."""
+
+
+# -- 3. Workers --------------------------------------------------------------------------------------
+
+
+class WorkerPool:
+    """Threads that are made when there is work, and end when there has been none for a while.
+
+    Each takes one item after the other out of the queue and calls `work` with it, which lets no exception out. At
+    most one worker at a time is on its way to the queue; when it finds more than it takes, it sends the next one.
+    So a burst of short items wakes few threads, and long ones get a thread each.
+    """
+
+    IDLE_SECONDS = 10.0  # without work, after which a worker ends
+
+    def __init__(self, name: str, work: Callable[[Any], None], max_workers: float = math.inf,
+                 max_waiting: float = math.inf):  # fmt: skip
+        self.name, self.max_workers, self.max_waiting = name, max_workers, max_waiting
+        self._work = work
+        self._lock = threading.Lock()  # guards all below
+        self._queue: collections.deque[Any] = collections.deque()
+        self._items = 0  # from reserve() to the end of their work
+        self._running = 0  # items in work
+        self._workers = 0  # threads
+        self._idle: list[threading.Lock] = []  # one for each idle worker, released to wake it; the last goes first
+        self._sent = False  # a worker was made or woken and has not looked at the queue yet
+        self._at_rest = threading.Condition(self._lock)  # _running has become 0
+
+    def counts(self) -> tuple[int, int]:
+        """Return how many items wait and how many are in work."""
+        with self._lock:
+            return self._items - self._running, self._running
+
+    def reserve(self, bounded: bool = True) -> None:
+        """Keep a place for an item, for `submit` or `release`.
+
+        queue.Full: all workers that there may be have work, and `max_waiting` items wait.
+        """
+        with self._lock:
+            if bounded and self._items >= self.max_workers + self.max_waiting:
+                raise queue.Full
+            self._items += 1
+
+    def release(self) -> None:
+        """Give back a place that is not needed."""
+        with self._lock:
+            self._items -= 1
+
+    def submit(self, item: Any) -> None:
+        """Queue an item in its reserved place. Does not wait for a worker."""
+        with self._lock:
+            self._queue.append(item)
+        self.send_worker()
+
+    def send_worker(self) -> None:
+        """Wake or make a worker if there is something for it to do.
+
+        The system may have no thread to give: call it again later.
+        """
+        with self._lock:
+            if not self._queue or self._sent or not self._idle and self._workers >= self.max_workers:
+                return
+            self._sent = True
+            if self._idle:
+                self._idle.pop().release()
+                return
+            self._workers += 1
+        try:
+            threading.Thread(target=self._run, name=self.name, daemon=True).start()
+        except (RuntimeError, MemoryError):
+            with self._lock:
+                self._workers -= 1
+                self._sent = False
+
+    def drop(self) -> int:
+        """Empty the queue; return how many items were in it."""
+        with self._lock:
+            dropped = len(self._queue)
+            self._queue.clear()
+            self._items -= dropped
+            return dropped
+
+    def join(self, seconds: float) -> None:
+        """Wait until nothing is in work, at most so many seconds."""
+        with self._lock:
+            self._at_rest.wait_for(lambda: not self._running, seconds)
+
+    def _run(self) -> None:
+        woken = threading.Lock()
+        woken.acquire()
+        while True:
+            with self._lock:
+                self._sent = False
+                found = bool(self._queue)
+                if found:
+                    item = self._queue.popleft()
+                    self._running += 1
+                else:
+                    self._idle.append(woken)
+            if found:
+                self.send_worker()
+                self._work(item)
+                with self._lock:
+                    self._running -= 1
+                    self._items -= 1
+                    if not self._running:
+                        self._at_rest.notify_all()
+            elif not woken.acquire(timeout=self.IDLE_SECONDS):
+                with self._lock:
+                    if woken in self._idle:
+                        self._idle.remove(woken)
+                        self._workers -= 1
+                        return
+                woken.acquire()  # it has been sent in this moment
+
+
+# -- 4. Requests, responses, routes ------------------------------------------------------------------
+
+
+class Fields(NamedTuple):
+    """The headers of a request and what follows from them."""
+
+    headers: Mapping[str, str] = {}  # names in lower case; the values of several lines joined by ", "
+    host: str = ""
+    length: int = 0  # bytes of the body, unless that is chunked
+    chunked: bool = False
+    keep_alive: bool = True
+    expects_continue: bool = False
+    minor: int = 1  # of the HTTP version: 1 for HTTP/1.1
+
+
+class Request(NamedTuple):
+    """One request as the application sees it."""
+
+    method: str
+    path: str  # percent-encoded, as it was sent
+    query: str = ""  # the same
+    host: str = ""  # the authority that it is meant for; "" where HTTP/1.0 names none
+    fields: Fields = Fields()
+    body: bytes = b""
+
+
+class Response(NamedTuple):
+    """One answer."""
+
+    status: int
+    body: bytes = b""
+    headers: tuple[tuple[str, str], ...] = ()
+    content_type: str = "application/json"
+
+
+class HTTPError(Exception):
+    """A refusal: a status and one sentence that says what to do."""
+
+    def __init__(self, status: int, message: str, *headers: tuple[str, str]) -> None:
+        super().__init__(status, message)
+        self.response = Response(status, json.dumps({"error": message}).encode(), headers)
+
+
+Endpoint = Callable[..., Response]  # takes a request and, where the pattern ends in {id}, that segment
+
+
+class Router:
+    """Finds the endpoint of a request. The last segment of a pattern may be {id}."""
+
+    def __init__(self) -> None:
+        self._routes: dict[tuple[str, ...], dict[str, Endpoint]] = {}  # segments -> method -> endpoint
+        self.match = functools.lru_cache(maxsize=1024)(self._match)  # who polls asks for one path again and again
+
+    def add(self, method: str, pattern: str, endpoint: Endpoint) -> None:
+        """Have an endpoint answer a method at a path; who answers GET answers HEAD as well."""
+        methods = self._routes.setdefault(tuple(pattern.split("/")), {})
+        methods.update({method: endpoint, "HEAD": endpoint} if method == "GET" else {method: endpoint})
+        self.match.cache_clear()
+
+    def _match(self, method: str, path: str) -> tuple[Endpoint, tuple[str, ...]]:
+        """Return an endpoint and its arguments. HTTPError 404: no such path; 405: no such method there.
+
+        A path is split before it is decoded, once, so that %2F is no slash (RFC 3986, 2.4).
+        """
+        segments = tuple(path.split("/"))
+        if "%" in path:
+            segments = tuple(map(urllib.parse.unquote, segments))
+        methods, arguments = self._routes.get(segments[:-1] + ("{id}",)), segments[-1:]
+        if methods is None:
+            methods, arguments = self._routes.get(segments), ()
+        if methods is None and path == "*":  # OPTIONS for the server as a whole (RFC 9110, 9.3.7)
+            methods = dict.fromkeys(("GET", "HEAD", "POST"))
+        if methods is None:
+            raise HTTPError(404, "There is nothing at this path; GET /openapi.json lists what there is.")
+        if method in methods:
+            return methods[method], arguments
+        allow = ("Allow", ", ".join(sorted({"OPTIONS", *methods})))
+        if method == "OPTIONS":
+            return (lambda *_: Response(204, headers=(allow,))), ()
+        raise HTTPError(405, f"This path takes another method: {allow[1]}.", allow)
+
+
+MAX_DEPTH = 100  # of nested arrays and objects
+MAX_DIGITS = 4300  # of an integer; the bound of newer Pythons
+
+_NESTING = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*(?:"|\Z)|[\[{\]}]', re.DOTALL)  # strings and brackets
+
+
+def decode_object(body: bytes) -> dict[str, Any]:
+    """Return the JSON object in a body; stricter than `json`, and the same on every Python.
+
+    HTTPError 400: no UTF-8 (RFC 8259, 8.1), no JSON, no object, a key twice, a lone surrogate, a number or a depth
+    beyond bounds.
+    """
+    try:
+        text = body.decode()
+        if text.count("[") + text.count("{") > MAX_DEPTH:
+            steps = (1 if token.group() in "[{" else -1 for token in _NESTING.finditer(text) if token.group()[0] != '"')
+            if max(itertools.accumulate(steps)) > MAX_DEPTH:
+                raise ValueError(f"it is nested deeper than {MAX_DEPTH} levels")
+        value = _DECODER.decode(text)
+        if "\\u" in text:
+            json.dumps(value, ensure_ascii=False).encode()  # fails for a lone surrogate
+    except UnicodeError:
+        raise HTTPError(400, "Send the body in UTF-8, without lone surrogates.") from None
+    except ValueError as error:
+        raise HTTPError(400, f"Send a body of JSON: {error}.") from None
+    if not isinstance(value, dict):
+        raise HTTPError(400, 'Send one JSON object, such as {"name": "sample"}.')
+    return value
+
+
+def _unique_members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    members = dict(pairs)
+    if len(members) < len(pairs):
+        raise ValueError("an object has a key twice")
+    return members
+
+
+def _bounded_int(digits: str) -> int:
+    if len(digits) > MAX_DIGITS + digits.startswith("-"):
+        raise ValueError(f"an integer has more than {MAX_DIGITS} digits")
+    return int(digits)
+
+
+def _finite_float(text: str) -> float:
+    if not math.isfinite(float(text)):
+        raise ValueError(f"{text:.20} is not a number that JSON can hold")
+    return float(text)
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique_members, parse_int=_bounded_int, parse_float=_finite_float,
+                            parse_constant=_finite_float)  # fmt: skip
+
+
+# -- 5. Application ----------------------------------------------------------------------------------
+
+Report = Callable[..., None]  # report(fraction, message=None)
+Function = TypeVar("Function", bound=Callable[[Dict[str, Any], Report], Any])
+
+MAX_NAME = 256  # characters
+MAX_WAIT = 30.0  # seconds of a long poll
+
+_UUID = re.compile("[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+
+
+class TaskError(Exception):
+    """An error whose text becomes the record's as it is; a second argument goes to the log alone."""
+
+
+class TaskType(NamedTuple):
+    """A registered function, and where and how it is called."""
+
+    name: str
+    function: Callable[..., Any]
+    pool: WorkerPool
+    call: Callable[[Callable[..., Any], bytes, Report], bytes]  # returns the encoded result
+    rerun: bool
+
+
+def call_here(function: Callable[..., Any], payload: bytes, report: Report) -> bytes:
+    """Call a function in this thread; return the encoded result."""
+    return encode_result(function(json.loads(payload), report))
+
+
+def ignore_report(fraction: float, message: str | None = None) -> None:
+    """A `report` for where there is no way back; it can be pickled."""
+
+
+def unavailable(message: str, seconds: float) -> HTTPError:
+    """Return the refusal of what may be tried again after so many seconds."""
+    return HTTPError(503, message, ("Retry-After", str(max(1, math.ceil(seconds)))))
+
+
+class Application:
+    """The task types, their endpoints, and the life of a task. It knows no sockets.
+
+    Building one starts no thread, process or socket. Public attributes may be set until the first request.
+    """
+
+    # A waiting task costs a thread of some 16 KiB, so hundreds fit into the smallest machine; more of them at once
+    # would sooner overrun the service that they wait for than be done earlier.
+    WORKERS = 256
+    call_in_child: ClassVar[Callable[..., bytes]]  # how `cpu=True` functions are called: section 10 puts it here
+    MAX_WAITING = 10_000
+
+    def __init__(self) -> None:
+        self.store = Store()
+        self.router = Router()
+        self.before_request: list[Callable[[Request], None]] = []  # each may raise HTTPError
+        self.quick: set[Endpoint] = set()  # endpoints that answer from memory, unless there is a query
+        self.types: dict[str, TaskType] = {}
+        self.pool = WorkerPool("task", self._run, self.WORKERS, self.MAX_WAITING)
+        self.cpu_pool = WorkerPool("cpu-task", self._run, os.cpu_count() or 1, self.MAX_WAITING)
+        self.pools = [self.pool, self.cpu_pool]
+        self.stopping = False
+        self.secured = False  # whether a check asks for a token
+
+    def task(self, name: str, *, cpu: bool = False, timeout: float | None = None, executor: Any = None,
+             rerun: bool = False) -> Callable[[Function], Function]:  # fmt: skip
+        """Make a function a task type: POST /create-NAME creates a task, GET /poll-NAME/<id> polls it.
+
+        The function gets the posted object and `report(fraction, message=None)`; what it returns is the result. It
+        runs in a thread; with `cpu` in a process of its own, for at most `timeout` seconds; or where `executor` (as
+        in `concurrent.futures`) runs it. `rerun`: after a crash it may run again.
+        ValueError: a bad or taken name, options that exclude each other, or a function that cannot be pickled.
+        """
+        pool, call = self.pool, call_here
+        if cpu:
+            pool, call = self.cpu_pool, functools.partial(self.call_in_child, timeout)
+        elif executor is not None:
+            pool = WorkerPool("executor-task", self._run, self.pool.max_workers, self.pool.max_waiting)
+            self.pools.append(pool)
+
+            def call(function: Callable[..., Any], payload: bytes, report: Report) -> bytes:
+                return encode_result(executor.submit(function, json.loads(payload), ignore_report).result())
+
+        def register(function: Function) -> Function:
+            if not re.fullmatch("[a-z][a-z0-9-]*", name) or name in self.types:
+                raise ValueError(f"task type {name!r}: choose another name, of lower-case letters, digits and hyphens")
+            if cpu + (executor is not None) > 1 or timeout is not None and not cpu:
+                raise ValueError(f"task type {name!r}: use cpu=True, with or without timeout=, or executor=, not both")
+            if cpu and "<" in function.__qualname__:  # <lambda>, <locals>
+                raise ValueError(f"task type {name!r}: with cpu=True, use a function at the top level of a module")
+            self.types[name] = task_type = TaskType(name, function, pool, call, rerun)
+            create, poll = (functools.partial(endpoint, task_type) for endpoint in (self._create, self._poll))
+            self.router.add("POST", f"/create-{name}", create)
+            self.router.add("GET", f"/poll-{name}/{{id}}", poll)
+            self.quick.update((create, poll))
+            return function
+
+        return register
+
+    def handle(self, request: Request, may_block: bool = True) -> Response | None:
+        """Return the answer to a request; None if finding it might block but must not. Raises nothing."""
+        try:
+            endpoint, arguments = self.check(request)
+            if not may_block and (endpoint not in self.quick or request.query or self.store.blocks):
+                return None
+            return endpoint(request, *arguments)
+        except HTTPError as refusal:
+            return refusal.response
+        except Exception:
+            log.exception("an endpoint failed: %s %s", request.method, ascii(request.path))
+            return HTTPError(500, "The server has a fault here; its log says more.").response
+
+    def check(self, request: Request) -> tuple[Endpoint, tuple[str, ...]]:
+        """Return what answers this request, judged without its body, and the arguments. HTTPError: it is refused."""
+        for check in self.before_request:
+            check(request)
+        matched = self.router.match(request.method, request.path)
+        headers = request.fields.headers
+        media_type = headers.get("content-type", "").partition(";")[0].strip(" \t").lower()
+        if request.method == "POST" and (media_type != "application/json" or "content-encoding" in headers):
+            raise HTTPError(415, "Send JSON that is not compressed, with Content-Type: application/json.")
+        return matched
+
+    def tick(self) -> None:
+        """Do what is due from time to time; does not block."""
+        self.store.evict()
+        for pool in self.pools:
+            pool.send_worker()
+
+    # The two endpoints of a task type
+
+    def _create(self, task_type: TaskType, request: Request) -> Response:
+        if self.stopping:
+            raise unavailable("The server is stopping; try again when it is back.", 5)
+        name = decode_object(request.body).get("name")
+        if not isinstance(name, str) or not name.strip() or len(name) > MAX_NAME:
+            raise HTTPError(400, f'Send a "name": a string that is not blank, of at most {MAX_NAME} characters.')
+        record = Record(str(uuid.uuid4()), name, PENDING, task_type.name, time.time(), payload=request.body)
+        try:
+            task_type.pool.reserve()
+        except queue.Full:
+            raise unavailable("As many tasks wait as --max-waiting allows; try again later.", 1) from None
+        try:
+            self.store.add(record)
+        except Exception as error:
+            task_type.pool.release()
+            if isinstance(error, StoreFull):
+                raise unavailable("As many tasks are held as --max-tasks allows; try again when the oldest final one "
+                                  "has outlived --keep.", error.args[0]) from None  # fmt: skip
+            raise unavailable("The journal cannot be written; try again later.", 5) from None
+        log.info("task %s created: type %s, name %s", record.id, record.type, ascii(name))
+        task_type.pool.submit(record)
+        return Response(201, encode_record(record), (("Location", f"/poll-{record.type}/{record.id}"),))
+
+    def _poll(self, task_type: TaskType, request: Request, id: str) -> Response:
+        seconds = parameter(request, "wait", r"[0-9]+(\.[0-9]+)?") if request.query else None
+        id = id.lower()
+        try:
+            record = self.store.get(id)
+            if record.type != task_type.name:
+                raise KeyError(id)
+            if seconds:
+                record = self.store.wait(id, min(float(seconds), MAX_WAIT))
+        except KeyError:
+            if not _UUID.fullmatch(id):
+                raise HTTPError(400, "Poll with the id that create answered: 36 characters, with hyphens.") from None
+            raise HTTPError(404, "No task of this type has this id; it may have been evicted.") from None
+        return Response(200, encode_final(record) if record.status != PENDING else encode_record(record))
+
+    # The life of a task, in a worker
+
+    def _run(self, record: Record) -> None:
+        """Run a task to its end, whatever that is. No exception crosses this border."""
+        task_type, progress = self.types[record.type], Progress()
+        record = record._replace(started_at=time.time(), live=progress)
+        try:
+            self.store.update(record, durable=not task_type.rerun)
+            final = self._call(task_type, record, progress)
+            self.store.update(final)
+        except JournalError:  # the server stops, and the next start decides
+            return
+        if final.error is None:
+            log.info("task %s completed", record.id)
+        else:
+            log.info("task %s failed: %s", record.id, ascii(final.error))
+
+    def _call(self, task_type: TaskType, record: Record, progress: Progress) -> Record:
+        """Call the function; return the final record."""
+        error = result = None
+        try:
+            result = task_type.call(task_type.function, record.payload or b"", progress.report)
+        except TaskError as exception:
+            error = str(exception.args[0])[:MAX_ERROR]
+            log.warning("task %s: %s", record.id, exception.args[-1])
+        except BaseException as exception:  # SystemExit and KeyboardInterrupt, too, end a task and no worker
+            error = describe(exception)
+            log.warning("task %s raised an exception", record.id, exc_info=exception)
+        fraction, message = progress.last
+        return record._replace(status=FAILED if error else COMPLETED, finished_at=time.time(), message=message,
+                               progress=fraction if error else 1.0, result=result, error=error, payload=None,
+                               live=None)  # fmt: skip
+
+
+def parameter(request: Request, name: str, pattern: str) -> str | None:
+    """Return a parameter of the query, None if it is not there. HTTPError 400: it is there twice or malformed."""
+    values = [v for n, v in urllib.parse.parse_qsl(request.query, keep_blank_values=True) if n == name]
+    if len(values) > 1 or values and not re.fullmatch(pattern, values[0]):
+        raise HTTPError(400, f"Send {name} once, as a plain number.")
+    return values[0] if values else None
+
+
+# -- 6. HTTP -----------------------------------------------------------------------------------------
+
+MAX_LINE = 8192  # bytes of a request line and of a header (RFC 9112, 3 asks for 8000 at least)
+MAX_HEADERS = 16_384  # bytes of all headers
+MAX_HEADER_COUNT = 100
+MAX_BODY = 1 << 20  # bytes, decoded
+MAX_CHUNK_LINE = 1024  # bytes of a chunk's size and extensions
+
+_TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"  # RFC 9110, 5.6.2
+_VALUE = rb"[\t\x20-\x7e\x80-\xff]*"  # RFC 9110, 5.5
+_HOST = (rb"(?:\[[0-9A-Fa-f:.]+\]|(?:[A-Za-z0-9\-._~!$&'()*+,;=]|%%[0-9A-Fa-f]{2})+)(?::[0-9]{0,5})?"
+         .replace(b"%%", b"%"))  # RFC 3986, 3.2, without user information
+_ESCAPED = rb"[%s]*(?:%%[0-9A-Fa-f]{2}[%s]*)*"  # any of these, and percent-encoded bytes
+_PATH = _ESCAPED % ((rb'!"$&->@-~',) * 2)
+_QUERY = _ESCAPED % ((rb'!"$&-~',) * 2)
+_REQUEST_LINE = re.compile(  # RFC 9112, 3; origin-form, absolute-form, and asterisk-form among them
+    rb"(%s) (?:(?i:https?)://(%s))?(%s)(?:\?(%s))? HTTP/([0-9])\.([0-9])" % (_TOKEN, _HOST, _PATH, _QUERY))
+_HEADER = re.compile(rb"(%s):(%s)" % (_TOKEN, _VALUE))
+_WELL_FORMED_HOST = re.compile(_HOST.decode())
+_CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,16})(?:[ \t]*;%s)?" % _VALUE)  # RFC 9112, 7.1
+# Control bytes, a bare LF, a bare CR (RFC 9112, 2.2); a CR at the end may still get its LF.
+_FORBIDDEN = re.compile(rb"[^\t\r\n\x20-\x7e\x80-\xff]|(?<!\r)\n|\r(?!\n|\Z)")
+
+
+class Incoming:
+    """The bytes that have arrived on a connection, and what is known of the request that they begin."""
+
+    def __init__(self) -> None:
+        self.buffer = bytearray()
+        self.head: Request | None = None  # all but the body, once that is known
+        self.body = bytearray()  # of a chunked one, what is decoded
+
+    def take(self, size: int) -> bytes:
+        """Remove and return the first bytes of the buffer."""
+        taken = bytes(self.buffer[:size])
+        del self.buffer[:size]
+        return taken
+
+
+def parse_request(incoming: Incoming) -> Request | None:
+    """Take one request out of what has arrived; None: it is not complete.
+
+    HTTPError: it is refused, and what follows on the connection has no meaning.
+    """
+    if incoming.head is None:
+        incoming.head = _take_head(incoming)
+    head = incoming.head
+    if head is None:
+        return None
+    if head.fields.chunked:
+        if not _take_chunks(incoming):
+            return None
+        head, incoming.body = head._replace(body=bytes(incoming.body)), bytearray()
+    elif head.fields.length:
+        if len(incoming.buffer) < head.fields.length:
+            return None
+        head = head._replace(body=incoming.take(head.fields.length))
+    incoming.head = None
+    return head
+
+
+def _take_head(incoming: Incoming) -> Request | None:
+    buffer = incoming.buffer
+    start = 2 if buffer.startswith(b"\r\n") else 0  # one empty line is skipped (RFC 9112, 2.2)
+    end = buffer.find(b"\r\n\r\n", start)
+    if 0 <= end <= MAX_LINE + MAX_HEADERS:
+        return parse_head(incoming.take(end + 4)[start:-4])
+    # Not complete, but wrong already? The sender may be waiting for an answer.
+    line, rest, block = bytes(buffer[start:]).partition(b"\r\n")
+    if _FORBIDDEN.search(buffer, start):
+        raise HTTPError(400, "Send HTTP/1.1 without control characters, in lines that end in CR LF.")
+    if rest or len(line) > MAX_LINE:
+        parse_request_line(line)
+    if len(block) > MAX_HEADERS:
+        raise HTTPError(431, f"Send at most {MAX_HEADERS} bytes of headers.")
+    return None
+
+
+@functools.lru_cache(maxsize=512)  # who polls sends the same bytes again and again
+def parse_head(head: bytes) -> Request:
+    """Return a request without its body. HTTPError."""
+    line, _, block = head.partition(b"\r\n")
+    method, host, path, query, minor = parse_request_line(line)
+    fields = parse_headers(block, minor)
+    return Request(method, path, query, host or fields.host, fields)
+
+
+def parse_request_line(line: bytes) -> tuple[str, str, str, str, int]:
+    """Return b"GET /a?b HTTP/1.1" as ("GET", "", "/a", "b", 1): method, authority, path, query, minor version.
+
+    HTTPError 400, 414, 505.
+    """
+    if len(line) > MAX_LINE:
+        raise HTTPError(414, f"Send a request line of at most {MAX_LINE} bytes.")
+    match = _REQUEST_LINE.fullmatch(line)
+    if not match:
+        raise HTTPError(400, "Send a request line such as GET /healthz HTTP/1.1, with correct percent-encoding.")
+    method, host, path, query, major, minor = [(group or b"").decode() for group in match.groups()]
+    if major != "1":
+        raise HTTPError(505, "Use HTTP/1.1.")
+    path = path or "/" if host else path
+    try:
+        well_formed = path.startswith("/") or (path, method, host) == ("*", "OPTIONS", "")
+        if "%" in path + query:
+            urllib.parse.unquote(path + query, errors="strict")
+    except UnicodeDecodeError:
+        well_formed = False
+    if not well_formed:
+        raise HTTPError(400, "Send a path that begins with a slash, and is UTF-8 where it is percent-encoded.")
+    return method, host, path, query, int(minor)
+
+
+@functools.lru_cache(maxsize=512)  # or the same headers with another path
+def parse_headers(block: bytes, minor: int) -> Fields:
+    """Return the headers of a request, and what RFC 9110 and 9112 make of them. HTTPError 400, 413, 417, 431, 501."""
+    headers = _split_headers(block)
+    host = headers.get("host", "")
+    if not _WELL_FORMED_HOST.fullmatch(host) and (minor or "host" in headers):  # RFC 9112, 3.2
+        raise HTTPError(400, "Send one well-formed Host.")
+    length = headers.get("content-length", "0")
+    coding = headers.get("transfer-encoding", "").lower()
+    if "transfer-encoding" in headers:  # RFC 9112, 6.1 and 6.3
+        if not minor or "content-length" in headers:
+            raise HTTPError(400, "Send either Content-Length or, in HTTP/1.1, Transfer-Encoding.")
+        if coding != "chunked":
+            raise HTTPError(400 if "chunked" in coding or not coding else 501, "Send no other transfer coding than chunked.")
+    if not re.fullmatch("[0-9]{1,18}", length):
+        raise HTTPError(400, "Send one Content-Length, a plain number.")
+    if int(length) > MAX_BODY:
+        raise HTTPError(413, f"Send at most {MAX_BODY} bytes.")
+    options = {option.strip(" \t").lower() for option in headers.get("connection", "").split(",")}
+    keep_alive = "close" not in options and bool(minor or "keep-alive" in options)
+    expectation = headers.get("expect", "").lower() if minor else ""  # RFC 9110, 10.1.1
+    if expectation not in ("", "100-continue"):
+        raise HTTPError(417, "Expect nothing but 100-continue.")
+    return Fields(headers, host, int(length), bool(coding), keep_alive, bool(expectation), minor)
+
+
+def _split_headers(block: bytes) -> dict[str, str]:
+    """Return names in lower case and values; several lines of one name are joined by ", " (RFC 9110, 5.3)."""
+    lines = block.split(b"\r\n") if block else []
+    if len(block) > MAX_HEADERS or len(lines) > MAX_HEADER_COUNT or max(map(len, lines), default=0) > MAX_LINE:
+        raise HTTPError(431, f"Send at most {MAX_HEADER_COUNT} headers of {MAX_LINE}, in all {MAX_HEADERS} bytes.")
+    headers: dict[str, str] = {}
+    for line in lines:
+        match = _HEADER.fullmatch(line)
+        if not match:
+            raise HTTPError(400, "Send headers of the form Name: value, each in one line.")
+        name, value = match.group(1).decode().lower(), match.group(2).decode("latin-1").strip(" \t")
+        headers[name] = f"{headers[name]}, {value}" if name in headers else value
+    return headers
+
+
+def _take_chunks(incoming: Incoming) -> bool:
+    """Move whole chunks (RFC 9112, 7.1) from the buffer to the body; return whether the last one was there."""
+    buffer = incoming.buffer
+    while True:
+        end = buffer.find(b"\r\n", 0, MAX_CHUNK_LINE)
+        if end < 0:
+            if len(buffer) >= MAX_CHUNK_LINE or b"\n" in buffer:
+                raise HTTPError(400, f"Send chunk sizes in lines of at most {MAX_CHUNK_LINE} bytes that end in CR LF.")
+            return False
+        match = _CHUNK_SIZE.fullmatch(buffer, 0, end)
+        if not match:
+            raise HTTPError(400, "Send chunk sizes in hexadecimal digits.")
+        size = int(match.group(1), 16)
+        if size == 0:
+            last = buffer.find(b"\r\n\r\n", end)
+            if last > end:
+                _split_headers(bytes(buffer[end + 2 : last]))  # trailers: checked, and dropped
+            elif last < 0 and len(buffer) > MAX_HEADERS:
+                raise HTTPError(431, f"Send at most {MAX_HEADERS} bytes of trailers.")
+            return last >= 0 and bool(incoming.take(last + 4))
+        if len(incoming.body) + size > MAX_BODY:
+            raise HTTPError(413, f"Send at most {MAX_BODY} bytes.")
+        if len(buffer) < end + 2 + size + 2:
+            return False
+        chunk = incoming.take(end + 2 + size + 2)
+        if not chunk.endswith(b"\r\n"):
+            raise HTTPError(400, "Send chunks that are as long as they say.")
+        incoming.body += chunk[end + 2 : -2]
+
+
+@functools.lru_cache(maxsize=64)  # the answers of one second begin alike
+def _common_headers(status: int, content_type: str, connection: str, second: int) -> bytes:
+    lines = [f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}", f"Date: {email.utils.formatdate(second, usegmt=True)}",
+             "Cache-Control: no-store", "X-Content-Type-Options: nosniff"]  # fmt: skip
+    if status != 204:
+        lines.append(f"Content-Type: {content_type}")
+    if connection:
+        lines.append(f"Connection: {connection}")
+    return "\r\n".join(lines).encode()
+
+
+def encode_response(response: Response, request: Request | None, close: bool) -> bytes:
+    """Return an answer as it is sent. `request` is None where it could not be read."""
+    status, body, headers, content_type = response
+    connection = "close" if close else "" if request and request.fields.minor else "keep-alive"
+    head = _common_headers(status, content_type, connection, int(time.time()))
+    for name, value in headers:
+        head += f"\r\n{name}: {value}".encode()
+    if status != 204:
+        head += b"\r\nContent-Length: %d" % len(body)
+    return head + b"\r\n\r\n" + (b"" if request and request.method == "HEAD" else body)
+
+
+# The phases of a connection, each with one deadline, in seconds, for the whole of it.
+HEADER, BODY, RUNNING, ANSWER, IDLE, LINGER, CLOSED = "header", "body", "running", "answer", "idle", "linger", "closed"
+PHASE_SECONDS = {HEADER: 10, BODY: 20, RUNNING: math.inf, ANSWER: 20, IDLE: 75, LINGER: 5, CLOSED: 0}
+
+RECEIVE_SIZE = 65_536  # bytes; more than a TLS record, so that none stays where no selector sees it
+
+
+class Connection:
+    """One client's socket, its buffers, and the phase that it is in.
+
+    It belongs to the accept loop, which alone calls it. Nothing here blocks: what may is done by a thread of `server`.
+    """
+
+    __slots__ = ("closing", "deadline", "incoming", "outgoing", "peer", "phase", "server", "socket", "watched")
+    would_block: tuple[Any, ...] = (BlockingIOError,)
+
+    def __init__(self, sock: Any, peer: str, server: Server) -> None:
+        self.socket, self.peer, self.server = sock, peer, server
+        self.incoming = Incoming()
+        self.outgoing = b""  # what is left of an answer
+        self.closing = False  # the answer under way is the last
+        self.watched = 0  # the events that the selector waits for
+        self.enter(HEADER)
+
+    def enter(self, phase: str) -> None:
+        """Begin a phase and its deadline."""
+        self.phase = phase
+        self.deadline = time.monotonic() + PHASE_SECONDS[phase]
+
+    def events(self) -> int:
+        """Return what the selector has to wait for; 0 for nothing."""
+        if self.outgoing:
+            return selectors.EVENT_WRITE
+        return 0 if self.phase in (RUNNING, CLOSED) else selectors.EVENT_READ
+
+    def ready(self) -> None:
+        """Do what the socket is ready for."""
+        if self.outgoing:
+            self.send(self.outgoing)
+            self.advance()
+            return
+        try:
+            data = self.socket.recv(RECEIVE_SIZE)
+        except self.would_block:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self.enter(CLOSED)
+        elif not self.closing:
+            self.incoming.buffer += data
+            self.advance()
+
+    def advance(self) -> None:
+        """Answer requests in their order, until one is incomplete, or has a thread, or its answer is stuck."""
+        while not (self.phase is RUNNING or self.outgoing or self.closing):
+            try:
+                request = parse_request(self.incoming) if self.incoming.buffer else None
+                if request is None:
+                    self.rest()
+                    return
+            except HTTPError as refusal:
+                self.answer(None, refusal.response)
+                return
+            response = self.server.application.handle(request, may_block=False)
+            if response:
+                self.answer(request, response)
+            else:
+                self.server.lend(self, functools.partial(self.server.application.handle, request),
+                                 functools.partial(self.answer, request))  # fmt: skip
+
+    def rest(self) -> None:
+        """Wait for more of a request. HTTPError: it is refused, though its client waits for a 100 Continue."""
+        head = self.incoming.head
+        phase = BODY if head else HEADER if self.incoming.buffer or self.phase is HEADER else IDLE
+        if phase is not self.phase:
+            self.enter(phase)
+        if head and head.fields.expects_continue:
+            self.server.application.check(head)
+            self.incoming.head = head._replace(fields=head.fields._replace(expects_continue=False))
+            self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+    def answer(self, request: Request | None, response: Response) -> None:
+        """Send an answer. After one to what could not be read, the connection ends."""
+        self.closing = not request or not request.fields.keep_alive
+        if log.isEnabledFor(logging.DEBUG):
+            what = f"{request.method} {request.path!a}" if request else "no request"
+            log.debug("%s %s: %d", self.peer, what, response.status)
+        self.phase = ANSWER
+        self.send(encode_response(response, request, self.closing))
+
+    def send(self, data: bytes) -> None:
+        """Send as much as goes now; the rest is sent when the socket is ready."""
+        waited = bool(self.outgoing)
+        try:
+            self.outgoing = data[self.socket.send(data) :]
+        except self.would_block:
+            self.outgoing = data
+        except OSError:
+            self.close()
+            return
+        if self.outgoing:
+            if not waited:
+                self.enter(ANSWER)
+        elif self.closing:
+            self.finish()
+
+    def finish(self) -> None:
+        """End this side only, and drop what still comes (RFC 9112, 9.6).
+
+        A plain close would answer that by a reset, and a client that is still sending would lose the answer.
+        """
+        try:
+            self.socket.shutdown(socket.SHUT_WR)
+            self.enter(LINGER)
+        except OSError:
+            self.close()
+
+    def close(self) -> None:
+        """Have the accept loop close the socket."""
+        self.outgoing, self.closing = b"", True
+        self.enter(CLOSED)
+
+    def expire(self) -> None:
+        """End the phase, whose deadline has passed."""
+        if self.phase is BODY or self.phase is HEADER and self.incoming.buffer:
+            self.answer(None, HTTPError(408, "Send a request without long pauses.").response)
+        else:
+            self.close()
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Accepts connections, watches them in one selector, and lends a thread to each request that may block.
+
+    `ThreadingHTTPServer` gives a thread to every connection. Here one that is idle, or slow to send or to read, has
+    none, and what can be answered from memory is answered by the accept loop: a thread would have to wait for
+    the interpreter that the loop holds, and to be woken costs as much as the answer.
+    """
+
+    allow_reuse_address = os.name != "nt"  # on Windows it lets two servers share a port
+    request_queue_size = 1024  # the kernel's; with the base class's 5 most of a burst of clients get no answer
+    stop_seconds = 2.0  # for the answers under way when the server shuts down
+    connection_class = Connection
+
+    def __init__(self, address: tuple[str, int], application: Application) -> None:
+        """Bind and listen. OSError: the address is taken, or is not of this machine."""
+        self.application = application
+        self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+        self._max_connections = _max_connections()
+        self._connections: set[Connection] = set()
+        self._accepting = False
+        self._refused_at = -math.inf  # when it was last logged that no connection can be accepted
+        self._done: collections.deque[Callable[[], None]] = collections.deque()  # what threads have the accept loop do
+        self._stopping = False  # set by any thread
+        self._stopped = threading.Event()
+        self._pool = WorkerPool("request", lambda work: work())
+        self._selector = selectors.DefaultSelector()
+        self._waker, self._woken = socket.socketpair()
+        self._waker.setblocking(False)
+        super().__init__(address, http.server.BaseHTTPRequestHandler)
+        self.socket.setblocking(False)
+
+    def server_bind(self) -> None:
+        """Bind, without the look-up of the host's name in HTTPServer: it stalls where no resolver answers."""
+        if hasattr(socket, "SO_EXCLUSIVEADDRUSE"):  # Windows
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
+        socketserver.TCPServer.server_bind(self)
+        self.server_name, self.server_port = self.server_address[:2]  # type: ignore[assignment]
+
+    def serve_forever(self, poll_interval: float = 0.25) -> None:
+        """Serve until `shutdown`: the accept loop. Every `poll_interval` seconds it does what is due."""
+        self._selector.register(self._woken, selectors.EVENT_READ)
+        next_tick = give_up = 0.0
+        while not self._stopping or self._answering() and time.monotonic() < give_up:
+            now = time.monotonic()
+            if not self._stopping:
+                give_up = now + self.stop_seconds
+            if now >= next_tick:
+                next_tick = now + poll_interval
+                self.service_actions()
+            for key, _ in self._selector.select(max(0.0, next_tick - now)):
+                if key.data:
+                    key.data.ready()
+                    self._settle(key.data)
+                elif key.fileobj is self.socket:
+                    self._accept()
+                else:
+                    self._woken.recv(4096)
+            while self._done:
+                self._done.popleft()()
+        for connection in list(self._connections):
+            connection.close()
+            self._settle(connection)
+        self._stopped.set()
+
+    def shutdown(self, wait: bool = True) -> None:
+        """Have `serve_forever` end once the answers under way are sent; wait for that, unless in its own thread."""
+        self._stopping = True
+        self._wake()
+        if wait:
+            self._stopped.wait()
+
+    def server_close(self) -> None:
+        """Close the sockets; to be called after `serve_forever` has ended."""
+        super().server_close()
+        for resource in (self._selector, self._waker, self._woken):
+            resource.close()
+
+    def service_actions(self) -> None:
+        """Do what is due from time to time (a hook of the base class)."""
+        self.application.tick()
+        self._pool.send_worker()
+        now = time.monotonic()
+        for connection in [connection for connection in self._connections if connection.deadline < now]:
+            connection.expire()
+            self._settle(connection)
+        self._accept_again()
+
+    def lend(self, connection: Connection, work: Callable[[], Any], then: Callable[[Any], None]) -> None:
+        """Have a thread do `work`, which raises nothing, and then the accept loop `then` with what came out."""
+
+        def call() -> None:
+            self._done.append(functools.partial(resume, work()))
+            self._wake()
+
+        def resume(outcome: Any) -> None:
+            then(outcome)
+            connection.advance()
+            self._settle(connection)
+
+        connection.enter(RUNNING)
+        self._pool.reserve()
+        self._pool.submit(call)
+
+    def _wake(self) -> None:
+        try:
+            self._waker.send(b"\0")
+        except OSError:  # full: the loop is about to wake anyhow; closed: there is none any more
+            pass
+
+    def _settle(self, connection: Connection) -> None:
+        """Have the selector wait for what the connection waits for now, or close it."""
+        events = connection.events()
+        if events != connection.watched:
+            if connection.watched:
+                self._selector.unregister(connection.socket)
+            if events:
+                self._selector.register(connection.socket, events, connection)
+            connection.watched = events
+        if connection.phase is CLOSED and connection in self._connections:
+            self._connections.remove(connection)
+            connection.socket.close()
+            self._accept_again()
+
+    def _accept(self) -> None:
+        try:
+            for _ in range(100):  # then the others have their turn
+                if len(self._connections) >= self._max_connections:
+                    raise OSError("all connections are in use")
+                sock, address = self.get_request()
+                sock.setblocking(False)
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                connection = self.connection_class(sock, address[0], self)
+                self._connections.add(connection)
+                self._settle(connection)
+        except (BlockingIOError, ConnectionError):  # no more, or gone already
+            pass
+        except OSError as error:  # no descriptor left
+            self._refuse(str(error))
+
+    def _refuse(self, reason: str) -> None:
+        """Accept no more until a connection is closed or the next tick, else the loop would spin.
+
+        The connection that has been idle for the longest time gives way.
+        """
+        self._selector.unregister(self.socket)
+        self._accepting = False
+        if time.monotonic() - self._refused_at > 60:
+            self._refused_at = time.monotonic()
+            log.warning("new connections have to wait: %s", reason)
+        idle = [connection for connection in self._connections if connection.phase is IDLE]
+        if idle:
+            oldest = min(idle, key=lambda connection: connection.deadline)
+            oldest.close()
+            self._settle(oldest)
+
+    def _accept_again(self) -> None:
+        if not self._accepting and not self._stopping:
+            self._selector.register(self.socket, selectors.EVENT_READ)
+            self._accepting = True
+
+    def _answering(self) -> bool:
+        """Return whether an answer is under way."""
+        return any(connection.phase in (RUNNING, ANSWER) for connection in self._connections)
+
+
+def _max_connections() -> int:
+    """Return how many connections may be open at once: the descriptors there are, less some for all else."""
+    if selectors.DefaultSelector is selectors.SelectSelector:  # Windows: select takes 512
+        return 480
+    try:
+        import resource
+    except ImportError:
+        return 1 << 20
+    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return 1 << 20 if soft == resource.RLIM_INFINITY else soft - min(64, soft // 4)
+
+
+# ==== The core ends here. Everything below is optional. ==============================================
+
+
+# -- 7. Monitoring -----------------------------------------------------------------------------------
+
+MAX_LIMIT = 500  # records of one listing
+
+
+def add_monitoring(application: Application) -> None:
+    """Add GET /healthz and GET /tasks."""
+
+    def healthz(request: Request) -> Response:
+        status = "stopping" if application.stopping else "journal failing" if application.store.failing else "ok"
+        if status != "ok":
+            return Response(503, json.dumps({"status": status}).encode())
+        waiting, running = (sum(counts) for counts in zip(*(pool.counts() for pool in application.pools)))
+        held = application.store.held()
+        document = {"status": status, "waiting": waiting, "running": running, "completed": held[COMPLETED],
+                    "failed": held[FAILED], "types": sorted(application.types)}  # fmt: skip
+        return Response(200, json.dumps(document).encode())
+
+    def tasks(request: Request) -> Response:
+        limit = min(int(parameter(request, "limit", "[0-9]{1,9}") or 50), MAX_LIMIT)
+        records = application.store.newest(limit)
+        return Response(200, b'{"tasks": [%s]}' % b", ".join(encode_record(record, False) for record in records))
+
+    application.router.add("GET", "/healthz", healthz)
+    application.router.add("GET", "/tasks", tasks)
+    application.quick.add(healthz)
+
+
+# -- 8. Durability -----------------------------------------------------------------------------------
+
+
+class DurableStore(Store):
+    """A store whose records are in a journal before they can be seen.
+
+    The journal is any object with three methods: `load()` returns the records in the order of their creation;
+    `save(record)` blocks until that one is durable, and is called by many threads; `delete(ids)` does not block.
+    Whatever exception `save` raises means that the record is not written.
+    """
+
+    blocks = True
+    FAILING_SECONDS = 30.0  # after a failure, in which the journal counts as failing unless a save succeeds
+
+    def __init__(self, journal: Any, keep: float = 3600, max_tasks: int = 100_000) -> None:
+        super().__init__(keep, max_tasks)
+        self._journal = journal
+        self._failed_at = -math.inf
+
+    @property
+    def failing(self) -> bool:  # type: ignore[override]
+        """Whether the journal cannot be written."""
+        return time.monotonic() - self._failed_at < self.FAILING_SECONDS
+
+    def update(self, record: Record, durable: bool = True) -> None:
+        """The same; tries again, with growing pauses, until the record is saved or the store stops."""
+        for pause in itertools.chain((0.1, 0.3, 1, 3), itertools.repeat(10)):
+            try:
+                return super().update(record, durable)
+            except JournalError:
+                if self.stopping.wait(pause):
+                    raise
+
+    def recover(self, application: Application) -> None:
+        """Take over what the last process left: run what it had not begun, and settle what it was running."""
+        records = list(self._journal.load())
+        now = time.time()
+        with self._lock.write:
+            for record in records:
+                age = min(max(0.0, now - (record.finished_at or now)), self.keep)
+                self._insert(record, age)
+            self._finished = collections.deque(sorted(self._finished))
+        for record in records:
+            task_type = application.types.get(record.type)
+            if record.status != PENDING:
+                continue
+            if task_type and (task_type.rerun or record.started_at is None):
+                task_type.pool.reserve(bounded=False)
+                task_type.pool.submit(record._replace(started_at=None))
+            else:
+                why = "the server ended while it ran" if task_type else "the server has no such task type any more"
+                self.update(record._replace(status=FAILED, finished_at=now, error=f"interrupted: {why}", payload=None))
+
+    def _save(self, record: Record) -> None:
+        try:
+            self._journal.save(record)
+        except Exception as error:
+            if not self.failing:
+                log.error("the journal fails and will be tried again: %s", describe(error))
+            self._failed_at = time.monotonic()
+            raise JournalError from error
+        self._failed_at = -math.inf
+
+    def _forget(self, ids: list[str]) -> None:
+        self._journal.delete(ids)
+
+
+_VERSION = 1  # of the schema; in the file as user_version, so that a later version can migrate
+_SCHEMA = """CREATE TABLE task (
+    seq INTEGER PRIMARY KEY, -- order of creation: an update keeps it
+    id TEXT NOT NULL UNIQUE, name TEXT, status TEXT, type TEXT,
+    created_at REAL, started_at REAL, finished_at REAL, -- seconds since 1970
+    progress REAL, message TEXT, result BLOB, error TEXT, payload BLOB) -- result, payload: JSON"""
+_COLUMNS = ", ".join(Record._fields[:-1])  # all but `live`
+_SAVE = f"INSERT OR REPLACE INTO task (seq, {_COLUMNS}) VALUES "  # ON CONFLICT needs SQLite 3.24
+_SAVE_ROW = f"((SELECT seq FROM task WHERE id = ?){', ?' * len(Record._fields[:-1])})"
+_ADVICE = {  # part of an error's text -> what to do
+    "unable to open": "choose a file in a folder where this user may write",
+    "readonly": "choose a file that this user may write",
+    "not a database": "it holds something else, choose another file",
+    "is locked": "another server uses it, stop that one or choose another file",
+    "is full": "free some space on its disk",
+    "No such file": "put it back or restart the server",
+}
+
+
+class SQLiteJournal:
+    """Keeps records in an SQLite file that no other process can open meanwhile.
+
+    One thread writes. What many threads save while it waits for the disk shares its next transaction and sync.
+    """
+
+    def __init__(self, path: str) -> None:
+        """Open or create the file, within a second. JournalError says what is wrong and what to do."""
+        import sqlite3  # not every Python is built with it
+
+        self._path = os.path.realpath(path)  # SQLite, too, puts its log beside the target of a link
+        self._saves: queue.SimpleQueue[tuple[Record, concurrent.futures.Future[None]]] = queue.SimpleQueue()
+        self._deleted: queue.SimpleQueue[str] = queue.SimpleQueue()  # ids to delete with the next transaction
+        try:
+            self._database = sqlite3.connect(self._path, timeout=1, isolation_level=None, check_same_thread=False)
+            self._prepare(self._database.execute)
+            self._files = self._stat()
+        except (sqlite3.Error, OSError, ValueError) as error:
+            raise self._error("opened", error) from error
+        threading.Thread(target=self._write, name="journal", daemon=True).start()
+
+    def load(self) -> list[Record]:
+        """Return all records in the order of their creation. To be called before the first `save`."""
+        return [Record(*row) for row in self._database.execute(f"SELECT {_COLUMNS} FROM task ORDER BY seq")]
+
+    def save(self, record: Record) -> None:
+        """Write a record; return once it is on the disk. JournalError: it is not."""
+        saved: concurrent.futures.Future[None] = concurrent.futures.Future()
+        self._saves.put((record, saved))
+        saved.result()
+
+    def delete(self, ids: Iterable[str]) -> None:
+        """Have records deleted with the next transaction. Does not wait for the disk."""
+        for id in ids:
+            self._deleted.put(id)
+
+    def _prepare(self, execute: Callable[..., Any]) -> None:
+        """Lock the file, check whose it is, make the table if it is new. A foreign file stays as it is."""
+        execute("PRAGMA locking_mode = EXCLUSIVE")  # what the first transaction locks is locked from then on
+        execute("BEGIN EXCLUSIVE")
+        ((version,),) = execute("PRAGMA user_version")
+        if not list(execute("SELECT 1 FROM sqlite_master")):
+            execute(_SCHEMA)
+        elif not 1 <= version <= _VERSION:
+            raise ValueError(f"a newer server or another program wrote it (schema {version}), choose another file")
+        execute(f"PRAGMA user_version = {_VERSION}")
+        execute("COMMIT")
+        # fullfsync: on macOS a plain fsync leaves data in the drive's cache. journal_size_limit: a huge
+        # transaction leaves no huge log behind. The file itself reuses the pages of deleted records.
+        for setting in ("journal_mode=WAL", "synchronous=FULL", "fullfsync=1", "journal_size_limit=16777216"):
+            execute(f"PRAGMA {setting}")
+        execute("SELECT 1 FROM task LIMIT 1")  # makes the log, for _stat
+
+    def _stat(self) -> list[tuple[int, int]]:
+        """Return which files the path and the path of its log name now."""
+        return [(s.st_dev, s.st_ino) for s in map(os.stat, (self._path, self._path + "-wal"))]
+
+    def _error(self, verb: str, reason: object) -> JournalError:
+        advice = "".join(f", {text}" for part, text in _ADVICE.items() if part in str(reason))
+        return JournalError(f"the journal {self._path} cannot be {verb}: {reason}{advice}")
+
+    def _write(self) -> None:
+        """Save and delete what comes, for ever."""
+        while True:
+            batch = [self._saves.get()]
+            while not self._saves.empty():
+                batch.append(self._saves.get())
+            deleted = [self._deleted.get() for _ in range(self._deleted.qsize())]
+            error = None
+            try:
+                self._commit({record.id: record[:-1] for record, _ in batch}, deleted)
+            except Exception as exception:  # whatever it is: nobody may be left waiting
+                error = self._error("written", exception)
+                if self._database.in_transaction:
+                    self._database.rollback()
+                self.delete(deleted)
+            for _, saved in batch:
+                saved.set_exception(error) if error else saved.set_result(None)
+
+    def _commit(self, rows: dict[str, tuple[Any, ...]], deleted: list[str]) -> None:
+        """Delete, then save, in one transaction.
+
+        With a statement for each row, saves are five times slower beside a thread that computes: after every
+        statement this thread has to win the interpreter again.
+        """
+        if self._stat() != self._files:  # what is not where the next start looks is not safe
+            raise OSError("No such file any more")
+        # A lone surrogate, say from a file name in an error's text, would make the whole transaction fail.
+        values = [v.encode("utf-8", "replace").decode() if isinstance(v, str) else v
+                  for id, row in rows.items() for v in (id, *row)]  # fmt: skip
+        execute, width = self._database.execute, len(Record._fields)
+        execute("BEGIN IMMEDIATE")
+        for i in range(0, len(deleted), 500):  # SQLite before 3.32 takes 999 values a statement
+            ids = deleted[i : i + 500]
+            execute(f"DELETE FROM task WHERE id IN (?{', ?' * (len(ids) - 1)})", ids)
+        for i in range(0, len(values), 64 * width):
+            part = values[i : i + 64 * width]
+            execute(_SAVE + ", ".join([_SAVE_ROW] * (len(part) // width)), part)
+        execute("COMMIT")
+
+
+# -- 9. Access ---------------------------------------------------------------------------------------
+
+
+def check_host(names: Iterable[str]) -> Callable[[Request], None]:
+    """Return a check that a request is meant for this server: for an IP address, localhost or one of these names.
+
+    A web page can have its own name point here (DNS rebinding) and then talk to this server as if it were its
+    own; it cannot do so with an address. HTTPError 421 (RFC 9110, 15.5.20).
+    """
+    allowed = {"localhost", *(name.lower() for name in names)}
+
+    @functools.lru_cache(maxsize=256)
+    def is_meant(host: str) -> bool:
+        name = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0].lower()
+        try:
+            return name in allowed or bool(ipaddress.ip_address(name))
+        except ValueError:
+            return False
+
+    def check(request: Request) -> None:
+        if request.host and not is_meant(request.host):  # HTTP/1.0 may name no host; no browser does that
+            raise HTTPError(421, "This server does not go by that name: use its address, or start it with --allow-host.")
+
+    return check
+
+
+def check_token(token: str) -> Callable[[Request], None]:
+    """Return a check for `Authorization: Bearer` with this token. HTTPError 401 (RFC 6750, 3)."""
+    expected = token.encode()
+
+    def check(request: Request) -> None:
+        scheme, _, credentials = request.fields.headers.get("authorization", "").partition(" ")
+        known = scheme.lower() == "bearer" and hmac.compare_digest(credentials.strip().encode("latin-1"), expected)
+        if not known and not (request.path in ("/", "/healthz") and request.method in ("GET", "HEAD")):
+            raise HTTPError(401, "Send the server's token: Authorization: Bearer TOKEN.", ("WWW-Authenticate", "Bearer"))
+
+    return check
+
+
+def use_tls(server: Server, certificate: str, key: str) -> None:
+    """Have a server that has not begun yet speak TLS 1.2 or newer. OSError: a file is missing or wrong."""
+    import ssl  # not every Python is built with it
+
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.load_cert_chain(certificate, key)
+
+    class TLSConnection(Connection):
+        """The same, after a handshake, which costs milliseconds of computing and so is done by a thread."""
+
+        would_block = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
+        shaken = False
+
+        def __init__(self, sock: Any, peer: str, server: Server) -> None:
+            super().__init__(context.wrap_socket(sock, server_side=True, do_handshake_on_connect=False), peer, server)
+
+        def ready(self) -> None:
+            if self.shaken:
+                super().ready()
+            else:
+                self.server.lend(self, self.shake_hands, functools.partial(self.go_on, self.deadline))
+
+        def shake_hands(self) -> str:
+            try:
+                self.socket.do_handshake()
+                self.shaken = True
+            except self.would_block:
+                pass
+            except (OSError, ValueError) as error:
+                return describe(error)
+            return ""
+
+        def go_on(self, deadline: float, error: str) -> None:
+            self.phase, self.deadline = HEADER, deadline
+            if error:
+                log.info("no TLS with %s: %s", self.peer, error)
+                self.close()
+
+        def finish(self) -> None:
+            try:
+                self.socket.unwrap()  # says that this is the end, and does not wait for the same from the client
+            except (OSError, ValueError):
+                pass
+            super().finish()
+
+    server.connection_class = TLSConnection
+
+
+# -- 10. Child processes -----------------------------------------------------------------------------
+#
+#   a worker's thread                           its child process
+#   Child.run --- function, payload --------->  _watch, a thread --> _child_main, the main thread
+#             <-- s: the function is called --  _answer
+#             <-- p: a report, ten a second --  _watch <- Progress <- report(...)
+#             <-- r: result, or e: error -----  _child_main
+#
+# From the child come bytes and JSON: the server never unpickles what a task made.
+
+_SPAWN = multiprocessing.get_context("spawn")  # never fork: the server has threads
+START_SECONDS = 120.0  # in which a child must have imported its modules
+REPORT_SECONDS = 0.1  # between two reports that cross the border
+
+
+class _Job:
+    """What a child works at."""
+
+    def __init__(self, pickled: bytes) -> None:
+        self.pickled = pickled
+        self.progress = Progress()
+        self.sent = self.progress.last  # the report that has crossed the border
+        self.done = False
+
+
+def _child_main(pipe: Any) -> None:
+    """Run the jobs that come through the pipe, one at a time. Never returns."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process: the parent decides
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if hasattr(os, "nice"):  # Windows has none: there children keep the priority of the server
+        os.nice(10)
+    jobs: queue.SimpleQueue[_Job] = queue.SimpleQueue()
+    writing = threading.Lock()  # guards writes to the pipe, and `sent` and `done` of a job
+    threading.Thread(target=_watch, args=(pipe, jobs, writing), daemon=True).start()
+    while True:
+        job = jobs.get()
+        answer = _answer(pipe, job)
+        for stream in filter(None, (sys.stdout, sys.stderr)):
+            stream.flush()  # what the function printed: a later kill would lose it
+        with writing:
+            _send_report(pipe, job)
+            job.done = True
+            pipe.send_bytes(answer)
+
+
+def _watch(pipe: Any, jobs: queue.SimpleQueue[_Job], writing: threading.Lock) -> None:
+    """Pass on jobs and send reports; at end of file the server is gone, and so is this process at once."""
+    job = None
+    try:
+        while True:
+            if job is None or job.done or pipe.poll(REPORT_SECONDS):
+                job = _Job(pipe.recv_bytes())
+                jobs.put(job)
+            else:
+                with writing:
+                    _send_report(pipe, job)
+    finally:
+        os._exit(1)
+
+
+def _send_report(pipe: Any, job: _Job) -> None:
+    if job.progress.last is not job.sent and not job.done:
+        job.sent = job.progress.last
+        pipe.send_bytes(b"p" + json.dumps(job.sent).encode())
+
+
+def _answer(pipe: Any, job: _Job) -> bytes:
+    """Return the message that says how the task ended. Whatever its function raises ends the task alone."""
+    try:
+        function, payload = pickle.loads(job.pickled)  # imports the function's module
+        pipe.send_bytes(b"s")
+        return b"r" + call_here(function, payload, job.progress.report)
+    except BaseException as error:
+        return b"e" + json.dumps([describe(error), traceback.format_exc()[-20_000:]]).encode()
+
+
+class Child:
+    """One spawned process and one pipe; runs one task at a time.
+
+    The process starts with the first run(), serves the later ones too, and is replaced after its death. run()
+    belongs to one thread, not the main one, for it blocks SIGINT there.
+    """
+
+    # Guards every start, kill and reaping, in all children: multiprocessing has one table of them, and of two
+    # threads that reap a process one misses its exit status. Held around slow system calls, some milliseconds;
+    # no reader of the store takes it.
+    _lock = threading.Lock()
+
+    def __init__(self) -> None:
+        self._process: Any = None
+        self._pipe: Any = None  # our end
+
+    def run(self, timeout: float | None, function: Any, payload: bytes, report: Report) -> bytes:
+        """Return the encoded result of function(decoded payload, report), called in the child. Blocks.
+
+        `timeout` is in seconds and counts from when the function is called; `report` is called in this thread.
+        TaskError: it raised, its process died, was too slow, or could not start.
+        """
+        try:
+            job = pickle.dumps((function, payload))
+            if self._process is None or multiprocessing.connection.wait([self._pipe, self._process.sentinel], 0):
+                self.end()
+                self._start()
+        except Exception as error:  # also: no process, memory or descriptor to be had
+            raise TaskError(f"no child process can take the task: {describe(error)}") from None
+        lost = 'the child process ended before it took the task ({}); is `if __name__ == "__main__":` missing?'
+        begun, limit = time.monotonic(), START_SECONDS
+        ready = [self._pipe, self._process.sentinel]  # both: on Windows a process may die and leave its pipe open
+        try:
+            self._pipe.send_bytes(job)
+            while multiprocessing.connection.wait(ready, max(0.0, begun + limit - time.monotonic())):
+                message = self._pipe.recv_bytes() if self._pipe.poll() else b""
+                kind, body = message[:1], message[1:]
+                if kind == b"r":
+                    return bytes(body)
+                if kind == b"e":
+                    raise TaskError(*json.loads(body))
+                if kind == b"p":
+                    report(*json.loads(body))
+                elif kind == b"s":
+                    lost, begun, limit = "the child process died ({})", time.monotonic(), timeout or 1e6
+                else:
+                    break
+            else:
+                lost = f"timed out after {limit:g} seconds"
+        except (EOFError, OSError):  # it died: end of file, or nobody to send to
+            pass
+        raise TaskError(lost.format(self.end()))
+
+    def end(self) -> str:
+        """End the process, if there is one, and say how it ended."""
+        if self._process is None:
+            return ""
+        with self._lock:
+            self._process.kill()
+            self._process.join(5)
+            status = self._process.exitcode
+        self._process = None
+        self._pipe.close()
+        return f"killed by signal {-status}" if status and status < 0 else f"exit status {status}"
+
+    __del__ = end  # its worker has ended
+
+    def _start(self) -> None:
+        if sys.platform != "win32":  # inherited: no Ctrl-C reaches the child before it ignores it
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        with self._lock:
+            self._pipe, far_end = _SPAWN.Pipe()
+            with far_end:  # left open here, it would hide the end of file
+                process = _SPAWN.Process(target=_child_main, args=(far_end,), daemon=True)
+                process.start()
+        self._process = process
+
+
+_worker = threading.local()  # .child: the one that this worker thread owns
+
+
+def call_in_child(timeout: float | None, function: Any, payload: bytes, report: Report) -> bytes:
+    """Call a function in the child process of this worker thread; return the encoded result. TaskError."""
+    if not hasattr(_worker, "child"):
+        _worker.child = Child()
+    result: bytes = _worker.child.run(timeout, function, payload, report)
+    return result
+
+
+def end_children() -> None:
+    """End all child processes; the tasks in them fail."""
+    for process in multiprocessing.active_children():
+        process.kill()
+
+
+Application.call_in_child = staticmethod(call_in_child)
+
+
+# -- 11. OpenAPI -------------------------------------------------------------------------------------
+
+
+def openapi(application: Application) -> dict[str, Any]:
+    """Return the OpenAPI 3.1 description of an application."""
+
+    def operation(summary: str, schema: Any, refusals: Iterable[int], status: int = 200, **more: Any) -> dict[str, Any]:
+        responses = {str(refusal): {"$ref": f"#/components/responses/{refusal}"} for refusal in refusals}
+        return {"summary": summary, "responses": {str(status): answer(status, schema), **responses}, **more}
+
+    def answer(status: int, schema: Any) -> dict[str, Any]:
+        return {"description": http.HTTPStatus(status).phrase, "content": {"application/json": {"schema": schema}}}
+
+    def query(name: str, schema: Any) -> dict[str, Any]:
+        return {"name": name, "in": "query", "schema": schema}
+
+    record = {"$ref": "#/components/schemas/record"}
+    health = {"type": "object", "required": ["status"]}
+    tasks = {"type": "object", "required": ["tasks"], "properties": {"tasks": {"type": "array"}}}
+    limit = query("limit", {"type": "integer", "minimum": 0, "default": 50})
+    paths: dict[str, Any] = {
+        "/tasks": {"get": operation("The newest tasks, without their results", tasks, (400, 401, 421), parameters=[limit])},
+        "/openapi.json": {"get": operation("This description", {"type": "object"}, (401, 421))},
+        "/healthz": {"get": operation("Whether tasks are taken, and how many there are", health, (421,), security=[])},
+    }
+    paths["/healthz"]["get"]["responses"]["503"] = answer(503, health)
+    name = {"type": "string", "minLength": 1, "maxLength": MAX_NAME, "pattern": r"\S"}
+    payload = {"type": "object", "required": ["name"], "properties": {"name": name}, "examples": [{"name": "sample"}]}
+    body = {"required": True, "content": {"application/json": {"schema": payload}}}
+    id = {"name": "id", "in": "path", "required": True, "schema": {"type": "string", "format": "uuid"}}
+    wait = query("wait", {"type": "string", "pattern": r"^[0-9]+(\.[0-9]+)?$", "description": "seconds, at most 30"})
+    for task_type in application.types.values():
+        description = inspect.getdoc(task_type.function) or ""
+        paths[f"/create-{task_type.name}"] = {"post": operation(
+            f"Create a task of type {task_type.name}", record, (400, 401, 408, 411, 413, 415, 421, 501, 503), 201,
+            description=description, requestBody=body)}  # fmt: skip
+        paths[f"/poll-{task_type.name}/{{id}}"] = {"get": operation(
+            f"Ask how a task of type {task_type.name} is, or wait for its end", record, (400, 401, 404, 421),
+            parameters=[id, wait])}  # fmt: skip
+    now = 1700000000.0
+    example = json.loads(encode_record(Record(str(uuid.UUID(int=0)), "sample", COMPLETED, "task", now, now, now + 5,
+                                              1.0, None, b'{"seconds": 5}')))  # fmt: skip
+    properties: dict[str, Any] = {key: {"type": ["string", "null"]} for key in example}
+    properties.update(progress={"type": ["number", "null"]}, result={})
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "taskserver", "version": __version__},
+        "paths": paths,
+        "security": [{"token": []}] if application.secured else [],
+        "components": {
+            "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}},
+            "schemas": {"record": {"type": "object", "required": list(example), "properties": properties,
+                                   "examples": [example]}},
+            "responses": {str(status): answer(status, {"type": "object", "required": ["error"]})
+                          for status in (400, 401, 404, 408, 411, 413, 415, 421, 501, 503)},
+        },
+    }  # fmt: skip
+
+
+# -- 12. Live page -----------------------------------------------------------------------------------
+
+PAGE = r"""<!DOCTYPE html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>taskserver</title><link rel="icon" href="data:,">
+<style>
+:root { color-scheme: light dark; --ground: light-dark(#f4f6f9, #10141b); --card: light-dark(#ffffff, #191f29);
+  --line: light-dark(#dde2ea, #2f3847); --text: light-dark(#1a2230, #e6eaf1); --quiet: light-dark(#566072, #a3adbe);
+  --accent: light-dark(#2553c4, #93b4ff); --good: light-dark(#17693c, #7fd6a3); --bad: light-dark(#b0231f, #ff9f99); }
+* { box-sizing: border-box; margin: 0; }
+:focus-visible { outline: 3px solid var(--accent); outline-offset: 2px; }
+body { max-width: 76rem; margin: auto; padding: 1.5rem 1rem 3rem; background: var(--ground); color: var(--text);
+  font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
+main { display: grid; grid-template-columns: minmax(0, 1fr); gap: 1.5rem; align-items: start; margin-top: 1.5rem; }
+@media (min-width: 56rem) { main { grid-template-columns: 25rem minmax(0, 1fr); } }
+h2, h3, summary { font-size: 1rem; font-weight: 600; }
+.stack:not([hidden]) { display: grid; grid-template-columns: minmax(0, 1fr); gap: 1rem; padding: 0; list-style: none; }
+.card.card { padding: 1.25rem; border: 1px solid var(--line); border-radius: 0.75rem; background: var(--card); }
+.quiet, .wrong, ::placeholder { font-size: 0.875rem; color: var(--quiet); }
+.wrong { font-weight: 600; color: var(--bad); }
+input, select, textarea, button, pre { width: 100%; padding: 0.5rem 0.75rem; border-radius: 0.5rem; font: inherit;
+  color: inherit; background: var(--ground); border: 1px solid color-mix(in srgb, var(--quiet) 75%, transparent); }
+button { border: 0; background: var(--accent); color: var(--card); font-weight: 600; cursor: pointer; }
+pre, textarea { font: 0.8125rem/1.5 ui-monospace, monospace; white-space: pre-wrap; }
+summary ~ h3 { margin-top: 1rem; }
+pre { max-height: 24rem; overflow: auto; margin-top: 0.5rem; border: 0; }
+.task { display: grid; grid-template-columns: minmax(0, 1fr) auto; gap: 0.25rem 1rem; }
+.pending { --hue: var(--accent); } .completed { --hue: var(--good); } .failed { --hue: var(--bad); }
+.task :nth-child(n + 3) { grid-column: 1 / -1; }
+.task h3, .message { max-height: 6rem; overflow: auto; scrollbar-width: thin; }
+.pill { align-self: start; padding: 0 0.75rem; border-radius: 1rem; color: var(--hue); background: var(--ground); }
+progress { appearance: none; width: 100%; height: 0.375rem; border: 0; }
+progress, ::-webkit-progress-bar { border-radius: 1rem; overflow: hidden; background: var(--line); }
+::-webkit-progress-value { background: var(--hue); } ::-moz-progress-bar { background: var(--hue); }
+@media (forced-colors: active) { progress { appearance: auto; } }
+</style>
+
+<header>
+  <h1>taskserver</h1>
+  <p id="counts">&nbsp;</p>
+  <p id="connection" class="quiet" role="status" aria-live="polite">Connecting …</p>
+</header>
+<main>
+  <div class="stack">
+    <form id="access" class="card stack" hidden>
+      <label>Token (kept in memory only) <input name="token" type="password" autocomplete="off" required></label>
+      <button>Use this token</button>
+    </form>
+    <form id="create" class="card stack" aria-labelledby="create-title">
+      <h2 id="create-title">Create a task</h2>
+      <label>Task type <select name="type"></select></label>
+      <label>Name <input name="name" value="my task" maxlength="256" required autocomplete="off"></label>
+      <label>Rest of the payload, as a JSON object
+        <textarea name="rest" rows="3" spellcheck="false" placeholder='{"seconds": 10}'></textarea></label>
+      <div><button>Create task</button> <output id="answer" class="quiet"></output></div>
+    </form>
+    <details id="commands" class="card">
+      <summary>The same in a terminal</summary>
+      <h3>curl</h3><pre id="curl" tabindex="0"></pre>
+      <h3>PowerShell</h3><pre id="powershell" tabindex="0"></pre>
+    </details>
+  </div>
+  <section class="stack" aria-labelledby="tasks-title">
+    <h2 id="tasks-title">Newest tasks</h2>
+    <p id="empty" class="card quiet" hidden>No tasks yet. Create one with the form or in a terminal.</p>
+    <ul id="tasks" class="stack" role="list"></ul>
+  </section>
+</main>
+<template id="row"><li>
+  <h3 dir="auto"></h3><span class="pill quiet"></span>
+  <p class="about quiet"></p>
+  <progress max="1" aria-label="Progress"></progress>
+  <p class="message" dir="auto"></p>
+  <details><summary class="quiet"></summary><pre tabindex="0">Asking the server …</pre></details>
+</li></template>
+
+<script>
+const byId = (id) => document.getElementById(id);
+const fields = byId("create").elements, list = byId("tasks");
+let token = "";                // lives in memory only
+let turn = Promise.resolve();  // settled when the last job in line has ended
+let pause = 1, serverTime, timer;
+
+const inTurn = (job) => { turn = turn.then(job).catch(console.error); };  // never two requests under way
+
+function setText(element, text, className = element.className) {
+  if (element.textContent !== text) element.textContent = text;  // else: keep selection, announce nothing
+  element.className = className;
+}
+
+async function request(path, body) {  // the answer as an object; one with "error" if that is all there is
+  const method = body ? "POST" : "GET", headers = {"Content-Type": "application/json"};
+  if (token) headers.Authorization = "Bearer " + String.fromCharCode(...new TextEncoder().encode(token));
+  try {
+    const response = await fetch(path, {method, headers, body, signal: AbortSignal.timeout(15000)});
+    const answer = await response.json();
+    serverTime = Date.parse(response.headers.get("Date"));  // our own clock may be wrong
+    if (path !== "/healthz") byId("access").hidden = response.status !== 401;
+    return response.ok || answer.error ? answer : {error: `The server says: ${answer.status}.`};
+  } catch {
+    return {error: "The server does not answer."};
+  }
+}
+
+async function follow() {
+  const {tasks, error} = await request("/tasks?limit=50");
+  const health = await request("/healthz");
+  const problem = error || health.error;
+  const notice = problem ? `${problem} Trying again, less and less often.` : "Connected to the server.";
+  setText(byId("connection"), notice, problem ? "wrong" : "quiet");
+  pause = problem ? Math.min(2 * pause, 30) : health.waiting + health.running > 0 ? 1 : 5;
+  clearTimeout(timer);
+  timer = setTimeout(inTurn, 1000 * (document.hidden ? 30 : pause), follow);
+  if (tasks) showTasks(tasks);
+  if (health.types) showHealth(health);
+}
+
+function showHealth({waiting, running, completed, failed, types}) {
+  setText(byId("counts"), `${waiting} waiting · ${running} running · ${completed} completed · ${failed} failed`);
+  for (const type of types) if (!fields.type.querySelector(`[value=${type}]`)) fields.type.add(new Option(type, type));
+  showCommands();
+}
+
+function showTasks(records) {  // rows never move; one that is open stays even when its record is gone
+  const ids = records.map((record) => record.id);
+  for (const row of [...list.children]) if (!ids.includes(row.id) && !row.querySelector("[open]")) row.remove();
+  let newer = null;
+  for (const record of records) {
+    const row = byId(record.id) || byId("row").content.firstElementChild.cloneNode(true);
+    showTask(record, row);
+    if (!row.isConnected) newer ? newer.after(row) : list.prepend(row);
+    newer = row;
+  }
+  byId("empty").hidden = records.length > 0;
+}
+
+function showTask(record, row) {
+  const part = (selector) => row.querySelector(selector);
+  const state = record.finished_at ? "" : record.started_at ? " · running" : " · waiting";
+  const percent = record.progress === null ? "" : ` · ${Math.floor(100 * record.progress)} %`;
+  Object.assign(row, {id: record.id, className: `task card ${record.status}`});
+  setText(part("h3"), record.name);
+  setText(part(".pill"), record.status);
+  setText(part(".about"), `${record.type}${state}${percent} · ${age(record)}`);
+  setText(part(".message"), record.message || "");
+  setText(part("summary"), record.error ? "Error" : "Result");
+  if (percent || record.finished_at) part("progress").value = record.progress || 0;  // no value: nobody knows yet
+  part("details").hidden = !record.finished_at;
+  part("details").dataset.path = `/poll-${record.type}/${record.id}`;
+}
+
+function age(record) {
+  const seconds = Math.max(1, (serverTime - Date.parse(record.created_at)) / 1000);
+  const [size, unit] = [[86400, "d"], [3600, "h"], [60, "min"], [1, "s"]].find(([size]) => size <= seconds);
+  return `${Math.floor(seconds / size)} ${unit} ago`;
+}
+
+async function showOutcome(details) {
+  const {error, result} = await request(details.dataset.path);
+  setText(details.querySelector("pre"), error || JSON.stringify(result, null, 2));
+}
+
+function payload() {
+  const rest = fields.rest.value.trim() || "{}";
+  try {
+    if (rest[0] !== "{" || "name" in JSON.parse(rest)) throw new Error('Put braces around it and no "name" inside.');
+    fields.rest.setCustomValidity("");
+  } catch (error) {
+    fields.rest.setCustomValidity(`Write JSON like {"seconds": 10}. ${error.message}`);
+  }
+  const members = rest.slice(1, -1).trim();  // as typed: JavaScript would round long numbers
+  return `{"name": ${JSON.stringify(fields.name.value)}${members && ", " + members}}`;
+}
+
+function showCommands() {
+  const body = payload(), type = fields.type.value;
+  const [create, poll] = [`create-${type}`, `poll-${type}/ID`].map((path) => `'${location.origin}/${path}'`);
+  const shell = body.replaceAll("'", "'\\''");
+  const powershell = body.replace(/['\u2018-\u201b]/g, "$&$&");  // curly quotes end a string there, too
+  const curl = token ? 'curl -H "Authorization: Bearer $TASKSERVER_TOKEN"' : "curl";
+  const invoke = "Invoke-RestMethod" + (token && ' -Headers @{Authorization = "Bearer $env:TASKSERVER_TOKEN"}');
+  setText(byId("curl"), `${curl} -H 'Content-Type: application/json' \\
+  -d '${shell}' \\
+  ${create}\n\n${curl} ${poll}`);
+  setText(byId("powershell"), `${invoke} -Method Post \`\n  -ContentType 'application/json; charset=utf-8' \`
+  -Body '${powershell}' \`
+  ${create}\n\n${invoke} ${poll}`);
+}
+
+byId("create").oninput = showCommands;
+byId("create").onsubmit = (event) => {
+  event.preventDefault();
+  const path = `/create-${fields.type.value}`, body = payload();
+  inTurn(async () => {
+    const {error, type, id} = await request(path, body);
+    setText(byId("answer"), error || `Created. Poll it at /poll-${type}/${id}`, error ? "wrong" : "quiet");
+    await follow();
+  });
+};
+fields.rest.oninvalid = () => setText(byId("answer"), fields.rest.validationMessage, "wrong");
+byId("access").onsubmit = (event) => {
+  event.preventDefault();
+  token = event.target.elements.token.value;
+  event.target.reset();
+  inTurn(follow);
+};
+list.addEventListener("toggle", ({target}) => target.open && inTurn(() => showOutcome(target)), true);
+document.onvisibilitychange = () => document.hidden || inTurn(follow);
+byId("commands").open = innerWidth > 900;  // on a phone the tasks come first
+inTurn(follow);
+</script>"""
+
+
+def add_pages(application: Application) -> None:
+    """Add GET / for people and GET /openapi.json for programs."""
+
+    def source(tag: str) -> str:
+        text = PAGE.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0]
+        return "'sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() + "'"
+
+    policy = (f"default-src 'none'; script-src {source('script')}; style-src {source('style')}; connect-src 'self'; "
+              "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+              "require-trusted-types-for 'script'")  # fmt: skip
+    page = Response(200, PAGE.encode(), (("Content-Security-Policy", policy),), "text/html; charset=utf-8")
+    application.router.add("GET", "/", lambda request: page)
+    application.router.add("GET", "/openapi.json",
+                           lambda request: Response(200, json.dumps(openapi(application)).encode()))  # fmt: skip
+
+
+# -- 13. Running -------------------------------------------------------------------------------------
+
+
+class LogHandler(logging.Handler):
+    """Writes log lines from one daemon thread, so that a stderr which is full or closed stops nobody.
+
+    What does not fit into its queue is dropped, counted, and said later.
+    """
+
+    MAX_LINES = 10_000
+    # What came from outside must neither begin a line of its own nor move a terminal's cursor.
+    ESCAPES: ClassVar = {**{code: f"\\x{code:02x}" for code in (*range(32), 127)}, 10: "\n    "}
+
+    def __init__(self, descriptor: int) -> None:
+        super().__init__()
+        self._descriptor = descriptor
+        self._dropped = itertools.count()  # next() is atomic
+        self._lines: queue.SimpleQueue[logging.LogRecord | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._write, name="log", daemon=True)
+        self._thread.start()
+
+    def handle(self, record: logging.LogRecord) -> bool:
+        """Queue a line; no lock is needed for that."""
+        if self._lines.qsize() < self.MAX_LINES:
+            self._lines.put(record)
+        else:
+            next(self._dropped)
+        return True
+
+    def finish(self, seconds: float) -> None:
+        """Write what is queued, at most for so long."""
+        self._lines.put(None)
+        self._thread.join(seconds)
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return a line in ASCII; a traceback makes more lines, which are indented."""
+        text = record.getMessage()
+        if record.exc_info:
+            text += "\n" + "".join(traceback.format_exception(*record.exc_info)).rstrip()
+        if not text.isprintable() or not text.isascii():
+            text = text.translate(self.ESCAPES).encode("ascii", "backslashreplace").decode()
+        return f"{_whole_second(int(record.created))}Z {record.levelname} {text}\n"
+
+    def _write(self) -> None:
+        said = 0
+        while True:
+            records = [self._lines.get()]
+            time.sleep(0.01)  # to be woken costs more than to write a line, so many are written at once
+            while not self._lines.empty():
+                records.append(self._lines.get())
+            text = "".join(self.format(record) for record in records if record)
+            dropped = int(repr(self._dropped)[6:-1])
+            if dropped > said:
+                text += f"{dropped - said} lines of the log did not fit and were dropped\n"
+                said = dropped
+            data = text.encode()
+            try:
+                while data:
+                    data = data[os.write(self._descriptor, data) :]
+            except OSError:
+                pass  # nobody reads the log any more; the server goes on
+            if None in records:
+                return
+
+
+def run(server: Server, grace: float) -> bool:
+    """Serve until SIGINT, SIGTERM or SIGBREAK, then stop in order; return whether no task was left running.
+
+    To be called in the main thread. A second signal ends the process at once, with status 128 + its number.
+    """
+    application = server.application
+    told = threading.Event()
+    signals: list[int] = []
+
+    def on_signal(number: int, frame: object) -> None:
+        signals.append(number)
+        if len(signals) > 1:
+            end_children()
+            os._exit(128 + number)
+        told.set()
+
+    def stop() -> None:
+        told.wait()
+        deadline = time.monotonic() + grace
+        application.stopping = True  # 1. creates get 503, healthz says so
+        dropped = sum(pool.drop() for pool in application.pools)  # 2. what waits is not begun
+        log.info("stopping: running tasks have %g seconds; %s", grace, f"{dropped} waiting tasks " + (
+            "stay in the journal for the next start" if application.store.blocks else "are dropped"))  # fmt: skip
+        application.store.stop()  # 3. long polls are answered
+        for pool in application.pools:  # 4. running tasks go on for a while, and polls are answered
+            pool.join(max(0.0, deadline - time.monotonic()))
+        end_children()
+        server.shutdown(wait=False)  # 5. answers under way are sent, then all is closed
+
+    for name in ("SIGINT", "SIGTERM", "SIGBREAK"):  # the last exists on Windows
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), on_signal)
+    threading.Thread(target=stop, name="stop", daemon=True).start()
+    try:
+        server.serve_forever()
+    finally:
+        server.server_close()
+    return not any(pool.counts()[1] for pool in application.pools)
+
+
+# -- 14. Demo and command line -----------------------------------------------------------------------
+
+
+def wait(payload: dict[str, Any], report: Report) -> dict[str, Any]:
+    """Wait, as if for a network: for "seconds", from 0 to 3600, 5 if they are not given."""
+    seconds = payload.get("seconds", 5)
+    if not isinstance(seconds, (int, float)) or isinstance(seconds, bool) or not 0 <= seconds <= 3600:
+        raise ValueError('"seconds" must be a number from 0 to 3600')
+    steps = min(100, math.ceil(seconds))
+    for step in range(steps):
+        report(step / steps, f"{seconds * step / steps:g} of {seconds:g} seconds")
+        time.sleep(seconds / steps)
+    return {"seconds": seconds}
+
+
+def primes(payload: dict[str, Any], report: Report) -> dict[str, int]:
+    """Count the primes below "limit", at most 100,000,000, by trial division; 400,000 take about a second."""
+    limit = payload.get("limit", 400_000)
+    if type(limit) is not int or not 0 <= limit <= 100_000_000:
+        raise ValueError('"limit" must be a whole number from 0 to 100,000,000')
+    count = 0
+    for number in range(2, limit):
+        if number % 1000 == 0:
+            report(number / limit, f"{count} primes below {number}")
+        if all(number % divisor for divisor in range(2, int(number**0.5) + 1)):
+            count += 1
+    return {"limit": limit, "primes": count}
+
+
+def demo() -> Application:
+    """Return an application with the two task types that this file brings along."""
+    application = Application()
+    application.task("task")(wait)
+    application.task("primes", cpu=True)(primes)
+    return application
+
+
+def self_check() -> int:
+    """Serve the demo on a free port, create a task of each type, poll it to its end; return an exit status."""
+    print(f"taskserver {__version__}, Python {sys.version.split()[0]} on {sys.platform}")
+    application = demo()
+    server = Server(("127.0.0.1", 0), application)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    client = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=60)
+    failures = 0
+    for name, payload in ("task", {"seconds": 0.1}), ("primes", {"limit": 10_000}):
+        begun = time.monotonic()
+        client.request("POST", f"/create-{name}", json.dumps({"name": "self-check", **payload}),
+                       {"Content-Type": "application/json"})  # fmt: skip
+        record = json.loads(client.getresponse().read())
+        while record.get("status") == PENDING and time.monotonic() < begun + 30:
+            client.request("GET", f"/poll-{name}/{record['id']}?wait=10")
+            record = json.loads(client.getresponse().read())
+        good = record.get("status") == COMPLETED
+        failures += not good
+        print(f"  {name}: {'works' if good else record}, {time.monotonic() - begun:.2f} seconds")
+    for module, option in ("sqlite3", "--db"), ("ssl", "--tls-cert"):
+        print(f"  {option}: {'works' if importlib.util.find_spec(module) else f'not here, Python has no {module}'}")
+    server.shutdown()
+    server.server_close()
+    end_children()
+    print("all is well" if not failures else "something does not work here")
+    return min(failures, 1)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; --help lists the options\n")
+
+
+def _number(convert: Callable[[str], float], low: float, high: float = math.inf) -> Callable[[str], float]:
+    def number(text: str) -> float:
+        value = convert(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not from {low:g} to {high:g}")
+        return value
+
+    return number
+
+
+def _parse_options(argv: list[str] | None) -> argparse.Namespace:
+    parser = _Parser(prog="taskserver", allow_abbrev=False, description="An HTTP server for long work.",
+                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)  # fmt: skip
+    count, seconds = _number(int, 1), _number(float, 0)
+    for option, convert, default, text in (
+        ("--host", str, "127.0.0.1", "address to listen on"),
+        ("--port", _number(int, 0, 65535), 8000, "port to listen on, 0 for a free one"),
+        ("--workers", count, Application.WORKERS, "tasks of a kind that may run at once, in threads"),
+        ("--cpu-workers", count, os.cpu_count() or 1, "tasks that may compute at once, in processes"),
+        ("--max-waiting", _number(int, 0), Application.MAX_WAITING, "tasks that may wait for a worker"),
+        ("--max-tasks", count, 100_000, "tasks that are held, final ones included"),
+        ("--keep", seconds, 3600, "seconds for which a final task can be polled"),
+        ("--db", str, None, "SQLite file in which tasks outlive the process"),
+        ("--grace", seconds, 10, "seconds that running tasks have when the server stops"),
+        ("--tls-cert", str, None, "certificate chain (PEM); speaks HTTPS"),
+        ("--tls-key", str, None, "its private key (PEM)"),
+    ):
+        parser.add_argument(option, type=convert, default=default, help=text, metavar=option.split("-")[-1].upper())
+    parser.add_argument("--allow-host", action="append", default=[], metavar="NAME", help="a name that clients may use")
+    parser.add_argument("--allow-anonymous", action="store_true", help="serve other machines without a token")
+    parser.add_argument("--verbose", action="store_true", help="log each request")
+    parser.add_argument("--self-check", action="store_true", help="try out what works here, and exit")
+    parser.add_argument("--version", action="version", version=f"taskserver {__version__}")
+    options = parser.parse_args(argv)
+    if bool(options.tls_cert) != bool(options.tls_key):
+        parser.error("give --tls-cert and --tls-key together")
+    return options
+
+
+def _prepare_process() -> None:
+    """Set what holds for the process as a whole."""
+    sys.setswitchinterval(0.0005)  # seconds; with the usual 5 ms some clients starve while tasks compute
+    logging._srcfile = None  # type: ignore[attr-defined]  # who logs, and from where, is in no line
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
+    while True:  # a descriptor that is closed now must not become a socket to which something prints
+        descriptor = os.open(os.devnull, os.O_RDWR)
+        if descriptor > 2:
+            os.close(descriptor)
+            break
+    try:
+        import resource  # POSIX only
+
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    except (ImportError, ValueError, OSError):  # macOS refuses what it calls unlimited
+        pass
+
+
+def _set_up(application: Application, options: argparse.Namespace) -> Server:
+    """Put the parts together as the options say. ValueError, OSError, JournalError: what is wrong."""
+    token = os.environ.get("TASKSERVER_TOKEN", "")
+    if not re.fullmatch("[!-~]*", token):
+        raise ValueError("TASKSERVER_TOKEN must consist of visible ASCII characters")
+    local = options.host == "localhost" or _is_loopback(options.host)
+    if not (local or token or options.allow_anonymous):
+        raise ValueError(f"other machines can reach {options.host}: set a token in TASKSERVER_TOKEN, or allow "
+                         "everybody in with --allow-anonymous")  # fmt: skip
+    application.secured = bool(token)
+    application.before_request.append(check_token(token) if token else check_host([options.host, *options.allow_host]))
+    for pool in application.pools:
+        pool.max_workers, pool.max_waiting = options.workers, options.max_waiting
+    application.cpu_pool.max_workers = options.cpu_workers
+    application.store = Store(options.keep, options.max_tasks)
+    try:
+        server = Server((options.host, options.port), application)
+    except OSError as error:
+        raise ValueError(f"cannot listen on {options.host}, port {options.port}: {error.strerror}; choose another "
+                         "--host or --port") from None  # fmt: skip
+    if options.tls_cert:
+        try:
+            use_tls(server, options.tls_cert, options.tls_key)
+        except (OSError, ImportError) as error:
+            raise ValueError(f"cannot speak TLS with {options.tls_cert} and {options.tls_key}: {error}") from None
+    if options.db:
+        application.store = store = DurableStore(SQLiteJournal(options.db), options.keep, options.max_tasks)
+        store.recover(application)
+    return server
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def main(application: Application | None = None, argv: list[str] | None = None) -> NoReturn:
+    """Run the command line for an application, or for the demo; ends with SystemExit.
+
+    Status 0: stopped; 1: could not start; 2: wrong usage.
+    """
+    if multiprocessing.current_process().name != "MainProcess":
+        sys.exit('taskserver: a child process has called main(); call it under `if __name__ == "__main__":` alone')
+    options = _parse_options(argv)
+    _prepare_process()
+    if options.self_check:
+        sys.exit(self_check())
+    application = application or demo()
+    add_monitoring(application)
+    add_pages(application)
+    handler = LogHandler(2)
+    log.addHandler(handler)
+    log.setLevel(logging.DEBUG if options.verbose else logging.INFO)
+    log.propagate = False
+    try:
+        server = _set_up(application, options)
+    except (ValueError, OSError, JournalError) as error:
+        sys.exit(f"taskserver: {error}")
+    host = f"[{options.host}]" if ":" in options.host else options.host
+    address = f"{'https' if options.tls_cert else 'http'}://{host}:{server.server_port}"
+    log.info("serving %s", address)
+    kept = f"Tasks are kept in {options.db}." if options.db else "Tasks are kept in memory; --db FILE lets them outlive it."
+    first = next(iter(application.types), "TYPE")
+    print(f"taskserver {__version__} on {address}", f'Create a task:  curl -H "Content-Type: application/json" '
+          f"-d '{{\"name\": \"sample\"}}' {address}/create-{first}", kept, sep="\n", flush=True)  # fmt: skip
+    clean = run(server, options.grace)
+    handler.finish(1)
+    if not clean:
+        os._exit(0)  # a task that hangs, or an executor that waits for one, would hold the exit up
+    sys.exit(0)
+
+
+if __name__ == "__main__":
+    main()
