@@ -2,7 +2,7 @@
 # /// script
 # requires-python = ">=3.7"
 # ///
-"""An HTTP server for long work, in one file, with the standard library alone.
+r"""An HTTP server for long work, in one file, with the standard library alone.
 
 A client POSTs a task and gets a record with an id at once; a worker runs the task in the background; the client polls
 the record until it is completed. `python3 taskserver.py` serves two task types to try that out. Your own are functions:
@@ -248,7 +248,7 @@ def describe(exception: BaseException) -> str:
     """Return ValueError("no such host") as "ValueError: no such host"."""
     try:
         text = str(exception)
-    except Exception:
+    except BaseException:
         text = "(an exception that cannot say what it is)"
     return f"{type(exception).__name__}: {text}"[:MAX_ERROR] if text else type(exception).__name__
 
@@ -299,18 +299,20 @@ class Store:
 
     def add(self, record: Record) -> None:
         """Put in a new record. StoreFull: `max_tasks` are held. JournalError. Neither leaves anything behind."""
-        if len(self._records) + self._unsaved >= self.max_tasks:
-            self.evict()
+        self.evict()
         with self._lock.write:
             if len(self._records) + self._unsaved >= self.max_tasks:
                 raise StoreFull(self._finished[0][0] + self.keep - self._clock() if self._finished else self.keep)
             self._unsaved += 1
+        saved = False
         try:
             self._save(record)
-        except BaseException:
-            self._unsaved -= 1
-            raise
-        self._publish(record)
+            saved = True
+        finally:
+            with self._lock.write:
+                self._unsaved -= 1
+                if saved:
+                    self._insert(record)
 
     def update(self, record: Record, durable: bool = True) -> None:
         """Replace a record by its successor. `durable`: once that is saved; blocks and may raise JournalError."""
@@ -709,11 +711,12 @@ class Application:
             def call(function: Callable[..., Any], payload: bytes, report: Report) -> bytes:
                 return encode_result(executor.submit(function, json.loads(payload), ignore_report).result())
 
+        if not isinstance(name, str) or not re.fullmatch("[a-z][a-z0-9-]*", name) or name in self.types:
+            raise ValueError(f"task type {name!r}: choose another name, of lower-case letters, digits and hyphens")
+        if cpu + (executor is not None) > 1 or timeout is not None and not cpu:
+            raise ValueError(f"task type {name!r}: use cpu=True, with or without timeout=, or executor=, not both")
+
         def register(function: Function) -> Function:
-            if not re.fullmatch("[a-z][a-z0-9-]*", name) or name in self.types:
-                raise ValueError(f"task type {name!r}: choose another name, of lower-case letters, digits and hyphens")
-            if cpu + (executor is not None) > 1 or timeout is not None and not cpu:
-                raise ValueError(f"task type {name!r}: use cpu=True, with or without timeout=, or executor=, not both")
             if cpu and "<" in function.__qualname__:  # <lambda>, <locals>
                 raise ValueError(f"task type {name!r}: with cpu=True, use a function at the top level of a module")
             self.types[name] = task_type = TaskType(name, function, pool, call, rerun)
@@ -847,8 +850,8 @@ MAX_CHUNK_LINE = 1024  # bytes of a chunk's size and extensions
 
 _TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"  # RFC 9110, 5.6.2
 _VALUE = rb"[\t\x20-\x7e\x80-\xff]*"  # RFC 9110, 5.5
-_HOST = (rb"(?:\[[0-9A-Fa-f:.]+\]|(?:[A-Za-z0-9\-._~!$&'()*+,;=]|%%[0-9A-Fa-f]{2})+)(?::[0-9]{0,5})?"
-         .replace(b"%%", b"%"))  # RFC 3986, 3.2, without user information
+_HOST = (  # RFC 3986, 3.2, without user information
+    rb"(?:\[[0-9A-Fa-f]*:[0-9A-Fa-f:.]+\]|(?:[A-Za-z0-9\-._~!$&'()*+,;=]|%[0-9A-Fa-f]{2})+)(?::[0-9]{0,5})?")
 _ESCAPED = rb"[%s]*(?:%%[0-9A-Fa-f]{2}[%s]*)*"  # any of these, and percent-encoded bytes
 _PATH = _ESCAPED % ((rb'!"$&->@-~',) * 2)
 _QUERY = _ESCAPED % ((rb'!"$&-~',) * 2)
@@ -921,6 +924,8 @@ def parse_head(head: bytes) -> Request:
     line, _, block = head.partition(b"\r\n")
     method, host, path, query, minor = parse_request_line(line)
     fields = parse_headers(block, minor)
+    if method == "POST" and not fields.chunked and "content-length" not in fields.headers:
+        raise HTTPError(411, "Send a Content-Length.")
     return Request(method, path, query, host or fields.host, fields)
 
 
@@ -962,7 +967,8 @@ def parse_headers(block: bytes, minor: int) -> Fields:
         if not minor or "content-length" in headers:
             raise HTTPError(400, "Send either Content-Length or, in HTTP/1.1, Transfer-Encoding.")
         if coding != "chunked":
-            raise HTTPError(400 if "chunked" in coding or not coding else 501, "Send no other transfer coding than chunked.")
+            codings = [name.strip(" \t") for name in coding.split(",")]
+            raise HTTPError(400 if "" in codings or "chunked" in codings[:-1] else 501, "Send it chunked, and that once.")
     if not re.fullmatch("[0-9]{1,18}", length):
         raise HTTPError(400, "Send one Content-Length, a plain number.")
     if int(length) > MAX_BODY:
@@ -1397,6 +1403,7 @@ class DurableStore(Store):
     FAILING_SECONDS = 30.0  # after a failure, in which the journal counts as failing unless a save succeeds
 
     def __init__(self, journal: Any, keep: float = 3600, max_tasks: int = 100_000) -> None:
+        """Use a journal, which from now on is this store's own."""
         super().__init__(keep, max_tasks)
         self._journal = journal
         self._failed_at = -math.inf
@@ -2296,7 +2303,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _number(convert: Callable[[str], float], low: float, high: float = math.inf) -> Callable[[str], float]:
     def number(text: str) -> float:
-        value = convert(text)
+        value = convert(text) if re.fullmatch(r"[0-9]+(\.[0-9]+)?", text) else -1
         if not low <= value <= high:
             raise argparse.ArgumentTypeError(f"{text} is not from {low:g} to {high:g}")
         return value
@@ -2366,7 +2373,6 @@ def _set_up(application: Application, options: argparse.Namespace) -> Server:
     for pool in application.pools:
         pool.max_workers, pool.max_waiting = options.workers, options.max_waiting
     application.cpu_pool.max_workers = options.cpu_workers
-    application.store = Store(options.keep, options.max_tasks)
     try:
         server = Server((options.host, options.port), application)
     except OSError as error:
@@ -2378,8 +2384,10 @@ def _set_up(application: Application, options: argparse.Namespace) -> Server:
         except (OSError, ImportError) as error:
             raise ValueError(f"cannot speak TLS with {options.tls_cert} and {options.tls_key}: {error}") from None
     if options.db:
-        application.store = store = DurableStore(SQLiteJournal(options.db), options.keep, options.max_tasks)
-        store.recover(application)
+        application.store = DurableStore(SQLiteJournal(options.db))
+    application.store.keep, application.store.max_tasks = options.keep, options.max_tasks
+    if isinstance(application.store, DurableStore):
+        application.store.recover(application)
     return server
 
 
