@@ -214,6 +214,10 @@ def timestamp(seconds: float | None) -> str:
     return f'"{_whole_second(second)}.{millisecond:03d}Z"'
 
 
+def _json(value: object) -> str:
+    return "null" if value is None else json.dumps(value)  # which needs a surprising time for None
+
+
 def encode_record(record: Record, with_result: bool = True) -> bytes:
     """Return the record as the JSON that a client sees, with what its task has reported until now."""
     id, name, status, type, created_at, started_at, finished_at, progress, message, result, error, _, live = record
@@ -222,11 +226,11 @@ def encode_record(record: Record, with_result: bool = True) -> bytes:
     text = (
         f'{{"id": "{id}", "name": {json.dumps(name)}, "status": "{status}", "type": "{type}", '
         f'"created_at": {timestamp(created_at)}, "started_at": {timestamp(started_at)}, '
-        f'"finished_at": {timestamp(finished_at)}, "progress": {json.dumps(progress)}, "message": {json.dumps(message)}, '
+        f'"finished_at": {timestamp(finished_at)}, "progress": {_json(progress)}, "message": {_json(message)}, '
     )
     if with_result:
         text += f'"result": {result.decode() if result else "null"}, '
-    return f'{text}"error": {json.dumps(error)}}}'.encode()
+    return f'{text}"error": {_json(error)}}}'.encode()
 
 
 # A final record is asked for again and again and never changes. Small ones only: this is a bound in bytes too.
@@ -290,7 +294,7 @@ class Store:
     def newest(self, limit: int) -> list[Record]:
         """Return at most so many records, the newest first."""
         with self._lock.read:
-            return list(itertools.islice(reversed(self._records.values()), limit))  # type: ignore[call-overload]
+            return list(itertools.islice(reversed(self._records.values()), limit))
 
     def held(self) -> dict[str, int]:
         """Return the number of records by status."""
@@ -334,17 +338,16 @@ class Store:
 
     def evict(self) -> None:
         """Drop the final records that have outlived their time."""
-        full_portion = 1000  # then readers have their turn
-        evicted = [""] * full_portion
-        while len(evicted) == full_portion:
-            evicted = []
+        while True:
+            evicted: list[str] = []
             with self._lock.write:
                 oldest = self._clock() - self.keep
-                while self._finished and self._finished[0][0] <= oldest and len(evicted) < full_portion:
+                while self._finished and self._finished[0][0] <= oldest and len(evicted) < 1000:  # then readers may read
                     evicted.append(self._finished.popleft()[1])
                     self._held[self._records.pop(evicted[-1]).status] -= 1
-            if evicted:
-                self._forget(evicted)
+            if not evicted:
+                return
+            self._forget(evicted)
 
     def stop(self) -> None:
         """Wake all who wait; nobody waits from now on."""
@@ -561,16 +564,14 @@ class Router:
         segments = tuple(path.split("/"))
         if "%" in path:
             segments = tuple(map(urllib.parse.unquote, segments))
-        methods, arguments = self._routes.get(segments[:-1] + ("{id}",)), segments[-1:]
+        methods, arguments = self._routes.get((*segments[:-1], "{id}")), segments[-1:]
         if methods is None:
             methods, arguments = self._routes.get(segments), ()
-        if methods is None and path == "*":  # OPTIONS for the server as a whole (RFC 9110, 9.3.7)
-            methods = dict.fromkeys(("GET", "HEAD", "POST"))
-        if methods is None:
-            raise HTTPError(404, "There is nothing at this path; GET /openapi.json lists what there is.")
-        if method in methods:
+        if methods and method in methods:
             return methods[method], arguments
-        allow = ("Allow", ", ".join(sorted({"OPTIONS", *methods})))
+        if methods is None and path != "*":  # which OPTIONS asks about for the server as a whole (RFC 9110, 9.3.7)
+            raise HTTPError(404, "There is nothing at this path; GET /openapi.json lists what there is.")
+        allow = ("Allow", ", ".join(sorted({"OPTIONS", *(methods or ("GET", "HEAD", "POST"))})))
         if method == "OPTIONS":
             return (lambda *_: Response(204, headers=(allow,))), ()
         raise HTTPError(405, f"This path takes another method: {allow[1]}.", allow)
@@ -796,7 +797,8 @@ class Application:
             if not _UUID.fullmatch(id):
                 raise HTTPError(400, "Poll with the id that create answered: 36 characters, with hyphens.") from None
             raise HTTPError(404, "No task of this type has this id; it may have been evicted.") from None
-        return Response(200, encode_final(record) if record.status != PENDING else encode_record(record))
+        small_and_final = record.status != PENDING and len(record.result or b"") < 4096
+        return Response(200, encode_final(record) if small_and_final else encode_record(record))
 
     # The life of a task, in a worker
 
@@ -1228,11 +1230,13 @@ class Server(http.server.ThreadingHTTPServer):
                 give_up = now + self.stop_seconds
             if now >= next_tick:
                 next_tick = now + poll_interval
-                self.service_actions()
+                try:
+                    self.service_actions()
+                except Exception:
+                    log.exception("something that is due from time to time failed")
             for key, _ in self._selector.select(max(0.0, next_tick - now)):
                 if key.data:
-                    key.data.ready()
-                    self._settle(key.data)
+                    self._have(key.data, key.data.ready)
                 elif key.fileobj is self.socket:
                     self._accept()
                 else:
@@ -1240,8 +1244,7 @@ class Server(http.server.ThreadingHTTPServer):
             while self._done:
                 self._done.popleft()()
         for connection in list(self._connections):
-            connection.close()
-            self._settle(connection)
+            self._have(connection, connection.close)
         self._stopped.set()
 
     def shutdown(self, wait: bool = True) -> None:
@@ -1263,21 +1266,21 @@ class Server(http.server.ThreadingHTTPServer):
         self._pool.send_worker()
         now = time.monotonic()
         for connection in [connection for connection in self._connections if connection.deadline < now]:
-            connection.expire()
-            self._settle(connection)
+            self._have(connection, connection.expire)
         self._accept_again()
 
     def lend(self, connection: Connection, work: Callable[[], Any], then: Callable[[Any], None]) -> None:
         """Have a thread do `work`, which raises nothing, and then the accept loop `then` with what came out."""
 
         def call() -> None:
-            self._done.append(functools.partial(resume, work()))
-            self._wake()
+            outcome = work()
 
-        def resume(outcome: Any) -> None:
-            then(outcome)
-            connection.advance()
-            self._settle(connection)
+            def go_on() -> None:
+                then(outcome)
+                connection.advance()
+
+            self._done.append(functools.partial(self._have, connection, go_on))
+            self._wake()
 
         connection.enter(RUNNING)
         self._pool.reserve()
@@ -1289,8 +1292,13 @@ class Server(http.server.ThreadingHTTPServer):
         except OSError:  # full: the loop is about to wake anyhow; closed: there is none any more
             pass
 
-    def _settle(self, connection: Connection) -> None:
-        """Have the selector wait for what the connection waits for now, or close it."""
+    def _have(self, connection: Connection, act: Callable[[], None]) -> None:
+        """Have a connection do something, then have the selector wait for what it waits for now, or close it."""
+        try:
+            act()
+        except Exception:
+            log.exception("a connection failed")
+            connection.close()
         events = connection.events()
         if events != connection.watched:
             if connection.watched:
@@ -1304,36 +1312,41 @@ class Server(http.server.ThreadingHTTPServer):
             self._accept_again()
 
     def _accept(self) -> None:
-        try:
-            for _ in range(100):  # then the others have their turn
+        for _ in range(100):  # then the others have their turn
+            try:
                 if len(self._connections) >= self._max_connections:
                     raise OSError("all connections are in use")
                 sock, address = self.get_request()
+            except (BlockingIOError, ConnectionError):  # no more, or gone already
+                return
+            except OSError as error:  # no descriptor left
+                self._refuse(str(error))
+                return
+            try:
                 sock.setblocking(False)
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 connection = self.connection_class(sock, address[0], self)
-                self._connections.add(connection)
-                self._settle(connection)
-        except (BlockingIOError, ConnectionError):  # no more, or gone already
-            pass
-        except OSError as error:  # no descriptor left
-            self._refuse(str(error))
+            except (OSError, ValueError):  # gone by now
+                sock.close()
+                continue
+            self._connections.add(connection)
+            self._have(connection, connection.ready)  # its request may be here already
 
     def _refuse(self, reason: str) -> None:
         """Accept no more until a connection is closed or the next tick, else the loop would spin.
 
-        The connection that has been idle for the longest time gives way.
+        The connection that has been idle for the longest time, at least some seconds, gives way.
         """
         self._selector.unregister(self.socket)
         self._accepting = False
-        if time.monotonic() - self._refused_at > 60:
-            self._refused_at = time.monotonic()
+        now = time.monotonic()
+        if now - self._refused_at > 60:
+            self._refused_at = now
             log.warning("new connections have to wait: %s", reason)
         idle = [connection for connection in self._connections if connection.phase is IDLE]
-        if idle:
-            oldest = min(idle, key=lambda connection: connection.deadline)
-            oldest.close()
-            self._settle(oldest)
+        oldest = min(idle, key=lambda connection: connection.deadline, default=None)
+        if oldest and oldest.deadline - now < PHASE_SECONDS[IDLE] - 5:
+            self._have(oldest, oldest.close)
 
     def _accept_again(self) -> None:
         if not self._accepting and not self._stopping:
@@ -1347,7 +1360,7 @@ class Server(http.server.ThreadingHTTPServer):
 
 def _max_connections() -> int:
     """Return how many connections may be open at once: the descriptors there are, less some for all else."""
-    if selectors.DefaultSelector is selectors.SelectSelector:  # Windows: select takes 512
+    if issubclass(selectors.DefaultSelector, selectors.SelectSelector):  # Windows: select takes 512
         return 480
     try:
         import resource
@@ -2142,7 +2155,8 @@ class LogHandler(logging.Handler):
     def __init__(self, descriptor: int) -> None:
         super().__init__()
         self._descriptor = descriptor
-        self._dropped = itertools.count()  # next() is atomic
+        self._mutex = threading.Lock()
+        self._dropped = 0  # lines; guarded by _mutex
         self._lines: queue.SimpleQueue[logging.LogRecord | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._write, name="log", daemon=True)
         self._thread.start()
@@ -2152,7 +2166,8 @@ class LogHandler(logging.Handler):
         if self._lines.qsize() < self.MAX_LINES:
             self._lines.put(record)
         else:
-            next(self._dropped)
+            with self._mutex:
+                self._dropped += 1
         return True
 
     def finish(self, seconds: float) -> None:
@@ -2170,17 +2185,16 @@ class LogHandler(logging.Handler):
         return f"{_whole_second(int(record.created))}Z {record.levelname} {text}\n"
 
     def _write(self) -> None:
-        said = 0
         while True:
             records = [self._lines.get()]
             time.sleep(0.01)  # to be woken costs more than to write a line, so many are written at once
             while not self._lines.empty():
                 records.append(self._lines.get())
             text = "".join(self.format(record) for record in records if record)
-            dropped = int(repr(self._dropped)[6:-1])
-            if dropped > said:
-                text += f"{dropped - said} lines of the log did not fit and were dropped\n"
-                said = dropped
+            with self._mutex:
+                dropped, self._dropped = self._dropped, 0
+            if dropped:
+                text += f"{dropped} lines of the log did not fit and were dropped\n"
             data = text.encode()
             try:
                 while data:
@@ -2335,7 +2349,7 @@ def _parse_options(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--self-check", action="store_true", help="try out what works here, and exit")
     parser.add_argument("--version", action="version", version=f"taskserver {__version__}")
     options = parser.parse_args(argv)
-    if bool(options.tls_cert) != bool(options.tls_key):
+    if (options.tls_cert is None) != (options.tls_key is None):
         parser.error("give --tls-cert and --tls-key together")
     return options
 
@@ -2343,7 +2357,7 @@ def _parse_options(argv: list[str] | None) -> argparse.Namespace:
 def _prepare_process() -> None:
     """Set what holds for the process as a whole."""
     sys.setswitchinterval(0.0005)  # seconds; with the usual 5 ms some clients starve while tasks compute
-    logging._srcfile = None  # type: ignore[attr-defined]  # who logs, and from where, is in no line
+    logging._srcfile = None  # who logs, and from where, is in no line
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     while True:  # a descriptor that is closed now must not become a socket to which something prints
         descriptor = os.open(os.devnull, os.O_RDWR)
@@ -2378,12 +2392,12 @@ def _set_up(application: Application, options: argparse.Namespace) -> Server:
     except OSError as error:
         raise ValueError(f"cannot listen on {options.host}, port {options.port}: {error.strerror}; choose another "
                          "--host or --port") from None  # fmt: skip
-    if options.tls_cert:
+    if options.tls_cert is not None:
         try:
             use_tls(server, options.tls_cert, options.tls_key)
         except (OSError, ImportError) as error:
             raise ValueError(f"cannot speak TLS with {options.tls_cert} and {options.tls_key}: {error}") from None
-    if options.db:
+    if options.db is not None:
         application.store = DurableStore(SQLiteJournal(options.db))
     application.store.keep, application.store.max_tasks = options.keep, options.max_tasks
     if isinstance(application.store, DurableStore):
