@@ -1265,7 +1265,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.application.tick()
         self._pool.send_worker()
         now = time.monotonic()
-        for connection in [connection for connection in self._connections if connection.deadline < now]:
+        for connection in [c for c in self._connections if c.deadline < now]:
             self._have(connection, connection.expire)
         self._accept_again()
 
@@ -1354,8 +1354,10 @@ class Server(http.server.ThreadingHTTPServer):
             self._accepting = True
 
     def _answering(self) -> bool:
-        """Return whether an answer is under way."""
-        return any(connection.phase in (RUNNING, ANSWER) for connection in self._connections)
+        """Close the connections at rest; return whether there are others. Called when the server stops."""
+        for connection in [c for c in self._connections if c.phase not in (RUNNING, ANSWER)]:
+            self._have(connection, connection.close)
+        return bool(self._connections)
 
 
 def _max_connections() -> int:
@@ -2195,14 +2197,18 @@ class LogHandler(logging.Handler):
                 dropped, self._dropped = self._dropped, 0
             if dropped:
                 text += f"{dropped} lines of the log did not fit and were dropped\n"
-            data = text.encode()
-            try:
-                while data:
-                    data = data[os.write(self._descriptor, data) :]
-            except OSError:
-                pass  # nobody reads the log any more; the server goes on
+            _write(self._descriptor, text.encode())
             if None in records:
                 return
+
+
+def _write(descriptor: int, data: bytes) -> None:
+    """Write all, unless nobody reads it any more."""
+    try:
+        while data:
+            data = data[os.write(descriptor, data) :]
+    except OSError:
+        pass
 
 
 def run(server: Server, grace: float) -> bool:
@@ -2232,6 +2238,7 @@ def run(server: Server, grace: float) -> bool:
         for pool in application.pools:  # 4. running tasks go on for a while, and polls are answered
             pool.join(max(0.0, deadline - time.monotonic()))
         end_children()
+        server.stop_seconds = max(server.stop_seconds, deadline - time.monotonic())
         server.shutdown(wait=False)  # 5. answers under way are sent, then all is closed
 
     for name in ("SIGINT", "SIGTERM", "SIGBREAK"):  # the last exists on Windows
@@ -2412,6 +2419,11 @@ def _is_loopback(host: str) -> bool:
         return False
 
 
+def _address(options: argparse.Namespace, server: Server) -> str:
+    host = f"[{options.host}]" if ":" in options.host else options.host
+    return f"{'http' if options.tls_cert is None else 'https'}://{host}:{server.server_port}"
+
+
 def main(application: Application | None = None, argv: list[str] | None = None) -> NoReturn:
     """Run the command line for an application, or for the demo; ends with SystemExit.
 
@@ -2426,21 +2438,21 @@ def main(application: Application | None = None, argv: list[str] | None = None) 
     application = application or demo()
     add_monitoring(application)
     add_pages(application)
-    handler = LogHandler(2)
-    log.addHandler(handler)
     log.setLevel(logging.DEBUG if options.verbose else logging.INFO)
     log.propagate = False
     try:
+        handler = LogHandler(2)
+        log.addHandler(handler)
         server = _set_up(application, options)
-    except (ValueError, OSError, JournalError) as error:
+        address = _address(options, server)
+        kept = f"in {options.db}" if options.db else "in memory, not beyond this process; --db FILE keeps them"
+        first = next(iter(application.types), "TYPE")
+        lines = (f"taskserver {__version__} on {address}\nCreate a task:  curl -H 'Content-Type: application/json' "
+                 f"-d '{{\"name\": \"sample\"}}' {address}/create-{first}\nTasks are kept {kept}.\n")  # fmt: skip
+        threading.Thread(target=_write, args=(1, lines.encode()), daemon=True).start()  # it may be a full pipe
+    except (ValueError, OSError, JournalError, RuntimeError) as error:  # the last one: no thread can be made
         sys.exit(f"taskserver: {error}")
-    host = f"[{options.host}]" if ":" in options.host else options.host
-    address = f"{'https' if options.tls_cert else 'http'}://{host}:{server.server_port}"
     log.info("serving %s", address)
-    kept = f"Tasks are kept in {options.db}." if options.db else "Tasks are kept in memory; --db FILE lets them outlive it."
-    first = next(iter(application.types), "TYPE")
-    print(f"taskserver {__version__} on {address}", f'Create a task:  curl -H "Content-Type: application/json" '
-          f"-d '{{\"name\": \"sample\"}}' {address}/create-{first}", kept, sep="\n", flush=True)  # fmt: skip
     clean = run(server, options.grace)
     handler.finish(1)
     if not clean:
