@@ -1135,7 +1135,7 @@ class Connection:
 
     def answer(self, request: Request | None, response: Response) -> None:
         """Send an answer. After one to what could not be read, the connection ends."""
-        self.closing = not request or not request.fields.keep_alive
+        self.closing |= not request or not request.fields.keep_alive
         if log.isEnabledFor(logging.DEBUG):
             what = f"{request.method} {request.path!a}" if request else "no request"
             log.debug("%s %s: %d", self.peer, what, response.status)
@@ -1354,9 +1354,12 @@ class Server(http.server.ThreadingHTTPServer):
             self._accepting = True
 
     def _answering(self) -> bool:
-        """Close the connections at rest; return whether there are others. Called when the server stops."""
-        for connection in [c for c in self._connections if c.phase not in (RUNNING, ANSWER)]:
-            self._have(connection, connection.close)
+        """Close what is at rest, let other connections end with their answer, and return whether there are any."""
+        for connection in list(self._connections):
+            if connection.phase in (RUNNING, ANSWER):
+                connection.closing = True
+            else:
+                self._have(connection, connection.close)
         return bool(self._connections)
 
 
