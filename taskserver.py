@@ -49,7 +49,6 @@ from __future__ import annotations
 import argparse
 import base64
 import collections
-import concurrent.futures
 import email.utils
 import functools
 import hashlib
@@ -58,7 +57,6 @@ import http
 import http.client
 import http.server
 import importlib.util
-import inspect
 import ipaddress
 import itertools
 import json
@@ -1055,7 +1053,7 @@ def encode_response(response: Response, request: Request | None, close: bool) ->
 HEADER, BODY, RUNNING, ANSWER, IDLE, LINGER, CLOSED = "header", "body", "running", "answer", "idle", "linger", "closed"
 PHASE_SECONDS = {HEADER: 10, BODY: 20, RUNNING: math.inf, ANSWER: 20, IDLE: 75, LINGER: 5, CLOSED: 0}
 
-RECEIVE_SIZE = 65_536  # bytes; more than a TLS record, so that none stays where no selector sees it
+RECEIVE_SIZE = 16_384  # bytes; a whole TLS record (RFC 8446, 5.1), so that none of it stays where no selector sees it
 
 
 class Connection:
@@ -1504,7 +1502,7 @@ class SQLiteJournal:
         import sqlite3  # not every Python is built with it
 
         self._path = os.path.realpath(path)  # SQLite, too, puts its log beside the target of a link
-        self._saves: queue.SimpleQueue[tuple[Record, concurrent.futures.Future[None]]] = queue.SimpleQueue()
+        self._saves: queue.SimpleQueue[tuple[Record, Any]] = queue.SimpleQueue()  # and where to put the outcome
         self._deleted: queue.SimpleQueue[str] = queue.SimpleQueue()  # ids to delete with the next transaction
         try:
             self._database = sqlite3.connect(self._path, timeout=1, isolation_level=None, check_same_thread=False)
@@ -1520,9 +1518,11 @@ class SQLiteJournal:
 
     def save(self, record: Record) -> None:
         """Write a record; return once it is on the disk. JournalError: it is not."""
-        saved: concurrent.futures.Future[None] = concurrent.futures.Future()
-        self._saves.put((record, saved))
-        saved.result()
+        outcome: queue.SimpleQueue[JournalError | None] = queue.SimpleQueue()
+        self._saves.put((record, outcome))
+        error = outcome.get()
+        if error:
+            raise error
 
     def delete(self, ids: Iterable[str]) -> None:
         """Have records deleted with the next transaction. Does not wait for the disk."""
@@ -1569,8 +1569,8 @@ class SQLiteJournal:
                 if self._database.in_transaction:
                     self._database.rollback()
                 self.delete(deleted)
-            for _, saved in batch:
-                saved.set_exception(error) if error else saved.set_result(None)
+            for _, outcome in batch:
+                outcome.put(error)
 
     def _commit(self, rows: dict[str, tuple[Any, ...]], deleted: list[str]) -> None:
         """Delete, then save, in one transaction.
@@ -1888,7 +1888,7 @@ def openapi(application: Application) -> dict[str, Any]:
     id = {"name": "id", "in": "path", "required": True, "schema": {"type": "string", "format": "uuid"}}
     wait = query("wait", {"type": "string", "pattern": r"^[0-9]+(\.[0-9]+)?$", "description": "seconds, at most 30"})
     for task_type in application.types.values():
-        description = inspect.getdoc(task_type.function) or ""
+        description = (task_type.function.__doc__ or "").strip()
         paths[f"/create-{task_type.name}"] = {"post": operation(
             f"Create a task of type {task_type.name}", record, (400, 401, 408, 411, 413, 415, 421, 501, 503), 201,
             description=description, requestBody=body)}  # fmt: skip
