@@ -1395,7 +1395,7 @@ def add_monitoring(application: Application) -> None:
         return Response(200, json.dumps(document).encode())
 
     def tasks(request: Request) -> Response:
-        limit = min(int(parameter(request, "limit", "[0-9]{1,9}") or 50), MAX_LIMIT)
+        limit = int(min(float(parameter(request, "limit", "[0-9]+") or 50), MAX_LIMIT))
         records = application.store.newest(limit)
         return Response(200, b'{"tasks": [%s]}' % b", ".join(encode_record(record, False) for record in records))
 
@@ -2264,9 +2264,10 @@ def wait(payload: dict[str, Any], report: Report) -> dict[str, Any]:
     if not isinstance(seconds, (int, float)) or isinstance(seconds, bool) or not 0 <= seconds <= 3600:
         raise ValueError('"seconds" must be a number from 0 to 3600')
     steps = min(100, math.ceil(seconds))
-    for step in range(steps):
-        report(step / steps, f"{seconds * step / steps:g} of {seconds:g} seconds")
+    report(0, f"0 of {seconds:g} seconds")
+    for step in range(1, steps + 1):
         time.sleep(seconds / steps)
+        report(step / steps, f"{seconds * step / steps:g} of {seconds:g} seconds")
     return {"seconds": seconds}
 
 
