@@ -1391,7 +1391,7 @@ def add_monitoring(application: Application) -> None:
         waiting, running = (sum(counts) for counts in zip(*(pool.counts() for pool in application.pools)))
         held = application.store.held()
         document = {"status": status, "waiting": waiting, "running": running, "completed": held[COMPLETED],
-                    "failed": held[FAILED], "types": sorted(application.types)}  # fmt: skip
+                    "failed": held[FAILED], "types": list(application.types)}  # fmt: skip
         return Response(200, json.dumps(document).encode())
 
     def tasks(request: Request) -> Response:
@@ -2337,23 +2337,22 @@ def _number(convert: Callable[[str], float], low: float, high: float = math.inf)
 
 
 def _parse_options(argv: list[str] | None) -> argparse.Namespace:
-    parser = _Parser(prog="taskserver", allow_abbrev=False, description="An HTTP server for long work.",
-                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)  # fmt: skip
+    parser = _Parser(prog="taskserver", allow_abbrev=False, description="An HTTP server for long work.")
     count, seconds = _number(int, 1), _number(float, 0)
-    for option, convert, default, text in (
-        ("--host", str, "127.0.0.1", "address to listen on"),
-        ("--port", _number(int, 0, 65535), 8000, "port to listen on, 0 for a free one"),
-        ("--workers", count, Application.WORKERS, "tasks of a kind that may run at once, in threads"),
-        ("--cpu-workers", count, os.cpu_count() or 1, "tasks that may compute at once, in processes"),
-        ("--max-waiting", _number(int, 0), Application.MAX_WAITING, "tasks that may wait for a worker"),
-        ("--max-tasks", count, 100_000, "tasks that are held, final ones included"),
-        ("--keep", seconds, 3600, "seconds for which a final task can be polled"),
-        ("--db", str, None, "SQLite file in which tasks outlive the process"),
-        ("--grace", seconds, 10, "seconds that running tasks have when the server stops"),
-        ("--tls-cert", str, None, "certificate chain (PEM); speaks HTTPS"),
-        ("--tls-key", str, None, "its private key (PEM)"),
+    for option, convert, default, value, text in (
+        ("--host", str, "127.0.0.1", "ADDRESS", "listen on this address (%(default)s)"),
+        ("--port", _number(int, 0, 65535), 8000, "PORT", "listen on this port, 0 for a free one (%(default)s)"),
+        ("--workers", count, Application.WORKERS, "N", "run so many tasks at once, in threads (%(default)s)"),
+        ("--cpu-workers", count, os.cpu_count() or 1, "N", "let so many tasks compute at once (%(default)s)"),
+        ("--max-waiting", _number(int, 0), Application.MAX_WAITING, "N", "let so many wait for a worker (%(default)s)"),
+        ("--max-tasks", count, 100_000, "N", "hold so many tasks, final ones included (%(default)s)"),
+        ("--keep", seconds, 3600, "SECONDS", "how long a final task can be polled (%(default)s)"),
+        ("--db", str, None, "FILE", "keep tasks in this SQLite file, beyond this process"),
+        ("--grace", seconds, 10, "SECONDS", "how long running tasks may go on when the server stops (%(default)s)"),
+        ("--tls-cert", str, None, "FILE", "speak HTTPS with this certificate chain (PEM)"),
+        ("--tls-key", str, None, "FILE", "and this private key (PEM)"),
     ):
-        parser.add_argument(option, type=convert, default=default, help=text, metavar=option.split("-")[-1].upper())
+        parser.add_argument(option, type=convert, default=default, metavar=value, help=text)
     parser.add_argument("--allow-host", action="append", default=[], metavar="NAME", help="a name that clients may use")
     parser.add_argument("--allow-anonymous", action="store_true", help="serve other machines without a token")
     parser.add_argument("--verbose", action="store_true", help="log each request")
