@@ -1045,6 +1045,7 @@ def encode_response(response: Response, request: Request | None, close: bool) ->
     for name, value in headers:
         head += f"\r\n{name}: {value}".encode()
     if status != 204:
+        body += b"\n"  # or the prompt of a shell would follow in the same line
         head += b"\r\nContent-Length: %d" % len(body)
     return head + b"\r\n\r\n" + (b"" if request and request.method == "HEAD" else body)
 
@@ -1769,6 +1770,7 @@ class Child:
     # threads that reap a process one misses its exit status. Held around slow system calls, some milliseconds;
     # no reader of the store takes it.
     _lock = threading.Lock()
+    processes: ClassVar[set[Any]] = set()  # all that live; guarded by _lock
 
     def __init__(self) -> None:
         self._process: Any = None
@@ -1819,11 +1821,16 @@ class Child:
             self._process.kill()
             self._process.join(5)
             status = self._process.exitcode
+            self.processes.discard(self._process)
         self._process = None
         self._pipe.close()
         return f"killed by signal {-status}" if status and status < 0 else f"exit status {status}"
 
-    __del__ = end  # its worker has ended
+    def __del__(self) -> None:  # its worker has ended
+        try:
+            self.end()
+        except Exception:  # so has the interpreter, nearly
+            pass
 
     def _start(self) -> None:
         if sys.platform != "win32":  # inherited: no Ctrl-C reaches the child before it ignores it
@@ -1833,6 +1840,7 @@ class Child:
             with far_end:  # left open here, it would hide the end of file
                 process = _SPAWN.Process(target=_child_main, args=(far_end,), daemon=True)
                 process.start()
+            self.processes.add(process)
         self._process = process
 
 
@@ -1848,8 +1856,8 @@ def call_in_child(timeout: float | None, function: Any, payload: bytes, report: 
 
 
 def end_children() -> None:
-    """End all child processes; the tasks in them fail."""
-    for process in multiprocessing.active_children():
+    """End all child processes, because this process ends; waits for no lock, so that a signal handler may call it."""
+    for process in list(Child.processes):
         process.kill()
 
 
@@ -2235,12 +2243,11 @@ def run(server: Server, grace: float) -> bool:
         deadline = time.monotonic() + grace
         application.stopping = True  # 1. creates get 503, healthz says so
         dropped = sum(pool.drop() for pool in application.pools)  # 2. what waits is not begun
-        log.info("stopping: running tasks have %g seconds; %s", grace, f"{dropped} waiting tasks " + (
+        log.info("stopping: running tasks have %g seconds, a second signal takes them; %s", grace, f"{dropped} waiting tasks " + (
             "stay in the journal for the next start" if application.store.blocks else "are dropped"))  # fmt: skip
         application.store.stop()  # 3. long polls are answered
         for pool in application.pools:  # 4. running tasks go on for a while, and polls are answered
             pool.join(max(0.0, deadline - time.monotonic()))
-        end_children()
         server.stop_seconds = max(server.stop_seconds, deadline - time.monotonic())
         server.shutdown(wait=False)  # 5. answers under way are sent, then all is closed
 
@@ -2408,6 +2415,8 @@ def _set_up(application: Application, options: argparse.Namespace) -> Server:
         except (OSError, ImportError) as error:
             raise ValueError(f"cannot speak TLS with {options.tls_cert} and {options.tls_key}: {error}") from None
     if options.db is not None:
+        if application.store.blocks:
+            raise ValueError("this application brings a journal of its own; leave out --db")
         application.store = DurableStore(SQLiteJournal(options.db))
     application.store.keep, application.store.max_tasks = options.keep, options.max_tasks
     if isinstance(application.store, DurableStore):
@@ -2422,9 +2431,17 @@ def _is_loopback(host: str) -> bool:
         return False
 
 
-def _address(options: argparse.Namespace, server: Server) -> str:
-    host = f"[{options.host}]" if ":" in options.host else options.host
-    return f"{'http' if options.tls_cert is None else 'https'}://{host}:{server.server_port}"
+def _first_lines(application: Application, options: argparse.Namespace, port: int) -> str:
+    """Return what a person is told at the start: the address, how to create a task, how long tasks last."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(options.host, options.host)
+    host = f"[{host}]" if ":" in host else host
+    address = f"{'http' if options.tls_cert is None else 'https'}://{host}:{port}"
+    token = "-H \"Authorization: Bearer $TASKSERVER_TOKEN\" " if application.secured else ""
+    kept = "in the journal" if application.store.blocks else "in memory and end with this process; --db FILE keeps them"
+    return (f"taskserver {__version__} on {address} (a browser shows more)\n"
+            f"Create a task:  curl {token}-H 'Content-Type: application/json' -d '{{\"name\": \"sample\"}}' "
+            f"{address}/create-{next(iter(application.types), 'TYPE')}\n"
+            f"Tasks are kept {kept}.\n")  # fmt: skip
 
 
 def main(application: Application | None = None, argv: list[str] | None = None) -> NoReturn:
@@ -2447,17 +2464,14 @@ def main(application: Application | None = None, argv: list[str] | None = None) 
         handler = LogHandler(2)
         log.addHandler(handler)
         server = _set_up(application, options)
-        address = _address(options, server)
-        kept = f"in {options.db}" if options.db else "in memory, not beyond this process; --db FILE keeps them"
-        first = next(iter(application.types), "TYPE")
-        lines = (f"taskserver {__version__} on {address}\nCreate a task:  curl -H 'Content-Type: application/json' "
-                 f"-d '{{\"name\": \"sample\"}}' {address}/create-{first}\nTasks are kept {kept}.\n")  # fmt: skip
+        lines = _first_lines(application, options, server.server_port)
         threading.Thread(target=_write, args=(1, lines.encode()), daemon=True).start()  # it may be a full pipe
     except (ValueError, OSError, JournalError, RuntimeError) as error:  # the last one: no thread can be made
         sys.exit(f"taskserver: {error}")
-    log.info("serving %s", address)
+    log.info("serving port %d of %s", server.server_port, options.host)
     clean = run(server, options.grace)
     handler.finish(1)
+    end_children()
     if not clean:
         os._exit(0)  # a task that hangs, or an executor that waits for one, would hold the exit up
     sys.exit(0)
