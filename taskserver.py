@@ -905,15 +905,15 @@ def _take_head(incoming: Incoming) -> Request | None:
     buffer = incoming.buffer
     start = 2 if buffer.startswith(b"\r\n") else 0  # one empty line is skipped (RFC 9112, 2.2)
     end = buffer.find(b"\r\n\r\n", start)
-    if 0 <= end <= MAX_LINE + MAX_HEADERS:
+    if 0 <= end <= start + MAX_LINE + 2 + MAX_HEADERS:
         return parse_head(incoming.take(end + 4)[start:-4])
     # Not complete, but wrong already? The sender may be waiting for an answer.
     line, rest, block = bytes(buffer[start:]).partition(b"\r\n")
     if _FORBIDDEN.search(buffer, start):
         raise HTTPError(400, "Send HTTP/1.1 without control characters, in lines that end in CR LF.")
-    if rest or len(line) > MAX_LINE:
+    if rest or len(line.rstrip(b"\r")) > MAX_LINE:
         parse_request_line(line)
-    if len(block) > MAX_HEADERS:
+    if len(block.rstrip(b"\r\n")) > MAX_HEADERS:
         raise HTTPError(431, f"Send at most {MAX_HEADERS} bytes of headers.")
     return None
 
@@ -1485,6 +1485,7 @@ _SAVE_ROW = f"((SELECT seq FROM task WHERE id = ?){', ?' * len(Record._fields[:-
 _ADVICE = {  # part of an error's text -> what to do
     "unable to open": "choose a file in a folder where this user may write",
     "readonly": "choose a file that this user may write",
+    "disk I/O": "choose a file that this user may write, on a disk that works",
     "not a database": "it holds something else, choose another file",
     "is locked": "another server uses it, stop that one or choose another file",
     "is full": "free some space on its disk",
@@ -2431,15 +2432,17 @@ def _is_loopback(host: str) -> bool:
         return False
 
 
-def _first_lines(application: Application, options: argparse.Namespace, port: int) -> str:
+def _address(options: argparse.Namespace, port: int) -> str:
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(options.host, options.host)  # those are no addresses to go to
+    return f"{'http' if options.tls_cert is None else 'https'}://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+def _first_lines(application: Application, options: argparse.Namespace, address: str) -> str:
     """Return what a person is told at the start: the address, how to create a task, how long tasks last."""
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(options.host, options.host)
-    host = f"[{host}]" if ":" in host else host
-    address = f"{'http' if options.tls_cert is None else 'https'}://{host}:{port}"
     token = "-H \"Authorization: Bearer $TASKSERVER_TOKEN\" " if application.secured else ""
-    kept = "in the journal" if application.store.blocks else "in memory and end with this process; --db FILE keeps them"
-    return (f"taskserver {__version__} on {address} (a browser shows more)\n"
-            f"Create a task:  curl {token}-H 'Content-Type: application/json' -d '{{\"name\": \"sample\"}}' "
+    kept = f"in {options.db or 'a journal'}" if application.store.blocks else "in memory and end with this process; --db FILE keeps them"
+    return (f"taskserver {__version__} on {address}\n"
+            f"Open it in a browser, or create a task:  curl {token}-H 'Content-Type: application/json' -d '{{\"name\": \"sample\"}}' "
             f"{address}/create-{next(iter(application.types), 'TYPE')}\n"
             f"Tasks are kept {kept}.\n")  # fmt: skip
 
@@ -2464,11 +2467,12 @@ def main(application: Application | None = None, argv: list[str] | None = None) 
         handler = LogHandler(2)
         log.addHandler(handler)
         server = _set_up(application, options)
-        lines = _first_lines(application, options, server.server_port)
+        address = _address(options, server.server_port)
+        lines = _first_lines(application, options, address)
         threading.Thread(target=_write, args=(1, lines.encode()), daemon=True).start()  # it may be a full pipe
     except (ValueError, OSError, JournalError, RuntimeError) as error:  # the last one: no thread can be made
         sys.exit(f"taskserver: {error}")
-    log.info("serving port %d of %s", server.server_port, options.host)
+    log.info("serving %s", address)
     clean = run(server, options.grace)
     handler.finish(1)
     end_children()

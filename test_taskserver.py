@@ -2123,7 +2123,8 @@ def test_healthz_counts_what_there_is(application, gate):
     application.pool.max_workers = 2
     empty = ask(application, "GET", "/healthz")
     assert empty.status == 200
-    assert empty.json == {"status": "ok", "waiting": 0, "running": 0, "completed": 0, "failed": 0, "types": ["echo", "gate"]}
+    counts = {"waiting": 0, "running": 0, "completed": 0, "failed": 0}
+    assert empty.json == {"status": "ok", **counts, "types": ["gate", "echo"]}
     outcome(application, fail), final(application, create(application, "echo"))
     for _ in range(5):
         create(application, "gate")
@@ -3216,10 +3217,14 @@ class Program:
         command = [sys.executable, str(file), "--port", str(port), *flags]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr or self.stderr, env=environment, **options)
         self.hello = [self.process.stdout.readline().decode() for _ in range(3)]
-        self.port = int(re.findall(r":(\d+)$", self.hello[0])[0]) if self.hello[0] else None
+        found = re.search(r" on https?://\S+:(\d+)\b", self.hello[0])
+        self.port = int(found.group(1)) if found else None
 
     def __enter__(self):
-        assert self.port, self.log()
+        if not self.port:
+            log = self.log()
+            self.__exit__()
+            pytest.fail(f"it did not start: {self.hello} {log}")
         return self
 
     def __exit__(self, *exception):
@@ -3390,8 +3395,8 @@ def test_a_stdout_that_nobody_reads_stops_nobody(tmp_path):
         os.close(far)
         process = subprocess.Popen([sys.executable, str(PROGRAM), "--port", "0"], stdout=end, stderr=stderr)
     try:
-        assert eventually(lambda: re.search(r"serving .*:\d+\n", log.read_text()), 10), log.read_text()
-        with Client(int(re.findall(r"serving .*:(\d+)\n", log.read_text())[0])) as client:
+        assert eventually(lambda: re.search(r"serving http://\S+:\d+", log.read_text()), 10), log.read_text()
+        with Client(int(re.findall(r"serving http://\S+:(\d+)", log.read_text())[0])) as client:
             assert client.ask("GET", "/healthz").status == 200
         process.send_signal(signal.SIGTERM)
         assert process.wait(LONG) == 0 and "Traceback" not in log.read_text()
@@ -3536,7 +3541,7 @@ def test_tls_is_spoken_on_request(certificate):
 
 def test_the_first_lines_say_address_usage_and_whether_tasks_outlive_it(path):
     with Program() as program:
-        assert program.hello[0] == f"taskserver {taskserver.__version__} on http://127.0.0.1:{program.port}\n"
+        assert program.hello[0].startswith(f"taskserver {taskserver.__version__} on http://127.0.0.1:{program.port}")
         assert "curl" in program.hello[1] and f"http://127.0.0.1:{program.port}/create-task" in program.hello[1]
         assert "memory" in program.hello[2] and "--db" in program.hello[2]
         record = program.ask("POST", "/create-task", {"name": "a\nb\x1b", "seconds": 0}).json
