@@ -578,7 +578,7 @@ class Router:
 MAX_DEPTH = 100  # of nested arrays and objects
 MAX_DIGITS = 4300  # of an integer; the bound of newer Pythons
 
-_NESTING = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*(?:"|\Z)|[\[{\]}]', re.DOTALL)  # strings and brackets
+_NESTING = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*(?:"|\\?\Z)|[\[{\]}]', re.DOTALL)  # strings and brackets
 
 
 def decode_object(body: bytes) -> dict[str, Any]:
@@ -591,7 +591,7 @@ def decode_object(body: bytes) -> dict[str, Any]:
         text = body.decode()
         if text.count("[") + text.count("{") > MAX_DEPTH:
             steps = (1 if token.group() in "[{" else -1 for token in _NESTING.finditer(text) if token.group()[0] != '"')
-            if max(itertools.accumulate(steps)) > MAX_DEPTH:
+            if max(itertools.accumulate(steps), default=0) > MAX_DEPTH:
                 raise ValueError(f"it is nested deeper than {MAX_DEPTH} levels")
         value = _DECODER.decode(text)
         if "\\u" in text:
@@ -642,6 +642,10 @@ _UUID = re.compile("[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 class TaskError(Exception):
     """An error whose text becomes the record's as it is; a second argument goes to the log alone."""
 
+    def __init__(self, error: object = "", trace: str = "") -> None:
+        super().__init__(error)
+        self.trace = trace
+
 
 class TaskType(NamedTuple):
     """A registered function, and where and how it is called."""
@@ -682,7 +686,7 @@ class Application:
     def __init__(self) -> None:
         self.store = Store()
         self.router = Router()
-        self.before_request: list[Callable[[Request], None]] = []  # each may raise HTTPError
+        self.before_request: list[Callable[[Request], None]] = []  # may raise HTTPError; must be quick; called more than once
         self.quick: set[Endpoint] = set()  # endpoints that answer from memory, unless there is a query
         self.types: dict[str, TaskType] = {}
         self.pool = WorkerPool("task", self._run, self.WORKERS, self.MAX_WAITING)
@@ -772,12 +776,14 @@ class Application:
             raise unavailable("As many tasks wait as --max-waiting allows; try again later.", 1) from None
         try:
             self.store.add(record)
-        except Exception as error:
+        except BaseException as error:
             task_type.pool.release()
             if isinstance(error, StoreFull):
                 raise unavailable("As many tasks are held as --max-tasks allows; try again when the oldest final one "
                                   "has outlived --keep.", error.args[0]) from None  # fmt: skip
-            raise unavailable("The journal cannot be written; try again later.", 5) from None
+            if isinstance(error, JournalError):
+                raise unavailable("The journal cannot be written; try again later.", 5) from None
+            raise
         log.info("task %s created: type %s, name %s", record.id, record.type, ascii(name))
         task_type.pool.submit(record)
         return Response(201, encode_record(record), (("Location", f"/poll-{record.type}/{record.id}"),))
@@ -821,14 +827,15 @@ class Application:
         try:
             result = task_type.call(task_type.function, record.payload or b"", progress.report)
         except TaskError as exception:
-            error = str(exception.args[0])[:MAX_ERROR]
-            log.warning("task %s: %s", record.id, exception.args[-1])
+            error = describe(exception).partition(": ")[2] or "TaskError"
+            log.warning("task %s: %s", record.id, exception.trace or ascii(error))
         except BaseException as exception:  # SystemExit and KeyboardInterrupt, too, end a task and no worker
             error = describe(exception)
             log.warning("task %s raised an exception", record.id, exc_info=exception)
         fraction, message = progress.last
-        return record._replace(status=FAILED if error else COMPLETED, finished_at=time.time(), message=message,
-                               progress=fraction if error else 1.0, result=result, error=error, payload=None,
+        failed = error is not None
+        return record._replace(status=FAILED if failed else COMPLETED, finished_at=time.time(), message=message,
+                               progress=fraction if failed else 1.0, result=result, error=error, payload=None,
                                live=None)  # fmt: skip
 
 
@@ -1222,10 +1229,10 @@ class Server(http.server.ThreadingHTTPServer):
     def serve_forever(self, poll_interval: float = 0.25) -> None:
         """Serve until `shutdown`: the accept loop. Every `poll_interval` seconds it does what is due."""
         self._selector.register(self._woken, selectors.EVENT_READ)
-        next_tick = give_up = 0.0
+        next_tick, give_up = 0.0, math.inf
         while not self._stopping or self._answering() and time.monotonic() < give_up:
             now = time.monotonic()
-            if not self._stopping:
+            if self._stopping and give_up == math.inf:
                 give_up = now + self.stop_seconds
             if now >= next_tick:
                 next_tick = now + poll_interval
@@ -1508,15 +1515,22 @@ class SQLiteJournal:
         self._deleted: queue.SimpleQueue[str] = queue.SimpleQueue()  # ids to delete with the next transaction
         try:
             self._database = sqlite3.connect(self._path, timeout=1, isolation_level=None, check_same_thread=False)
-            self._prepare(self._database.execute)
-            self._files = self._stat()
+            try:
+                self._prepare(self._database.execute)
+                self._files = self._stat()
+            except BaseException:
+                self._database.close()  # which unlocks the file
+                raise
         except (sqlite3.Error, OSError, ValueError) as error:
             raise self._error("opened", error) from error
         threading.Thread(target=self._write, name="journal", daemon=True).start()
 
     def load(self) -> list[Record]:
         """Return all records in the order of their creation. To be called before the first `save`."""
-        return [Record(*row) for row in self._database.execute(f"SELECT {_COLUMNS} FROM task ORDER BY seq")]
+        try:
+            return [Record(*row) for row in self._database.execute(f"SELECT {_COLUMNS} FROM task ORDER BY seq")]
+        except Exception as error:
+            raise self._error("read", error) from error
 
     def save(self, record: Record) -> None:
         """Write a record; return once it is on the disk. JournalError: it is not."""
@@ -1538,7 +1552,7 @@ class SQLiteJournal:
         ((version,),) = execute("PRAGMA user_version")
         if not list(execute("SELECT 1 FROM sqlite_master")):
             execute(_SCHEMA)
-        elif not 1 <= version <= _VERSION:
+        elif not 1 <= version <= _VERSION or not list(execute("SELECT 1 FROM sqlite_master WHERE name = 'task'")):
             raise ValueError(f"a newer server or another program wrote it (schema {version}), choose another file")
         execute(f"PRAGMA user_version = {_VERSION}")
         execute("COMMIT")
@@ -1568,9 +1582,11 @@ class SQLiteJournal:
                 self._commit({record.id: record[:-1] for record, _ in batch}, deleted)
             except Exception as exception:  # whatever it is: nobody may be left waiting
                 error = self._error("written", exception)
-                if self._database.in_transaction:
-                    self._database.rollback()
                 self.delete(deleted)
+                try:
+                    self._database.rollback()
+                except Exception as exception:  # the next transaction then fails, too, and says so
+                    log.error("the journal cannot be rolled back: %s", describe(exception))
             for _, outcome in batch:
                 outcome.put(error)
 
@@ -1757,7 +1773,10 @@ def _answer(pipe: Any, job: _Job) -> bytes:
         pipe.send_bytes(b"s")
         return b"r" + call_here(function, payload, job.progress.report)
     except BaseException as error:
-        return b"e" + json.dumps([describe(error), traceback.format_exc()[-20_000:]]).encode()
+        text = describe(error)
+        if isinstance(error, TaskError):
+            text = text.partition(": ")[2]
+        return b"e" + json.dumps([text, traceback.format_exc()[-20_000:]]).encode()
 
 
 class Child:
@@ -2320,8 +2339,8 @@ def self_check() -> int:
         good = record.get("status") == COMPLETED
         failures += not good
         print(f"  {name}: {'works' if good else record}, {time.monotonic() - begun:.2f} seconds")
-    for module, option in ("sqlite3", "--db"), ("ssl", "--tls-cert"):
-        print(f"  {option}: {'works' if importlib.util.find_spec(module) else f'not here, Python has no {module}'}")
+    for module, option in ("_sqlite3", "--db"), ("_ssl", "--tls-cert"):
+        print(f"  {option}: {'works' if importlib.util.find_spec(module) else f'not here, Python has no {module[1:]}'}")
     server.shutdown()
     server.server_close()
     end_children()
@@ -2401,7 +2420,7 @@ def _set_up(application: Application, options: argparse.Namespace) -> Server:
         raise ValueError(f"other machines can reach {options.host}: set a token in TASKSERVER_TOKEN, or allow "
                          "everybody in with --allow-anonymous")  # fmt: skip
     application.secured = bool(token)
-    application.before_request.append(check_token(token) if token else check_host([options.host, *options.allow_host]))
+    application.before_request.insert(0, check_token(token) if token else check_host([options.host, *options.allow_host]))
     for pool in application.pools:
         pool.max_workers, pool.max_waiting = options.workers, options.max_waiting
     application.cpu_pool.max_workers = options.cpu_workers
