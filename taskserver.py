@@ -317,7 +317,7 @@ class Store:
                     self._insert(record)
 
     def update(self, record: Record, durable: bool = True) -> None:
-        """Replace a record by its successor. `durable`: once that is saved; blocks and may raise JournalError."""
+        """Replace a record by its successor; if `durable`, save that first, which blocks and may raise JournalError."""
         if durable:
             self._save(record)
         self._publish(record)
@@ -704,6 +704,11 @@ class Application:
         in `concurrent.futures`) runs it. `rerun`: after a crash it may run again.
         ValueError: a bad or taken name, options that exclude each other, or a function that cannot be pickled.
         """
+        if not isinstance(name, str) or not re.fullmatch("[a-z][a-z0-9-]*", name) or name in self.types:
+            raise ValueError(f"task type {name!r}: choose another name, of lower-case letters, digits and hyphens")
+        if cpu + (executor is not None) > 1 or timeout is not None and not (cpu and 0 < timeout <= 1e6):
+            raise ValueError(f"task type {name!r}: use cpu=True, with or without a timeout= of at most a million seconds, or executor=")
+
         pool, call = self.pool, call_here
         if cpu:
             pool, call = self.cpu_pool, functools.partial(self.call_in_child, timeout)
@@ -714,13 +719,8 @@ class Application:
             def call(function: Callable[..., Any], payload: bytes, report: Report) -> bytes:
                 return encode_result(executor.submit(function, json.loads(payload), ignore_report).result())
 
-        if not isinstance(name, str) or not re.fullmatch("[a-z][a-z0-9-]*", name) or name in self.types:
-            raise ValueError(f"task type {name!r}: choose another name, of lower-case letters, digits and hyphens")
-        if cpu + (executor is not None) > 1 or timeout is not None and not cpu:
-            raise ValueError(f"task type {name!r}: use cpu=True, with or without timeout=, or executor=, not both")
-
         def register(function: Function) -> Function:
-            if cpu and "<" in function.__qualname__:  # <lambda>, <locals>
+            if cpu and "<" in getattr(function, "__qualname__", "<"):  # <lambda>, <locals>
                 raise ValueError(f"task type {name!r}: with cpu=True, use a function at the top level of a module")
             self.types[name] = task_type = TaskType(name, function, pool, call, rerun)
             create, poll = (functools.partial(endpoint, task_type) for endpoint in (self._create, self._poll))
@@ -735,7 +735,7 @@ class Application:
         """Return the answer to a request; None if finding it might block but must not. Raises nothing."""
         try:
             endpoint, arguments = self.check(request)
-            if not may_block and (endpoint not in self.quick or request.query or self.store.blocks):
+            if not may_block and (endpoint not in self.quick or request.query or self.store.blocks and request.method == "POST"):
                 return None
             return endpoint(request, *arguments)
         except HTTPError as refusal:
@@ -811,7 +811,7 @@ class Application:
         task_type, progress = self.types[record.type], Progress()
         record = record._replace(started_at=time.time(), live=progress)
         try:
-            self.store.update(record, durable=not task_type.rerun)
+            self.store.update(record, durable=not task_type.rerun)  # saved, so that a crash does not run it twice
             final = self._call(task_type, record, progress)
             self.store.update(final)
         except JournalError:  # the server stops, and the next start decides
@@ -1254,7 +1254,7 @@ class Server(http.server.ThreadingHTTPServer):
         self._stopped.set()
 
     def shutdown(self, wait: bool = True) -> None:
-        """Have `serve_forever` end once the answers under way are sent; wait for that, unless in its own thread."""
+        """Have `serve_forever` end once the answers under way are sent. `wait` for that, but not in its thread."""
         self._stopping = True
         self._wake()
         if wait:
@@ -1703,7 +1703,8 @@ def use_tls(server: Server, certificate: str, key: str) -> None:
 # -- 10. Child processes -----------------------------------------------------------------------------
 #
 #   a worker's thread                           its child process
-#   Child.run --- function, payload --------->  _watch, a thread --> _child_main, the main thread
+#             <-- h: the process is up -------  _watch, a thread
+#   Child.run --- function, payload --------->  _watch --> _child_main, the main thread
 #             <-- s: the function is called --  _answer
 #             <-- p: a report, ten a second --  _watch <- Progress <- report(...)
 #             <-- r: result, or e: error -----  _child_main
@@ -1749,6 +1750,7 @@ def _watch(pipe: Any, jobs: queue.SimpleQueue[_Job], writing: threading.Lock) ->
     """Pass on jobs and send reports; at end of file the server is gone, and so is this process at once."""
     job = None
     try:
+        pipe.send_bytes(b"h")
         while True:
             if job is None or job.done or pipe.poll(REPORT_SECONDS):
                 job = _Job(pipe.recv_bytes())
@@ -1779,6 +1781,10 @@ def _answer(pipe: Any, job: _Job) -> bytes:
         return b"e" + json.dumps([text, traceback.format_exc()[-20_000:]]).encode()
 
 
+def _remaining(deadline: float) -> float | None:
+    return None if deadline == math.inf else max(0.0, deadline - time.monotonic())
+
+
 class Child:
     """One spawned process and one pipe; runs one task at a time.
 
@@ -1804,17 +1810,20 @@ class Child:
         """
         try:
             job = pickle.dumps((function, payload))
+            up = True
             if self._process is None or multiprocessing.connection.wait([self._pipe, self._process.sentinel], 0):
                 self.end()
                 self._start()
+                up = False
         except Exception as error:  # also: no process, memory or descriptor to be had
             raise TaskError(f"no child process can take the task: {describe(error)}") from None
         lost = 'the child process ended before it took the task ({}); is `if __name__ == "__main__":` missing?'
         begun, limit = time.monotonic(), START_SECONDS
         ready = [self._pipe, self._process.sentinel]  # both: on Windows a process may die and leave its pipe open
         try:
-            self._pipe.send_bytes(job)
-            while multiprocessing.connection.wait(ready, max(0.0, begun + limit - time.monotonic())):
+            if up:
+                self._pipe.send_bytes(job)
+            while multiprocessing.connection.wait(ready, _remaining(begun + limit)):
                 message = self._pipe.recv_bytes() if self._pipe.poll() else b""
                 kind, body = message[:1], message[1:]
                 if kind == b"r":
@@ -1823,12 +1832,14 @@ class Child:
                     raise TaskError(*json.loads(body))
                 if kind == b"p":
                     report(*json.loads(body))
+                elif kind == b"h":  # not before: a large job would wait, without an end, for a child that hangs
+                    self._pipe.send_bytes(job)
                 elif kind == b"s":
-                    lost, begun, limit = "the child process died ({})", time.monotonic(), timeout or 1e6
+                    lost, begun, limit = "the child process died ({})", time.monotonic(), timeout or math.inf
                 else:
                     break
             else:
-                lost = f"timed out after {limit:g} seconds"
+                lost = f"timed out after {limit:g} seconds" if "died" in lost else f"no start in {limit:g} seconds"
         except (EOFError, OSError):  # it died: end of file, or nobody to send to
             pass
         raise TaskError(lost.format(self.end()))
