@@ -231,8 +231,13 @@ def encode_record(record: Record, with_result: bool = True) -> bytes:
     return f'{text}"error": {_json(error)}}}'.encode()
 
 
-# A final record is asked for again and again and never changes. Small ones only: this is a bound in bytes too.
-encode_final = functools.lru_cache(maxsize=1024)(encode_record)
+_encode_and_keep = functools.lru_cache(maxsize=1024)(encode_record)
+
+
+def encode_poll(record: Record) -> bytes:
+    """Return the same as `encode_record`; faster for a final record, which is asked for again and never changes."""
+    small = len(record.result or b"") < 4096  # so that what is kept takes some megabytes at most
+    return _encode_and_keep(record) if small and record.status != PENDING else encode_record(record)
 
 
 def encode_result(value: object) -> bytes:
@@ -269,7 +274,7 @@ class Store:
     A final record stays for `keep` seconds; then `evict` drops it.
     """
 
-    blocks = False  # whether `add` may wait for a disk
+    blocks = False  # whether there is a journal: then `add` and `update` may wait for a disk
     failing = False  # whether that disk cannot be written
 
     def __init__(self, keep: float = 3600, max_tasks: int = 100_000, clock: Callable[[], float] = time.monotonic):
@@ -387,8 +392,8 @@ class Store:
 class WorkerPool:
     """Threads that are made when there is work, and end when there has been none for a while.
 
-    Each takes one item after the other out of the queue and calls `work` with it, which lets no exception out. At
-    most one worker at a time is on its way to the queue; when it finds more than it takes, it sends the next one.
+    Each takes one item after the other out of the queue and calls `work` with it, which lets no exception out. As
+    a rule one worker at a time is on its way to the queue; when it finds more than it takes, it sends the next one.
     So a burst of short items wakes few threads, and long ones get a thread each.
     """
 
@@ -404,7 +409,7 @@ class WorkerPool:
         self._running = 0  # items in work
         self._workers = 0  # threads
         self._idle: list[threading.Lock] = []  # one for each idle worker, released to wake it; the last goes first
-        self._sent = False  # a worker was made or woken and has not looked at the queue yet
+        self._sent = False  # a worker was made or woken, and none has looked at the queue since
         self._at_rest = threading.Condition(self._lock)  # _running has become 0
 
     def counts(self) -> tuple[int, int]:
@@ -674,7 +679,8 @@ def unavailable(message: str, seconds: float) -> HTTPError:
 class Application:
     """The task types, their endpoints, and the life of a task. It knows no sockets.
 
-    Building one starts no thread, process or socket. Public attributes may be set until the first request.
+    Building one starts no thread, process or socket. Public attributes may be set until the first request; `main`
+    sets the bounds of the store and of the pools from its options.
     """
 
     # A waiting task costs a thread of some 16 KiB, so hundreds fit into the smallest machine; more of them at once
@@ -687,7 +693,7 @@ class Application:
         self.store = Store()
         self.router = Router()
         self.before_request: list[Callable[[Request], None]] = []  # may raise HTTPError; must be quick; called more than once
-        self.quick: set[Endpoint] = set()  # endpoints that answer from memory, unless there is a query
+        self.quick: set[Endpoint] = set()  # endpoints that answer from memory, but for a query or a journal
         self.types: dict[str, TaskType] = {}
         self.pool = WorkerPool("task", self._run, self.WORKERS, self.MAX_WAITING)
         self.cpu_pool = WorkerPool("cpu-task", self._run, os.cpu_count() or 1, self.MAX_WAITING)
@@ -801,8 +807,7 @@ class Application:
             if not _UUID.fullmatch(id):
                 raise HTTPError(400, "Poll with the id that create answered: 36 characters, with hyphens.") from None
             raise HTTPError(404, "No task of this type has this id; it may have been evicted.") from None
-        small_and_final = record.status != PENDING and len(record.result or b"") < 4096
-        return Response(200, encode_final(record) if small_and_final else encode_record(record))
+        return Response(200, encode_poll(record))
 
     # The life of a task, in a worker
 
@@ -1145,7 +1150,7 @@ class Connection:
         if log.isEnabledFor(logging.DEBUG):
             what = f"{request.method} {request.path!a}" if request else "no request"
             log.debug("%s %s: %d", self.peer, what, response.status)
-        self.phase = ANSWER
+        self.phase = ANSWER  # its deadline begins in send(), if the answer does not go at once
         self.send(encode_response(response, request, self.closing))
 
     def send(self, data: bytes) -> None:
@@ -1242,7 +1247,7 @@ class Server(http.server.ThreadingHTTPServer):
                     log.exception("something that is due from time to time failed")
             for key, _ in self._selector.select(max(0.0, next_tick - now)):
                 if key.data:
-                    self._have(key.data, key.data.ready)
+                    self._act(key.data, key.data.ready)
                 elif key.fileobj is self.socket:
                     self._accept()
                 else:
@@ -1250,7 +1255,7 @@ class Server(http.server.ThreadingHTTPServer):
             while self._done:
                 self._done.popleft()()
         for connection in list(self._connections):
-            self._have(connection, connection.close)
+            self._act(connection, connection.close)
         self._stopped.set()
 
     def shutdown(self, wait: bool = True) -> None:
@@ -1272,7 +1277,7 @@ class Server(http.server.ThreadingHTTPServer):
         self._pool.send_worker()
         now = time.monotonic()
         for connection in [c for c in self._connections if c.deadline < now]:
-            self._have(connection, connection.expire)
+            self._act(connection, connection.expire)
         self._accept_again()
 
     def lend(self, connection: Connection, work: Callable[[], Any], then: Callable[[Any], None]) -> None:
@@ -1285,7 +1290,7 @@ class Server(http.server.ThreadingHTTPServer):
                 then(outcome)
                 connection.advance()
 
-            self._done.append(functools.partial(self._have, connection, go_on))
+            self._done.append(functools.partial(self._act, connection, go_on))
             self._wake()
 
         connection.enter(RUNNING)
@@ -1298,7 +1303,7 @@ class Server(http.server.ThreadingHTTPServer):
         except OSError:  # full: the loop is about to wake anyhow; closed: there is none any more
             pass
 
-    def _have(self, connection: Connection, act: Callable[[], None]) -> None:
+    def _act(self, connection: Connection, act: Callable[[], None]) -> None:
         """Have a connection do something, then have the selector wait for what it waits for now, or close it."""
         try:
             act()
@@ -1336,7 +1341,7 @@ class Server(http.server.ThreadingHTTPServer):
                 sock.close()
                 continue
             self._connections.add(connection)
-            self._have(connection, connection.ready)  # its request may be here already
+            self._act(connection, connection.ready)  # its request may be here already
 
     def _refuse(self, reason: str) -> None:
         """Accept no more until a connection is closed or the next tick, else the loop would spin.
@@ -1352,7 +1357,7 @@ class Server(http.server.ThreadingHTTPServer):
         idle = [connection for connection in self._connections if connection.phase is IDLE]
         oldest = min(idle, key=lambda connection: connection.deadline, default=None)
         if oldest and oldest.deadline - now < PHASE_SECONDS[IDLE] - 5:
-            self._have(oldest, oldest.close)
+            self._act(oldest, oldest.close)
 
     def _accept_again(self) -> None:
         if not self._accepting and not self._stopping:
@@ -1365,7 +1370,7 @@ class Server(http.server.ThreadingHTTPServer):
             if connection.phase in (RUNNING, ANSWER):
                 connection.closing = True
             else:
-                self._have(connection, connection.close)
+                self._act(connection, connection.close)
         return bool(self._connections)
 
 
@@ -1486,9 +1491,10 @@ _SCHEMA = """CREATE TABLE task (
     id TEXT NOT NULL UNIQUE, name TEXT, status TEXT, type TEXT,
     created_at REAL, started_at REAL, finished_at REAL, -- seconds since 1970
     progress REAL, message TEXT, result BLOB, error TEXT, payload BLOB) -- result, payload: JSON"""
-_COLUMNS = ", ".join(Record._fields[:-1])  # all but `live`
+_FIELDS = Record._fields[:-1]  # all but `live`
+_COLUMNS = ", ".join(_FIELDS)
 _SAVE = f"INSERT OR REPLACE INTO task (seq, {_COLUMNS}) VALUES "  # ON CONFLICT needs SQLite 3.24
-_SAVE_ROW = f"((SELECT seq FROM task WHERE id = ?){', ?' * len(Record._fields[:-1])})"
+_SAVE_ROW = f"((SELECT seq FROM task WHERE id = ?){', ?' * len(_FIELDS)})"
 _ADVICE = {  # part of an error's text -> what to do
     "unable to open": "choose a file in a folder where this user may write",
     "readonly": "choose a file that this user may write",
@@ -1523,7 +1529,7 @@ class SQLiteJournal:
                 raise
         except (sqlite3.Error, OSError, ValueError) as error:
             raise self._error("opened", error) from error
-        threading.Thread(target=self._write, name="journal", daemon=True).start()
+        threading.Thread(target=self._run, name="journal", daemon=True).start()
 
     def load(self) -> list[Record]:
         """Return all records in the order of their creation. To be called before the first `save`."""
@@ -1570,7 +1576,7 @@ class SQLiteJournal:
         advice = "".join(f", {text}" for part, text in _ADVICE.items() if part in str(reason))
         return JournalError(f"the journal {self._path} cannot be {verb}: {reason}{advice}")
 
-    def _write(self) -> None:
+    def _run(self) -> None:
         """Save and delete what comes, for ever."""
         while True:
             batch = [self._saves.get()]
@@ -1601,7 +1607,7 @@ class SQLiteJournal:
         # A lone surrogate, say from a file name in an error's text, would make the whole transaction fail.
         values = [v.encode("utf-8", "replace").decode() if isinstance(v, str) else v
                   for id, row in rows.items() for v in (id, *row)]  # fmt: skip
-        execute, width = self._database.execute, len(Record._fields)
+        execute, width = self._database.execute, 1 + len(_FIELDS)  # the id once more, for the inner SELECT
         execute("BEGIN IMMEDIATE")
         for i in range(0, len(deleted), 500):  # SQLite before 3.32 takes 999 values a statement
             ids = deleted[i : i + 500]
@@ -1672,7 +1678,7 @@ def use_tls(server: Server, certificate: str, key: str) -> None:
             if self.shaken:
                 super().ready()
             else:
-                self.server.lend(self, self.shake_hands, functools.partial(self.go_on, self.deadline))
+                self.server.lend(self, self.shake_hands, functools.partial(self.shaken_hands, self.deadline))
 
         def shake_hands(self) -> str:
             try:
@@ -1684,7 +1690,7 @@ def use_tls(server: Server, certificate: str, key: str) -> None:
                 return describe(error)
             return ""
 
-        def go_on(self, deadline: float, error: str) -> None:
+        def shaken_hands(self, deadline: float, error: str) -> None:
             self.phase, self.deadline = HEADER, deadline
             if error:
                 log.info("no TLS with %s: %s", self.peer, error)
@@ -1772,7 +1778,7 @@ def _answer(pipe: Any, job: _Job) -> bytes:
     """Return the message that says how the task ended. Whatever its function raises ends the task alone."""
     try:
         function, payload = pickle.loads(job.pickled)  # imports the function's module
-        pipe.send_bytes(b"s")
+        pipe.send_bytes(b"s")  # without the lock: before the function is called there is nothing else to send
         return b"r" + call_here(function, payload, job.progress.report)
     except BaseException as error:
         text = describe(error)
@@ -1793,8 +1799,8 @@ class Child:
     """
 
     # Guards every start, kill and reaping, in all children: multiprocessing has one table of them, and of two
-    # threads that reap a process one misses its exit status. Held around slow system calls, some milliseconds;
-    # no reader of the store takes it.
+    # threads that reap a process one misses its exit status. Held around slow system calls, some milliseconds,
+    # or seconds where the system does not let a process die; no reader of the store takes it.
     _lock = threading.Lock()
     processes: ClassVar[set[Any]] = set()  # all that live; guarded by _lock
 
@@ -1925,7 +1931,7 @@ def openapi(application: Application) -> dict[str, Any]:
     payload = {"type": "object", "required": ["name"], "properties": {"name": name}, "examples": [{"name": "sample"}]}
     body = {"required": True, "content": {"application/json": {"schema": payload}}}
     id = {"name": "id", "in": "path", "required": True, "schema": {"type": "string", "format": "uuid"}}
-    wait = query("wait", {"type": "string", "pattern": r"^[0-9]+(\.[0-9]+)?$", "description": "seconds, at most 30"})
+    wait = query("wait", {"type": "string", "pattern": r"^[0-9]+(\.[0-9]+)?$", "description": f"seconds, at most {MAX_WAIT:g}"})
     for task_type in application.types.values():
         description = (task_type.function.__doc__ or "").strip()
         paths[f"/create-{task_type.name}"] = {"post": operation(
@@ -2239,12 +2245,12 @@ class LogHandler(logging.Handler):
                 dropped, self._dropped = self._dropped, 0
             if dropped:
                 text += f"{dropped} lines of the log did not fit and were dropped\n"
-            _write(self._descriptor, text.encode())
+            write_all(self._descriptor, text.encode())
             if None in records:
                 return
 
 
-def _write(descriptor: int, data: bytes) -> None:
+def write_all(descriptor: int, data: bytes) -> None:
     """Write all, unless nobody reads it any more."""
     try:
         while data:
@@ -2422,7 +2428,7 @@ def _prepare_process() -> None:
 
 
 def _set_up(application: Application, options: argparse.Namespace) -> Server:
-    """Put the parts together as the options say. ValueError, OSError, JournalError: what is wrong."""
+    """Put the parts together as the options say; they set the bounds of the store and the pools. ValueError, OSError, JournalError: what is wrong."""
     token = os.environ.get("TASKSERVER_TOKEN", "")
     if not re.fullmatch("[!-~]*", token):
         raise ValueError("TASKSERVER_TOKEN must consist of visible ASCII characters")
@@ -2468,7 +2474,7 @@ def _address(options: argparse.Namespace, port: int) -> str:
 
 
 def _first_lines(application: Application, options: argparse.Namespace, address: str) -> str:
-    """Return what a person is told at the start: the address, how to create a task, how long tasks last."""
+    """Return what a person is told at the start: the address, how to create a task, where tasks are kept."""
     token = "-H \"Authorization: Bearer $TASKSERVER_TOKEN\" " if application.secured else ""
     kept = f"in {options.db or 'a journal'}" if application.store.blocks else "in memory and end with this process; --db FILE keeps them"
     return (f"taskserver {__version__} on {address}\n"
@@ -2499,7 +2505,7 @@ def main(application: Application | None = None, argv: list[str] | None = None) 
         server = _set_up(application, options)
         address = _address(options, server.server_port)
         lines = _first_lines(application, options, address)
-        threading.Thread(target=_write, args=(1, lines.encode()), daemon=True).start()  # it may be a full pipe
+        threading.Thread(target=write_all, args=(1, lines.encode()), daemon=True).start()  # it may be a full pipe
     except (ValueError, OSError, JournalError, RuntimeError) as error:  # the last one: no thread can be made
         sys.exit(f"taskserver: {error}")
     log.info("serving %s", address)

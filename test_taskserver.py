@@ -918,6 +918,20 @@ def test_anything_else_is_400(body):
     assert list(json.loads(response.body.decode())) == ["error"]
 
 
+def test_an_unterminated_string_of_escapes_is_refused_in_a_time_that_grows_with_its_length():
+    for end in b"", b"\\":
+        body = b"[" * 101 + b'"' + b'\\"' * 400_000 + end  # with a search for each quote this takes an hour
+        with pytest.raises(HTTPError) as refused:
+            taskserver.decode_object(body)
+        assert refused.value.response.status == 400
+
+
+def test_a_string_full_of_brackets_is_not_nested():
+    assert taskserver.decode_object(b'{"name": "%s"}' % (b"[" * 200)) == {"name": "[" * 200}
+    with pytest.raises(HTTPError, match="one JSON object"):
+        taskserver.decode_object(b'"' + b"[" * 200 + b'"')
+
+
 # -- 5. Application ----------------------------------------------------------------------------------
 
 
@@ -1333,6 +1347,24 @@ def test_an_executor_that_raises_or_cancels_fails_the_task_alone(application):
         record = final(application, create(application, name))
         assert record["status"] == "failed" and record["error"].startswith(error)
     assert final(application, create(application, "echo", result=1))["result"] == 1
+
+
+@pytest.mark.parametrize("error, text", [(taskserver.TaskError, "TaskError"), (taskserver.TaskError(""), "TaskError"),
+                                         (taskserver.TaskError("disk: full"), "disk: full")])  # fmt: skip
+def test_a_task_error_fails_the_task_with_its_text_whatever_it_says(error, text):
+    application = taskserver.Application()
+
+    @application.task("x")
+    def fail(payload, report):
+        raise error
+
+    headers = {"content-type": "application/json"}
+    created = application.handle(Request("POST", "/create-x", fields=Fields(headers), body=b'{"name": "n"}'))
+    id = json.loads(created.body)["id"]
+    record = json.loads(application.handle(Request("GET", f"/poll-x/{id}", "wait=30")).body)
+    assert (record["status"], record["error"]) == ("failed", text)
+    application.pool.join(LONG)
+    assert application.pool.counts() == (0, 0)
 
 
 # -- 6. HTTP -----------------------------------------------------------------------------------------
@@ -2616,6 +2648,18 @@ def test_what_was_acknowledged_survives_kill_9_and_nothing_runs_twice(path, tmp_
             assert times >= 1 and record["result"] == record["name"]
 
 
+def test_a_database_of_another_program_stays_as_it_is_whatever_its_version(tmp_path):
+    path = tmp_path / "other.db"
+    with contextlib.closing(sqlite3.connect(str(path))) as database:
+        database.execute("PRAGMA user_version = 1")
+        database.execute("CREATE TABLE other (x)")
+        database.commit()
+    before = path.read_bytes()
+    with pytest.raises(taskserver.JournalError, match="another program"):
+        taskserver.SQLiteJournal(str(path))
+    assert path.read_bytes() == before
+
+
 # -- 9. Access ---------------------------------------------------------------------------------------
 
 
@@ -3757,50 +3801,3 @@ def test_the_records_in_the_readme_have_the_keys_of_records(language):
     assert records
     for record in records:
         consistent(record)
-
-
-# -- 17. Faults that a reading found -----------------------------------------------------------------
-
-
-def test_an_unterminated_string_of_escapes_is_refused_in_a_time_that_grows_with_its_length():
-    for end in b"", b"\\":
-        body = b"[" * 101 + b'"' + b'\\"' * 400_000 + end  # with a search for each quote this takes an hour
-        with pytest.raises(HTTPError) as refused:
-            taskserver.decode_object(body)
-        assert refused.value.response.status == 400
-
-
-def test_a_string_full_of_brackets_is_not_nested():
-    assert taskserver.decode_object(b'{"name": "%s"}' % (b"[" * 200)) == {"name": "[" * 200}
-    with pytest.raises(HTTPError, match="one JSON object"):
-        taskserver.decode_object(b'"' + b"[" * 200 + b'"')
-
-
-@pytest.mark.parametrize("error, text", [(taskserver.TaskError, "TaskError"), (taskserver.TaskError(""), "TaskError"),
-                                         (taskserver.TaskError("disk: full"), "disk: full")])  # fmt: skip
-def test_a_task_error_fails_the_task_with_its_text_whatever_it_says(error, text):
-    application = taskserver.Application()
-
-    @application.task("x")
-    def fail(payload, report):
-        raise error
-
-    headers = {"content-type": "application/json"}
-    created = application.handle(Request("POST", "/create-x", fields=Fields(headers), body=b'{"name": "n"}'))
-    id = json.loads(created.body)["id"]
-    record = json.loads(application.handle(Request("GET", f"/poll-x/{id}", "wait=30")).body)
-    assert (record["status"], record["error"]) == ("failed", text)
-    application.pool.join(LONG)
-    assert application.pool.counts() == (0, 0)
-
-
-def test_a_database_of_another_program_stays_as_it_is_whatever_its_version(tmp_path):
-    path = tmp_path / "other.db"
-    with contextlib.closing(sqlite3.connect(str(path))) as database:
-        database.execute("PRAGMA user_version = 1")
-        database.execute("CREATE TABLE other (x)")
-        database.commit()
-    before = path.read_bytes()
-    with pytest.raises(taskserver.JournalError, match="another program"):
-        taskserver.SQLiteJournal(str(path))
-    assert path.read_bytes() == before
