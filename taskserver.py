@@ -160,11 +160,12 @@ MAX_RESULT = 1 << 20  # bytes of a result, encoded
 
 
 class Progress:
-    """The last report of a running task: one value, replaced as a whole, so that it needs no lock."""
+    """When a task was started and what it reported last: two values, each replaced as a whole, so that no lock is needed."""
 
-    __slots__ = ("last",)
+    __slots__ = ("last", "started_at")
 
     def __init__(self) -> None:
+        self.started_at: float | None = None
         self.last: tuple[float | None, str | None] = (None, None)
 
     def report(self, fraction: float, message: str | None = None) -> None:
@@ -196,7 +197,7 @@ class Record(NamedTuple):
     result: bytes | None = None  # JSON, encoded once, by the worker
     error: str | None = None
     payload: bytes | None = None  # JSON as it was posted; dropped when the task is final
-    live: Progress | None = None  # what a running task reports; not part of what is journaled
+    live: Progress | None = None  # of a pending task, beside which it changes; not part of what is journaled
 
 
 @functools.lru_cache(maxsize=64)
@@ -220,7 +221,7 @@ def encode_record(record: Record, with_result: bool = True) -> bytes:
     """Return the record as the JSON that a client sees, with what its task has reported until now."""
     id, name, status, type, created_at, started_at, finished_at, progress, message, result, error, _, live = record
     if live:
-        progress, message = live.last
+        started_at, (progress, message) = live.started_at, live.last
     text = (
         f'{{"id": "{id}", "name": {json.dumps(name)}, "status": "{status}", "type": "{type}", '
         f'"created_at": {timestamp(created_at)}, "started_at": {timestamp(started_at)}, '
@@ -240,10 +241,13 @@ def encode_poll(record: Record) -> bytes:
     return _encode_and_keep(record) if small and record.status != PENDING else encode_record(record)
 
 
+_ENCODER = json.JSONEncoder(allow_nan=False)
+
+
 def encode_result(value: object) -> bytes:
     """Return what a function has returned as JSON. ValueError: JSON cannot hold it, or it is too large."""
     try:
-        encoded = json.dumps(value, allow_nan=False).encode()
+        encoded = _ENCODER.encode(value).encode()
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"the result cannot be written as JSON: {error}") from None
     if len(encoded) > MAX_RESULT:
@@ -274,7 +278,7 @@ class Store:
     A final record stays for `keep` seconds; then `evict` drops it.
     """
 
-    blocks = False  # whether there is a journal: then `add` and `update` may wait for a disk
+    blocks = False  # whether there is a journal: then `add`, `start` and `finish` may wait for a disk
     failing = False  # whether that disk cannot be written
 
     def __init__(self, keep: float = 3600, max_tasks: int = 100_000, clock: Callable[[], float] = time.monotonic):
@@ -284,10 +288,15 @@ class Store:
         self._lock = ReadersWriterLock()  # guards all below
         # In the order of creation; reversed() takes a plain dict since Python 3.8 only.
         self._records: dict[str, Record] = {} if sys.version_info >= (3, 8) else collections.OrderedDict()
-        self._unsaved = 0  # new records that are being saved; they count as held
-        self._held = {PENDING: 0, COMPLETED: 0, FAILED: 0}  # records by status
+        self._held = 0  # records, and places for such as are not in yet
+        self._failed = 0  # records
         self._finished: collections.deque[tuple[float, str]] = collections.deque()  # when by the clock, and id; oldest first
         self._awaited: dict[str, threading.Event] = {}  # by id: set when the record becomes final
+
+    def final(self) -> dict[str, int]:
+        """Return the number of final records by status."""
+        with self._lock.read:
+            return {COMPLETED: len(self._finished) - self._failed, FAILED: self._failed}
 
     def get(self, id: str) -> Record:
         """Return a record. KeyError: unknown or evicted."""
@@ -299,33 +308,23 @@ class Store:
         with self._lock.read:
             return list(itertools.islice(reversed(self._records.values()), limit))
 
-    def held(self) -> dict[str, int]:
-        """Return the number of records by status."""
-        with self._lock.read:
-            return dict(self._held)
-
     def add(self, record: Record) -> None:
         """Put in a new record. StoreFull: `max_tasks` are held. JournalError. Neither leaves anything behind."""
-        self.evict()
         with self._lock.write:
-            if len(self._records) + self._unsaved >= self.max_tasks:
-                raise StoreFull(self._finished[0][0] + self.keep - self._clock() if self._finished else self.keep)
-            self._unsaved += 1
-        saved = False
-        try:
-            self._save(record)
-            saved = True
-        finally:
-            with self._lock.write:
-                self._unsaved -= 1
-                if saved:
-                    self._insert(record)
+            self._evict()
+            self._hold()
+            self._insert(record)
 
-    def update(self, record: Record, durable: bool = True) -> None:
-        """Replace a record by its successor; if `durable`, save that first, which blocks and may raise JournalError."""
-        if durable:
-            self._save(record)
-        self._publish(record)
+    def start(self, record: Record) -> None:
+        """Have it known beyond a crash that a task is started. JournalError: the store stops."""
+
+    def finish(self, record: Record) -> None:
+        """Replace a record by its final successor, and wake who waits for it. JournalError: the store stops."""
+        with self._lock.write:
+            self._insert(record)
+            awaited = self._awaited.pop(record.id, None)
+        if awaited:
+            awaited.set()
 
     def wait(self, id: str, seconds: float) -> Record:
         """Return a record once it is final, or as it is after so many seconds. KeyError: unknown or evicted.
@@ -340,17 +339,9 @@ class Store:
         return self.get(id)
 
     def evict(self) -> None:
-        """Drop the final records that have outlived their time."""
-        while True:
-            evicted: list[str] = []
-            with self._lock.write:
-                oldest = self._clock() - self.keep
-                while self._finished and self._finished[0][0] <= oldest and len(evicted) < 1000:  # then readers may read
-                    evicted.append(self._finished.popleft()[1])
-                    self._held[self._records.pop(evicted[-1]).status] -= 1
-            if not evicted:
-                return
-            self._forget(evicted)
+        """Drop final records that have outlived their time."""
+        with self._lock.write:
+            self._evict()
 
     def stop(self) -> None:
         """Wake all who wait; nobody waits from now on."""
@@ -360,30 +351,30 @@ class Store:
         for event in awaited:
             event.set()
 
-    def _publish(self, record: Record) -> None:
-        """Let a record be seen, and wake who waits for its end."""
-        with self._lock.write:
-            self._insert(record)
-            awaited = self._awaited.pop(record.id, None) if record.status != PENDING else None
-        if awaited:
-            awaited.set()
+    # Called with the write side held
+
+    def _evict(self) -> list[str]:
+        """Drop what has outlived its time, but not so much that readers would have to wait for long; return the ids."""
+        oldest = self._clock() - self.keep
+        ids: list[str] = []
+        while self._finished and self._finished[0][0] <= oldest and len(ids) < 10_000:
+            ids.append(self._finished.popleft()[1])
+            self._failed -= self._records.pop(ids[-1]).status == FAILED
+        self._held -= len(ids)
+        return ids
+
+    def _hold(self) -> None:
+        """Keep a place for a record."""
+        if self._held >= self.max_tasks:
+            raise StoreFull(self._finished[0][0] + self.keep - self._clock() if self._finished else self.keep)
+        self._held += 1
 
     def _insert(self, record: Record, age: float = 0.0) -> None:
-        """Put in a record; if it is final, as so many seconds old. Called with the write side held."""
-        if record.id in self._records:
-            self._held[self._records[record.id].status] -= 1
-        self._held[record.status] += 1
+        """Put a record into its place; if it is final, as so many seconds old."""
         self._records[record.id] = record
         if record.status != PENDING:
             self._finished.append((self._clock() - age, record.id))
-
-    # Hooks for a store that writes to a disk, called without a lock held
-
-    def _save(self, record: Record) -> None:
-        """Make a record durable before it is seen. Blocks. JournalError."""
-
-    def _forget(self, ids: list[str]) -> None:
-        """Have evicted records deleted some time."""
+            self._failed += record.status == FAILED
 
 
 # -- 3. Workers --------------------------------------------------------------------------------------
@@ -433,16 +424,17 @@ class WorkerPool:
             self._items -= 1
 
     def submit(self, item: Any) -> None:
-        """Queue an item in its reserved place. Does not wait for a worker."""
+        """Queue an item in its reserved place. It stays there until `send_worker`, which does for several items."""
         with self._lock:
             self._queue.append(item)
-        self.send_worker()
 
     def send_worker(self) -> None:
         """Wake or make a worker if there is something for it to do.
 
         The system may have no thread to give: call it again later.
         """
+        if not self._queue:
+            return
         with self._lock:
             if not self._queue or self._sent or not self._idle and self._workers >= self.max_workers:
                 return
@@ -474,23 +466,25 @@ class WorkerPool:
     def _run(self) -> None:
         woken = threading.Lock()
         woken.acquire()
+        arrived = True  # made or woken, and not yet at work
         while True:
             with self._lock:
-                self._sent = False
+                self._sent = self._sent and not arrived
                 found = bool(self._queue)
                 if found:
                     item = self._queue.popleft()
                     self._running += 1
                 else:
                     self._idle.append(woken)
+                    if not self._running:
+                        self._at_rest.notify_all()
+            arrived = not found
             if found:
                 self.send_worker()
                 self._work(item)
                 with self._lock:
                     self._running -= 1
                     self._items -= 1
-                    if not self._running:
-                        self._at_rest.notify_all()
             elif not woken.acquire(timeout=self.IDLE_SECONDS):
                 with self._lock:
                     if woken in self._idle:
@@ -743,7 +737,10 @@ class Application:
             endpoint, arguments = self.check(request)
             if not may_block and (endpoint not in self.quick or request.query or self.store.blocks and request.method == "POST"):
                 return None
-            return endpoint(request, *arguments)
+            response = endpoint(request, *arguments)
+            if may_block:
+                self.send_workers()
+            return response
         except HTTPError as refusal:
             return refusal.response
         except Exception:
@@ -755,15 +752,15 @@ class Application:
         for check in self.before_request:
             check(request)
         matched = self.router.match(request.method, request.path)
-        headers = request.fields.headers
-        media_type = headers.get("content-type", "").partition(";")[0].strip(" \t").lower()
-        if request.method == "POST" and (media_type != "application/json" or "content-encoding" in headers):
-            raise HTTPError(415, "Send JSON that is not compressed, with Content-Type: application/json.")
+        if request.method == "POST":
+            headers = request.fields.headers
+            media_type = headers.get("content-type", "").partition(";")[0].strip(" \t").lower()
+            if media_type != "application/json" or "content-encoding" in headers:
+                raise HTTPError(415, "Send JSON that is not compressed, with Content-Type: application/json.")
         return matched
 
-    def tick(self) -> None:
-        """Do what is due from time to time; does not block."""
-        self.store.evict()
+    def send_workers(self) -> None:
+        """Have the tasks that were created begin. To be called often; does not block."""
         for pool in self.pools:
             pool.send_worker()
 
@@ -775,21 +772,21 @@ class Application:
         name = decode_object(request.body).get("name")
         if not isinstance(name, str) or not name.strip() or len(name) > MAX_NAME:
             raise HTTPError(400, f'Send a "name": a string that is not blank, of at most {MAX_NAME} characters.')
-        record = Record(str(uuid.uuid4()), name, PENDING, task_type.name, time.time(), payload=request.body)
+        record = Record(str(uuid.uuid4()), name, PENDING, task_type.name, time.time(), payload=request.body, live=Progress())
         try:
             task_type.pool.reserve()
+            try:
+                self.store.add(record)
+            except BaseException:
+                task_type.pool.release()
+                raise
         except queue.Full:
             raise unavailable("As many tasks wait as --max-waiting allows; try again later.", 1) from None
-        try:
-            self.store.add(record)
-        except BaseException as error:
-            task_type.pool.release()
-            if isinstance(error, StoreFull):
-                raise unavailable("As many tasks are held as --max-tasks allows; try again when the oldest final one "
-                                  "has outlived --keep.", error.args[0]) from None  # fmt: skip
-            if isinstance(error, JournalError):
-                raise unavailable("The journal cannot be written; try again later.", 5) from None
-            raise
+        except StoreFull as error:
+            raise unavailable("As many tasks are held as --max-tasks allows; try again when the oldest final one "
+                              "has outlived --keep.", error.args[0]) from None  # fmt: skip
+        except JournalError:
+            raise unavailable("The journal cannot be written; try again later.", 5) from None
         log.info("task %s created: type %s, name %s", record.id, record.type, ascii(name))
         task_type.pool.submit(record)
         return Response(201, encode_record(record), (("Location", f"/poll-{record.type}/{record.id}"),))
@@ -813,35 +810,34 @@ class Application:
 
     def _run(self, record: Record) -> None:
         """Run a task to its end, whatever that is. No exception crosses this border."""
-        task_type, progress = self.types[record.type], Progress()
-        record = record._replace(started_at=time.time(), live=progress)
+        task_type, progress = self.types[record.type], record.live or Progress()
+        progress.started_at = time.time()
         try:
-            self.store.update(record, durable=not task_type.rerun)  # saved, so that a crash does not run it twice
-            final = self._call(task_type, record, progress)
-            self.store.update(final)
+            if not task_type.rerun:
+                self.store.start(record._replace(started_at=progress.started_at))
+            result, error = self._call(task_type, record, progress)
+            fraction, message = progress.last
+            self.store.finish(Record(record.id, record.name, FAILED if error else COMPLETED, record.type, record.created_at,
+                                     progress.started_at, time.time(), fraction if error else 1.0, message, result,
+                                     error))  # fmt: skip
         except JournalError:  # the server stops, and the next start decides
             return
-        if final.error is None:
+        if error is None:
             log.info("task %s completed", record.id)
         else:
-            log.info("task %s failed: %s", record.id, ascii(final.error))
+            log.info("task %s failed: %s", record.id, ascii(error))
 
-    def _call(self, task_type: TaskType, record: Record, progress: Progress) -> Record:
-        """Call the function; return the final record."""
-        error = result = None
+    def _call(self, task_type: TaskType, record: Record, progress: Progress) -> tuple[bytes | None, str | None]:
+        """Call the function; return the encoded result and the error, one of them None."""
         try:
-            result = task_type.call(task_type.function, record.payload or b"", progress.report)
+            return task_type.call(task_type.function, record.payload or b"", progress.report), None
         except TaskError as exception:
             error = describe(exception).partition(": ")[2] or "TaskError"
             log.warning("task %s: %s", record.id, exception.trace or ascii(error))
         except BaseException as exception:  # SystemExit and KeyboardInterrupt, too, end a task and no worker
             error = describe(exception)
             log.warning("task %s raised an exception", record.id, exc_info=exception)
-        fraction, message = progress.last
-        failed = error is not None
-        return record._replace(status=FAILED if failed else COMPLETED, finished_at=time.time(), message=message,
-                               progress=fraction if failed else 1.0, result=result, error=error, payload=None,
-                               live=None)  # fmt: skip
+        return None, error
 
 
 def parameter(request: Request, name: str, pattern: str) -> str | None:
@@ -1254,6 +1250,7 @@ class Server(http.server.ThreadingHTTPServer):
                     self._woken.recv(4096)
             while self._done:
                 self._done.popleft()()
+            self.application.send_workers()  # one for all that this round has created: waking one costs as much as a create
         for connection in list(self._connections):
             self._act(connection, connection.close)
         self._stopped.set()
@@ -1273,7 +1270,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     def service_actions(self) -> None:
         """Do what is due from time to time (a hook of the base class)."""
-        self.application.tick()
+        self.application.store.evict()
         self._pool.send_worker()
         now = time.monotonic()
         for connection in [c for c in self._connections if c.deadline < now]:
@@ -1296,6 +1293,7 @@ class Server(http.server.ThreadingHTTPServer):
         connection.enter(RUNNING)
         self._pool.reserve()
         self._pool.submit(call)
+        self._pool.send_worker()
 
     def _wake(self) -> None:
         try:
@@ -1402,9 +1400,8 @@ def add_monitoring(application: Application) -> None:
         if status != "ok":
             return Response(503, json.dumps({"status": status}).encode())
         waiting, running = (sum(counts) for counts in zip(*(pool.counts() for pool in application.pools)))
-        held = application.store.held()
-        document = {"status": status, "waiting": waiting, "running": running, "completed": held[COMPLETED],
-                    "failed": held[FAILED], "types": list(application.types)}  # fmt: skip
+        document = {"status": status, "waiting": waiting, "running": running, **application.store.final(),
+                    "types": list(application.types)}  # fmt: skip
         return Response(200, json.dumps(document).encode())
 
     def tasks(request: Request) -> Response:
@@ -1442,34 +1439,62 @@ class DurableStore(Store):
         """Whether the journal cannot be written."""
         return time.monotonic() - self._failed_at < self.FAILING_SECONDS
 
-    def update(self, record: Record, durable: bool = True) -> None:
-        """The same; tries again, with growing pauses, until the record is saved or the store stops."""
+    def add(self, record: Record) -> None:
+        """The same; blocks until the record is saved."""
+        self.evict()
+        with self._lock.write:
+            self._hold()
+        try:
+            self._save(record)
+        except JournalError:
+            with self._lock.write:
+                self._held -= 1
+            raise
+        with self._lock.write:
+            self._insert(record)
+
+    def start(self, record: Record) -> None:
+        """The same; tries, with growing pauses, until the record is saved or the store stops."""
         for pause in itertools.chain((0.1, 0.3, 1, 3), itertools.repeat(10)):
             try:
-                return super().update(record, durable)
+                return self._save(record)
             except JournalError:
                 if self.stopping.wait(pause):
                     raise
 
+    def finish(self, record: Record) -> None:
+        """The same; the record is seen once it is saved."""
+        self.start(record)
+        super().finish(record)
+
+    def evict(self) -> None:
+        """The same; the journal deletes them with its next transaction."""
+        with self._lock.write:
+            ids = self._evict()
+        self._journal.delete(ids)
+
     def recover(self, application: Application) -> None:
         """Take over what the last process left: run what it had not begun, and settle what it was running."""
-        records = list(self._journal.load())
+        records = [record._replace(live=Progress() if record.status == PENDING else None) for record in self._journal.load()]
         now = time.time()
         with self._lock.write:
             for record in records:
                 age = min(max(0.0, now - (record.finished_at or now)), self.keep)
                 self._insert(record, age)
             self._finished = collections.deque(sorted(self._finished))
+            self._held = len(self._records)
         for record in records:
             task_type = application.types.get(record.type)
             if record.status != PENDING:
                 continue
             if task_type and (task_type.rerun or record.started_at is None):
                 task_type.pool.reserve(bounded=False)
-                task_type.pool.submit(record._replace(started_at=None))
+                task_type.pool.submit(record)
             else:
                 why = "the server ended while it ran" if task_type else "the server has no such task type any more"
-                self.update(record._replace(status=FAILED, finished_at=now, error=f"interrupted: {why}", payload=None))
+                self.finish(record._replace(status=FAILED, finished_at=now, error=f"interrupted: {why}", payload=None,
+                                            live=None))  # fmt: skip
+        application.send_workers()
 
     def _save(self, record: Record) -> None:
         try:
@@ -1480,9 +1505,6 @@ class DurableStore(Store):
             self._failed_at = time.monotonic()
             raise JournalError from error
         self._failed_at = -math.inf
-
-    def _forget(self, ids: list[str]) -> None:
-        self._journal.delete(ids)
 
 
 _VERSION = 1  # of the schema; in the file as user_version, so that a later version can migrate
@@ -2408,9 +2430,11 @@ def _parse_options(argv: list[str] | None) -> argparse.Namespace:
     return options
 
 
-def _prepare_process() -> None:
-    """Set what holds for the process as a whole."""
-    sys.setswitchinterval(0.0005)  # seconds; with the usual 5 ms some clients starve while tasks compute
+def _prepare_process(workers: int) -> None:
+    """Set what holds for the process as a whole, in which so many tasks may run at once."""
+    # Seconds for which a thread that computes keeps the others waiting: with the usual 5 ms some clients starve. But
+    # each one that waits wakes that often; so thousands of tasks that end together would have no time for anything else.
+    sys.setswitchinterval(max(0.0005, 5e-6 * workers))
     logging._srcfile = None  # who logs, and from where, is in no line
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     while True:  # a descriptor that is closed now must not become a socket to which something prints
@@ -2491,7 +2515,7 @@ def main(application: Application | None = None, argv: list[str] | None = None) 
     if multiprocessing.current_process().name != "MainProcess":
         sys.exit('taskserver: a child process has called main(); call it under `if __name__ == "__main__":` alone')
     options = _parse_options(argv)
-    _prepare_process()
+    _prepare_process(options.workers)
     if options.self_check:
         sys.exit(self_check())
     application = application or demo()

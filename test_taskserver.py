@@ -502,7 +502,7 @@ def put(store, n=1, status="pending", **changes):
 
 
 def finish(store, id, status="completed", **changes):
-    store.update(store.get(id)._replace(status=status, finished_at=1700000009.0, payload=None, **changes))
+    store.finish(store.get(id)._replace(status=status, finished_at=1700000009.0, payload=None, **changes))
 
 
 def test_a_store_gives_what_was_put_in(store):
@@ -522,13 +522,14 @@ def test_newest_gives_the_newest_first_in_the_order_of_creation(store, limit):
     assert [record.id for record in store.newest(limit)] == ids[::-1][:limit]
 
 
-def test_records_are_counted_by_status(store):
-    assert store.held() == {"pending": 0, "completed": 0, "failed": 0}
+def test_final_records_are_counted_by_status_until_they_are_evicted(store):
+    assert store.final() == {"completed": 0, "failed": 0}
     put(store, 3), put(store, 2, "completed"), put(store, 1, "failed")
-    assert store.held() == {"pending": 3, "completed": 2, "failed": 1}
+    assert store.final() == {"completed": 2, "failed": 1}
     store.keep = 0
     store.evict()
-    assert store.held() == {"pending": 3, "completed": 0, "failed": 0}
+    assert store.final() == {"completed": 0, "failed": 0}
+    assert len(store.newest(9)) == 3
 
 
 def test_a_full_store_refuses_and_keeps_what_it_has(store):
@@ -593,7 +594,7 @@ def test_who_waits_is_woken_when_the_record_is_final(store):
     first, second = put(store, 2)
     with waiters(store, [first, first, first]) as woken:
         finish(store, second)
-        store.update(store.get(first)._replace(started_at=1700000005.0))
+        store.start(store.get(first)._replace(started_at=1700000005.0))
         assert not concurrent.futures.wait(woken, 0.05).done  # neither of these is what they wait for
         finish(store, first)
     assert [future.result().status for future in woken] == ["completed"] * 3
@@ -655,6 +656,7 @@ def submit(pool, *items):
     for item in items:
         pool.reserve()
         pool.submit(item)
+    pool.send_worker()
 
 
 def test_every_item_is_worked_at_once_and_only_once():
@@ -1069,7 +1071,7 @@ def test_a_report_after_the_end_is_ignored(application):
     reports = []
     application.task("keep-it")(lambda payload, report: reports.append(report))
     record = create(application, "keep-it")
-    assert eventually(lambda: ask(application, "GET", "/healthz").json["completed"])
+    assert poll(application, record, LONG)["status"] == "completed"
     reports[0](0.1, "late")
     record = poll(application, record)
     assert (record["progress"], record["message"]) == (1.0, None)
@@ -1226,18 +1228,15 @@ def test_a_full_store_answers_503_with_both_flags_and_when_to_come_again(applica
     assert ask(application, "GET", f"/poll-echo/{last['id']}").status == 404
 
 
-def test_tick_evicts_and_finds_workers_for_what_waits(application, monkeypatch):
-    record = final(application, create(application, "echo"))
+def test_send_workers_finds_workers_for_what_waits(application, monkeypatch):
+    final(application, create(application, "echo"))
     assert eventually(lambda: not [thread for thread in threading.enumerate() if thread.name == "task"])
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", lambda thread: (_ for _ in ()).throw(RuntimeError("no thread")))
         waiting = create(application, "echo", result=5)
     assert poll(application, waiting)["status"] == "pending"
-    application.tick()
+    application.send_workers()
     assert final(application, waiting)["result"] == 5
-    application.store.keep = 0
-    application.tick()
-    assert ask(application, "GET", f"/poll-echo/{record['id']}").status == 404
 
 
 def test_a_pool_that_is_busy_does_not_hold_up_another(application, gate):
@@ -2240,7 +2239,7 @@ def test_a_create_is_answered_once_its_record_is_on_disk_and_nobody_else_waits(a
         assert poll(application, before)["status"] == "pending"
         assert [record["id"] for record in ask(application, "GET", "/tasks").json["tasks"]] == [before["id"]]
         assert ask(application, "GET", "/healthz").status == 200
-        application.tick()
+        application.store.evict()
         assert not creating.done()
         journal.writable.set()
         assert creating.result(LONG)["id"] in journal.records
@@ -2310,10 +2309,10 @@ def test_a_store_that_stops_gives_up_what_it_cannot_save(application, journal, g
 
 def test_evicted_records_are_deleted_from_the_journal(application, journal):
     record = final(application, create(application, "echo"))
-    application.tick()
+    application.store.evict()
     assert journal.deleted == []
     application.store.keep = 0
-    application.tick()
+    application.store.evict()
     assert journal.deleted == [record["id"]]
 
 
@@ -2348,7 +2347,7 @@ def test_the_next_start_settles_what_the_last_process_left(application, gate):
     assert gone["status"] == "failed" and gone["error"].startswith("interrupted: ")
     for record in got[2:]:
         consistent(record)
-    application.tick()
+    application.store.evict()
     assert ask(application, "GET", f"/poll-echo/{ids[6]}").status == 404  # older than it is kept
     assert journal.deleted == [ids[6]]
     assert {id: record.status for id, record in journal.records.items()}[ids[2]] == "failed"
