@@ -673,8 +673,8 @@ def unavailable(message: str, seconds: float) -> HTTPError:
 class Application:
     """The task types, their endpoints, and the life of a task. It knows no sockets.
 
-    Building one starts no thread, process or socket. Public attributes may be set until the first request; `main`
-    sets the bounds of the store and of the pools from its options.
+    Building one starts no thread, process or socket. Public attributes may be set until the first request; the
+    bounds of the store and of the pools are the defaults of the options of `main`.
     """
 
     # A waiting task costs a thread of some 16 KiB, so hundreds fit into the smallest machine; more of them at once
@@ -1321,10 +1321,11 @@ class Server(http.server.ThreadingHTTPServer):
             self._accept_again()
 
     def _accept(self) -> None:
-        for _ in range(100):  # then the others have their turn
+        room = self._max_connections - len(self._connections)
+        if room <= 0:
+            self._refuse("all connections are in use")
+        for _ in range(min(room, 100)):  # then the others have their turn
             try:
-                if len(self._connections) >= self._max_connections:
-                    raise OSError("all connections are in use")
                 sock, address = self.get_request()
             except (BlockingIOError, ConnectionError):  # no more, or gone already
                 return
@@ -1517,15 +1518,6 @@ _FIELDS = Record._fields[:-1]  # all but `live`
 _COLUMNS = ", ".join(_FIELDS)
 _SAVE = f"INSERT OR REPLACE INTO task (seq, {_COLUMNS}) VALUES "  # ON CONFLICT needs SQLite 3.24
 _SAVE_ROW = f"((SELECT seq FROM task WHERE id = ?){', ?' * len(_FIELDS)})"
-_ADVICE = {  # part of an error's text -> what to do
-    "unable to open": "choose a file in a folder where this user may write",
-    "readonly": "choose a file that this user may write",
-    "disk I/O": "choose a file that this user may write, on a disk that works",
-    "not a database": "it holds something else, choose another file",
-    "is locked": "another server uses it, stop that one or choose another file",
-    "is full": "free some space on its disk",
-    "No such file": "put it back or restart the server",
-}
 
 
 class SQLiteJournal:
@@ -1581,7 +1573,7 @@ class SQLiteJournal:
         if not list(execute("SELECT 1 FROM sqlite_master")):
             execute(_SCHEMA)
         elif not 1 <= version <= _VERSION or not list(execute("SELECT 1 FROM sqlite_master WHERE name = 'task'")):
-            raise ValueError(f"a newer server or another program wrote it (schema {version}), choose another file")
+            raise ValueError(f"a newer server or another program wrote it (schema {version})")
         execute(f"PRAGMA user_version = {_VERSION}")
         execute("COMMIT")
         # fullfsync: on macOS a plain fsync leaves data in the drive's cache. journal_size_limit: a huge
@@ -1595,8 +1587,8 @@ class SQLiteJournal:
         return [(s.st_dev, s.st_ino) for s in map(os.stat, (self._path, self._path + "-wal"))]
 
     def _error(self, verb: str, reason: object) -> JournalError:
-        advice = "".join(f", {text}" for part, text in _ADVICE.items() if part in str(reason))
-        return JournalError(f"the journal {self._path} cannot be {verb}: {reason}{advice}")
+        return JournalError(f"the journal {self._path} cannot be {verb}: {reason}; stop the server that uses it, see that "
+                            "this user may write there and that there is space, or choose another file")  # fmt: skip
 
     def _run(self) -> None:
         """Save and delete what comes, for ever."""
@@ -1625,7 +1617,7 @@ class SQLiteJournal:
         statement this thread has to win the interpreter again.
         """
         if self._stat() != self._files:  # what is not where the next start looks is not safe
-            raise OSError("No such file any more")
+            raise OSError("it is not at its path any more")
         # A lone surrogate, say from a file name in an error's text, would make the whole transaction fail.
         values = [v.encode("utf-8", "replace").decode() if isinstance(v, str) else v
                   for id, row in rows.items() for v in (id, *row)]  # fmt: skip
@@ -2402,17 +2394,19 @@ def _number(convert: Callable[[str], float], low: float, high: float = math.inf)
     return number
 
 
-def _parse_options(argv: list[str] | None) -> argparse.Namespace:
+def _parse_options(argv: list[str] | None, application: Application) -> argparse.Namespace:
+    """Return the options; what is not given is as the application has it."""
+    store, pool, cpu_pool = application.store, application.pool, application.cpu_pool
     parser = _Parser(prog="taskserver", allow_abbrev=False, description="An HTTP server for long work.")
     count, seconds = _number(int, 1), _number(float, 0)
     for option, convert, default, value, text in (
         ("--host", str, "127.0.0.1", "ADDRESS", "listen on this address (%(default)s)"),
         ("--port", _number(int, 0, 65535), 8000, "PORT", "listen on this port, 0 for a free one (%(default)s)"),
-        ("--workers", count, Application.WORKERS, "N", "run so many tasks at once, in threads (%(default)s)"),
-        ("--cpu-workers", count, os.cpu_count() or 1, "N", "let so many tasks compute at once (%(default)s)"),
-        ("--max-waiting", _number(int, 0), Application.MAX_WAITING, "N", "let so many wait for a worker (%(default)s)"),
-        ("--max-tasks", count, 100_000, "N", "hold so many tasks, final ones included (%(default)s)"),
-        ("--keep", seconds, 3600, "SECONDS", "how long a final task can be polled (%(default)s)"),
+        ("--workers", count, pool.max_workers, "N", "run so many tasks at once, in threads (%(default)s)"),
+        ("--cpu-workers", count, cpu_pool.max_workers, "N", "let so many tasks compute at once (%(default)s)"),
+        ("--max-waiting", _number(int, 0), pool.max_waiting, "N", "let so many wait for a worker (%(default)s)"),
+        ("--max-tasks", count, store.max_tasks, "N", "hold so many tasks, final ones included (%(default)s)"),
+        ("--keep", seconds, store.keep, "SECONDS", "how long a final task can be polled (%(default)s)"),
         ("--db", str, None, "FILE", "keep tasks in this SQLite file, beyond this process"),
         ("--grace", seconds, 10, "SECONDS", "how long running tasks may go on when the server stops (%(default)s)"),
         ("--tls-cert", str, None, "FILE", "speak HTTPS with this certificate chain (PEM)"),
@@ -2452,7 +2446,7 @@ def _prepare_process(workers: int) -> None:
 
 
 def _set_up(application: Application, options: argparse.Namespace) -> Server:
-    """Put the parts together as the options say; they set the bounds of the store and the pools. ValueError, OSError, JournalError: what is wrong."""
+    """Put the parts together as the options say. ValueError, OSError, JournalError: what is wrong."""
     token = os.environ.get("TASKSERVER_TOKEN", "")
     if not re.fullmatch("[!-~]*", token):
         raise ValueError("TASKSERVER_TOKEN must consist of visible ASCII characters")
@@ -2514,11 +2508,11 @@ def main(application: Application | None = None, argv: list[str] | None = None) 
     """
     if multiprocessing.current_process().name != "MainProcess":
         sys.exit('taskserver: a child process has called main(); call it under `if __name__ == "__main__":` alone')
-    options = _parse_options(argv)
+    application = application or demo()
+    options = _parse_options(argv, application)
     _prepare_process(options.workers)
     if options.self_check:
         sys.exit(self_check())
-    application = application or demo()
     add_monitoring(application)
     add_pages(application)
     log.setLevel(logging.DEBUG if options.verbose else logging.INFO)

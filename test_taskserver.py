@@ -2484,8 +2484,8 @@ def refusal(path):
 def test_a_file_that_cannot_be_a_journal_is_refused_with_advice(path, tmp_path):
     import sqlite3
 
-    assert "choose a file in a folder" in refusal(tmp_path / "none" / "tasks.db")
-    assert "choose a file in a folder" in refusal(tmp_path)
+    assert "unable to open" in refusal(tmp_path / "none" / "tasks.db")
+    assert "unable to open" in refusal(tmp_path)
     text = tmp_path / "text"
     text.write_text("hello " * 1000)
     assert "not a database" in refusal(text)
@@ -2503,8 +2503,8 @@ def test_a_file_that_cannot_be_a_journal_is_refused_with_advice(path, tmp_path):
 def test_a_second_process_on_the_same_file_is_refused(path):
     code = "try: SQLiteJournal(sys.argv[1])\nexcept JournalError as error: print(error)"
     taskserver.SQLiteJournal(path).save(RECORD)
-    assert "another server uses it" in python(code, path)
-    assert "another server uses it" in refusal(path)
+    assert "is locked; stop the server that uses it" in python(code, path)
+    assert "is locked" in refusal(path)
 
 
 @posix
@@ -2519,7 +2519,7 @@ def test_a_file_without_rights_is_refused_with_advice(path, tmp_path, mode):
         os.chmod(str(folder), 0o777)
         code = ("import sqlite3\nif os.geteuid() == 0: os.setuid(65534)\n"
                 "try: SQLiteJournal(sys.argv[1])\nexcept JournalError as error: print(error)")  # fmt: skip
-        assert "choose a file " in python(code, folder / "tasks.db")
+        assert "cannot be opened" in python(code, folder / "tasks.db")
     finally:
         shutil.rmtree(str(folder))
 
@@ -2534,7 +2534,7 @@ def test_a_file_that_is_removed_meanwhile_acknowledges_nothing_until_it_is_back(
     if replaced:
         shutil.copy(path + ".away", path + suffix)
     for _ in range(2):
-        with pytest.raises(taskserver.JournalError, match="put it back or restart"):
+        with pytest.raises(taskserver.JournalError, match="No such file|not at its path any more"):
             journal.save(RECORD._replace(id="b"))
     os.replace(path + ".away", path + suffix)
     journal.save(RECORD._replace(id="c"))
@@ -3505,6 +3505,16 @@ def test_help_and_version_are_printed():
         assert re.search(rf"^ +{flag}\b", out, re.MULTILINE), flag
 
 
+def test_what_an_author_has_set_is_the_default_of_the_options(capsys):
+    application = Application()
+    application.store.keep, application.store.max_tasks = 71, 72
+    application.pool.max_workers, application.pool.max_waiting, application.cpu_pool.max_workers = 73, 74, 75
+    with pytest.raises(SystemExit):
+        taskserver.main(application, ["--help"])
+    out = capsys.readouterr().out
+    assert all(f"({value})" in out for value in range(71, 76))
+
+
 def test_self_check_says_what_works():
     status, out, err = command("--self-check")
     assert (status, err) == (0, ""), out + err
@@ -3571,9 +3581,9 @@ def test_a_name_must_be_allowed_to_be_used():
 
 
 def test_a_journal_that_cannot_be_used_is_one_line_and_status_1(path, tmp_path):
-    assert "choose a file in a folder" in refused("--port", "0", "--db", str(tmp_path / "none" / "tasks.db"))
+    assert "choose another file" in refused("--port", "0", "--db", str(tmp_path / "none" / "tasks.db"))
     with Program("--db", path):
-        assert "another server uses it" in refused("--port", "0", "--db", path)
+        assert "stop the server that uses it" in refused("--port", "0", "--db", path)
 
 
 def test_a_certificate_that_cannot_be_used_is_one_line_and_status_1(certificate):
