@@ -433,7 +433,7 @@ class WorkerPool:
 
         The system may have no thread to give: call it again later.
         """
-        if not self._queue:
+        if not self._queue:  # a glance without the lock, for it is nearly always so; who submits looks after that
             return
         with self._lock:
             if not self._queue or self._sent or not self._idle and self._workers >= self.max_workers:
