@@ -160,7 +160,7 @@ MAX_RESULT = 1 << 20  # bytes of a result, encoded
 
 
 class Progress:
-    """When a task was started and what it reported last: two values, each replaced as a whole, so that no lock is needed."""
+    """When a task was started and what it reported last: each one value, replaced as a whole, so that no lock is needed."""
 
     __slots__ = ("last", "started_at")
 
@@ -293,7 +293,7 @@ class Store:
         self._finished: collections.deque[tuple[float, str]] = collections.deque()  # when by the clock, and id; oldest first
         self._awaited: dict[str, threading.Event] = {}  # by id: set when the record becomes final
 
-    def final(self) -> dict[str, int]:
+    def counts(self) -> dict[str, int]:
         """Return the number of final records by status."""
         with self._lock.read:
             return {COMPLETED: len(self._finished) - self._failed, FAILED: self._failed}
@@ -772,7 +772,8 @@ class Application:
         name = decode_object(request.body).get("name")
         if not isinstance(name, str) or not name.strip() or len(name) > MAX_NAME:
             raise HTTPError(400, f'Send a "name": a string that is not blank, of at most {MAX_NAME} characters.')
-        record = Record(str(uuid.uuid4()), name, PENDING, task_type.name, time.time(), payload=request.body, live=Progress())
+        record = Record(str(uuid.uuid4()), name, PENDING, task_type.name, time.time(), payload=request.body,
+                        live=Progress())  # fmt: skip
         try:
             task_type.pool.reserve()
             try:
@@ -817,9 +818,9 @@ class Application:
                 self.store.start(record._replace(started_at=progress.started_at))
             result, error = self._call(task_type, record, progress)
             fraction, message = progress.last
-            self.store.finish(Record(record.id, record.name, FAILED if error else COMPLETED, record.type, record.created_at,
-                                     progress.started_at, time.time(), fraction if error else 1.0, message, result,
-                                     error))  # fmt: skip
+            status = FAILED if error else COMPLETED
+            self.store.finish(Record(record.id, record.name, status, record.type, record.created_at, progress.started_at,
+                                     time.time(), fraction if error else 1.0, message, result, error))  # fmt: skip
         except JournalError:  # the server stops, and the next start decides
             return
         if error is None:
@@ -1250,7 +1251,7 @@ class Server(http.server.ThreadingHTTPServer):
                     self._woken.recv(4096)
             while self._done:
                 self._done.popleft()()
-            self.application.send_workers()  # one for all that this round has created: waking one costs as much as a create
+            self.application.send_workers()  # one for all that this round has created: to wake one costs as much as a create
         for connection in list(self._connections):
             self._act(connection, connection.close)
         self._stopped.set()
@@ -1324,6 +1325,7 @@ class Server(http.server.ThreadingHTTPServer):
         room = self._max_connections - len(self._connections)
         if room <= 0:
             self._refuse("all connections are in use")
+            return
         for _ in range(min(room, 100)):  # then the others have their turn
             try:
                 sock, address = self.get_request()
@@ -1401,7 +1403,7 @@ def add_monitoring(application: Application) -> None:
         if status != "ok":
             return Response(503, json.dumps({"status": status}).encode())
         waiting, running = (sum(counts) for counts in zip(*(pool.counts() for pool in application.pools)))
-        document = {"status": status, "waiting": waiting, "running": running, **application.store.final(),
+        document = {"status": status, "waiting": waiting, "running": running, **application.store.counts(),
                     "types": list(application.types)}  # fmt: skip
         return Response(200, json.dumps(document).encode())
 
@@ -1455,17 +1457,12 @@ class DurableStore(Store):
             self._insert(record)
 
     def start(self, record: Record) -> None:
-        """The same; tries, with growing pauses, until the record is saved or the store stops."""
-        for pause in itertools.chain((0.1, 0.3, 1, 3), itertools.repeat(10)):
-            try:
-                return self._save(record)
-            except JournalError:
-                if self.stopping.wait(pause):
-                    raise
+        """The same; blocks until the record is saved."""
+        self._save_or_stop(record)
 
     def finish(self, record: Record) -> None:
-        """The same; the record is seen once it is saved."""
-        self.start(record)
+        """The same; blocks until the record is saved, and lets it be seen then."""
+        self._save_or_stop(record)
         super().finish(record)
 
     def evict(self) -> None:
@@ -1496,6 +1493,15 @@ class DurableStore(Store):
                 self.finish(record._replace(status=FAILED, finished_at=now, error=f"interrupted: {why}", payload=None,
                                             live=None))  # fmt: skip
         application.send_workers()
+
+    def _save_or_stop(self, record: Record) -> None:
+        """Try, with growing pauses, until the record is saved. JournalError: the store stops before."""
+        for pause in itertools.chain((0.1, 0.3, 1, 3), itertools.repeat(10)):
+            try:
+                return self._save(record)
+            except JournalError:
+                if self.stopping.wait(pause):
+                    raise
 
     def _save(self, record: Record) -> None:
         try:

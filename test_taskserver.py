@@ -523,12 +523,12 @@ def test_newest_gives_the_newest_first_in_the_order_of_creation(store, limit):
 
 
 def test_final_records_are_counted_by_status_until_they_are_evicted(store):
-    assert store.final() == {"completed": 0, "failed": 0}
+    assert store.counts() == {"completed": 0, "failed": 0}
     put(store, 3), put(store, 2, "completed"), put(store, 1, "failed")
-    assert store.final() == {"completed": 2, "failed": 1}
+    assert store.counts() == {"completed": 2, "failed": 1}
     store.keep = 0
     store.evict()
-    assert store.final() == {"completed": 0, "failed": 0}
+    assert store.counts() == {"completed": 0, "failed": 0}
     assert len(store.newest(9)) == 3
 
 
@@ -3755,10 +3755,13 @@ def test_every_option_is_in_the_readme_with_its_default_and_no_other(language):
     flag = "--[a-z]+(?:-[a-z]+)*"
     help = re.sub(r"\s+", " ", command("--help")[1].split("options:" if sys.version_info >= (3, 10) else "optional arguments:")[1])
     options = dict.fromkeys(re.findall(flag, command("--help")[1]))
-    options.update(re.findall(rf"({flag}) [A-Z]+ [^()]*\(default: (\d+)\)", help))
+    options.update(re.findall(rf"({flag}) [A-Z]+ (?:(?! --)[^()])*\(([\d.]+)\)", help))
+    assert options["--keep"] == "3600"
     rows = dict(re.findall(rf"(?m)^\| `({flag})[^|]*\|([^|]*)\|", readme(language)))
     text = re.sub(r"(?m)^ *(?:curl|openssl|sudo|pip|py|wget|git) .*$", "", readme(language))
     assert set(re.findall(rf"`({flag})", text)) | set(re.findall(rf"taskserver\.py.*?({flag})", text)) <= set(options)
+    for option, value in re.findall(rf"({flag}) ([A-Z]+) ", help):
+        assert f"`{option} {value}`" in text
     for option, default in options.items():
         assert option in text
         if option in rows and default and option != "--cpu-workers":
