@@ -49,6 +49,7 @@ from __future__ import annotations
 import argparse
 import base64
 import collections
+import contextlib
 import email.utils
 import functools
 import hashlib
@@ -255,13 +256,23 @@ def encode_result(value: object) -> bytes:
     return encoded
 
 
+class TaskError(Exception):
+    """An error whose text becomes the record's as it is; a second argument goes to the log alone."""
+
+    def __init__(self, error: object = "", trace: str = "") -> None:
+        super().__init__(error)
+        self.trace = trace
+
+
 def describe(exception: BaseException) -> str:
-    """Return ValueError("no such host") as "ValueError: no such host"."""
+    """Return ValueError("no such host") as "ValueError: no such host", and the text of a TaskError alone."""
     try:
         text = str(exception)
     except BaseException:
         text = "(an exception that cannot say what it is)"
-    return f"{type(exception).__name__}: {text}"[:MAX_ERROR] if text else type(exception).__name__
+    if text and not isinstance(exception, TaskError):
+        text = f"{type(exception).__name__}: {text}"
+    return (text or type(exception).__name__)[:MAX_ERROR]
 
 
 class StoreFull(Exception):
@@ -638,14 +649,6 @@ MAX_WAIT = 30.0  # seconds of a long poll
 _UUID = re.compile("[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
-class TaskError(Exception):
-    """An error whose text becomes the record's as it is; a second argument goes to the log alone."""
-
-    def __init__(self, error: object = "", trace: str = "") -> None:
-        super().__init__(error)
-        self.trace = trace
-
-
 class TaskType(NamedTuple):
     """A registered function, and where and how it is called."""
 
@@ -832,13 +835,11 @@ class Application:
         """Call the function; return the encoded result and the error, one of them None."""
         try:
             return task_type.call(task_type.function, record.payload or b"", progress.report), None
-        except TaskError as exception:
-            error = describe(exception).partition(": ")[2] or "TaskError"
-            log.warning("task %s: %s", record.id, exception.trace or ascii(error))
         except BaseException as exception:  # SystemExit and KeyboardInterrupt, too, end a task and no worker
             error = describe(exception)
-            log.warning("task %s raised an exception", record.id, exc_info=exception)
-        return None, error
+            trace = exception.trace if isinstance(exception, TaskError) else traceback.format_exc()
+            log.warning("task %s: %s", record.id, trace or ascii(error))
+            return None, error
 
 
 def parameter(request: Request, name: str, pattern: str) -> str | None:
@@ -1729,11 +1730,11 @@ def use_tls(server: Server, certificate: str, key: str) -> None:
 # -- 10. Child processes -----------------------------------------------------------------------------
 #
 #   a worker's thread                           its child process
-#             <-- h: the process is up -------  _watch, a thread
-#   Child.run --- function, payload --------->  _watch --> _child_main, the main thread
+#             <-- h: give me a job -----------  _child_main
+#   Child.run --- function, payload --------->  _child_main
 #             <-- s: the function is called --  _answer
-#             <-- p: a report, ten a second --  _watch <- Progress <- report(...)
-#             <-- r: result, or e: error -----  _child_main
+#             <-- p: a report, ten a second --  _watch, a thread, <- Progress <- report(...)
+#             <-- r: result, or e: error -----  _child_main, when _watch has ended
 #
 # From the child come bytes and JSON: the server never unpickles what a task made.
 
@@ -1742,91 +1743,66 @@ START_SECONDS = 120.0  # in which a child must have imported its modules
 REPORT_SECONDS = 0.1  # between two reports that cross the border
 
 
-class _Job:
-    """What a child works at."""
-
-    def __init__(self, pickled: bytes) -> None:
-        self.pickled = pickled
-        self.progress = Progress()
-        self.sent = self.progress.last  # the report that has crossed the border
-        self.done = False
-
-
 def _child_main(pipe: Any) -> None:
-    """Run the jobs that come through the pipe, one at a time. Never returns."""
+    """Run the jobs that come through the pipe, one at a time, until its other end is closed. Never returns."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process: the parent decides
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if hasattr(os, "nice"):  # Windows has none: there children keep the priority of the server
         os.nice(10)
-    jobs: queue.SimpleQueue[_Job] = queue.SimpleQueue()
-    writing = threading.Lock()  # guards writes to the pipe, and `sent` and `done` of a job
-    threading.Thread(target=_watch, args=(pipe, jobs, writing), daemon=True).start()
-    while True:
-        job = jobs.get()
-        answer = _answer(pipe, job)
-        for stream in filter(None, (sys.stdout, sys.stderr)):
-            stream.flush()  # what the function printed: a later kill would lose it
-        with writing:
-            _send_report(pipe, job)
-            job.done = True
-            pipe.send_bytes(answer)
-
-
-def _watch(pipe: Any, jobs: queue.SimpleQueue[_Job], writing: threading.Lock) -> None:
-    """Pass on jobs and send reports; at end of file the server is gone, and so is this process at once."""
-    job = None
     try:
-        pipe.send_bytes(b"h")
         while True:
-            if job is None or job.done or pipe.poll(REPORT_SECONDS):
-                job = _Job(pipe.recv_bytes())
-                jobs.put(job)
-            else:
-                with writing:
-                    _send_report(pipe, job)
+            pipe.send_bytes(b"h")  # unasked, a large job would wait, without an end, for a child that hangs
+            job, progress, done = pipe.recv_bytes(), Progress(), threading.Event()
+            watcher = threading.Thread(target=_watch, args=(pipe, progress, done), daemon=True)
+            watcher.start()
+            answer = _answer(pipe, job, progress)
+            done.set()
+            watcher.join()
+            pipe.send_bytes(answer)
     finally:
-        os._exit(1)
+        os._exit(1)  # whatever threads a task has left
 
 
-def _send_report(pipe: Any, job: _Job) -> None:
-    if job.progress.last is not job.sent and not job.done:
-        job.sent = job.progress.last
-        pipe.send_bytes(b"p" + json.dumps(job.sent).encode())
-
-
-def _answer(pipe: Any, job: _Job) -> bytes:
+def _answer(pipe: Any, job: bytes, progress: Progress) -> bytes:
     """Return the message that says how the task ended. Whatever its function raises ends the task alone."""
     try:
-        function, payload = pickle.loads(job.pickled)  # imports the function's module
-        pipe.send_bytes(b"s")  # without the lock: before the function is called there is nothing else to send
-        return b"r" + call_here(function, payload, job.progress.report)
+        function, payload = pickle.loads(job)  # imports the function's module
+        pipe.send_bytes(b"s")  # before this there is no report that _watch could send meanwhile
+        return b"r" + call_here(function, payload, progress.report)
     except BaseException as error:
-        text = describe(error)
-        if isinstance(error, TaskError):
-            text = text.partition(": ")[2]
-        return b"e" + json.dumps([text, traceback.format_exc()[-20_000:]]).encode()
+        return b"e" + json.dumps([describe(error), traceback.format_exc()[-20_000:]]).encode()
+    finally:
+        for stream in filter(None, (sys.stdout, sys.stderr)):
+            with contextlib.suppress(OSError, ValueError):  # nobody reads it any more
+                stream.flush()  # what the function printed: a later kill would lose it
 
 
-def _remaining(deadline: float) -> float | None:
-    return None if deadline == math.inf else max(0.0, deadline - time.monotonic())
+def _watch(pipe: Any, progress: Progress, done: threading.Event) -> None:
+    """Send reports until the task is done. When the server is gone, end this process at once."""
+    sent = progress.last
+    with contextlib.suppress(OSError):
+        while not pipe.poll():  # the server sends nothing meanwhile, so that is the end of file
+            over = done.wait(REPORT_SECONDS)
+            if progress.last is not sent:
+                sent = progress.last
+                pipe.send_bytes(b"p" + json.dumps(sent).encode())
+            if over:
+                return
+    os._exit(1)
 
 
-class Child:
-    """One spawned process and one pipe; runs one task at a time.
+class Child(threading.local):
+    """For each thread that uses it, one spawned process and one pipe; it runs one task at a time.
 
-    The process starts with the first run(), serves the later ones too, and is replaced after its death. run()
-    belongs to one thread, not the main one, for it blocks SIGINT there.
+    The process starts with the first run(), serves the later ones too, and is replaced after its death. It ends by
+    itself when its thread does, for then nobody holds the other end of its pipe. run() is not for the main thread,
+    for it blocks SIGINT in its thread.
     """
 
-    # Guards every start, kill and reaping, in all children: multiprocessing has one table of them, and of two
-    # threads that reap a process one misses its exit status. Held around slow system calls, some milliseconds,
-    # or seconds where the system does not let a process die; no reader of the store takes it.
-    _lock = threading.Lock()
-    processes: ClassVar[set[Any]] = set()  # all that live; guarded by _lock
-
-    def __init__(self) -> None:
-        self._process: Any = None
-        self._pipe: Any = None  # our end
+    # Guards every start, kill and reaping, in all threads: multiprocessing has one table of children, and of two
+    # threads that reap one of them one misses its exit status. Held around slow system calls.
+    lock = threading.Lock()
+    process: Any = None
+    pipe: Any = None  # our end
 
     def run(self, timeout: float | None, function: Any, payload: bytes, report: Report) -> bytes:
         """Return the encoded result of function(decoded payload, report), called in the child. Blocks.
@@ -1836,89 +1812,69 @@ class Child:
         """
         try:
             job = pickle.dumps((function, payload))
-            up = True
-            if self._process is None or multiprocessing.connection.wait([self._pipe, self._process.sentinel], 0):
+            if self.process is None or multiprocessing.connection.wait([self.process.sentinel], 0):
                 self.end()
-                self._start()
-                up = False
+                self.start()
         except Exception as error:  # also: no process, memory or descriptor to be had
             raise TaskError(f"no child process can take the task: {describe(error)}") from None
         lost = 'the child process ended before it took the task ({}); is `if __name__ == "__main__":` missing?'
-        begun, limit = time.monotonic(), START_SECONDS
-        ready = [self._pipe, self._process.sentinel]  # both: on Windows a process may die and leave its pipe open
+        late = f"no start in {START_SECONDS:g} seconds"
+        deadline: float | None = time.monotonic() + START_SECONDS
+        ready = [self.pipe, self.process.sentinel]  # both: on Windows a process may die and leave its pipe open
         try:
-            if up:
-                self._pipe.send_bytes(job)
-            while multiprocessing.connection.wait(ready, _remaining(begun + limit)):
-                message = self._pipe.recv_bytes() if self._pipe.poll() else b""
+            while multiprocessing.connection.wait(ready, deadline and max(0.0, deadline - time.monotonic())):
+                message = self.pipe.recv_bytes() if self.pipe.poll() else b""
                 kind, body = message[:1], message[1:]
-                if kind == b"r":
-                    return bytes(body)
-                if kind == b"e":
-                    raise TaskError(*json.loads(body))
-                if kind == b"p":
-                    report(*json.loads(body))
-                elif kind == b"h":  # not before: a large job would wait, without an end, for a child that hangs
-                    self._pipe.send_bytes(job)
+                if kind == b"h":
+                    self.pipe.send_bytes(job)
                 elif kind == b"s":
-                    lost, begun, limit = "the child process died ({})", time.monotonic(), timeout or math.inf
+                    lost, late = "the child process died ({})", f"timed out after {timeout} seconds"
+                    deadline = timeout and time.monotonic() + timeout
+                elif kind == b"p":
+                    report(*json.loads(body))
+                elif kind == b"r":
+                    return bytes(body)
+                elif kind == b"e":
+                    raise TaskError(*json.loads(body))
                 else:
                     break
             else:
-                lost = f"timed out after {limit:g} seconds" if "died" in lost else f"no start in {limit:g} seconds"
+                lost = late
         except (EOFError, OSError):  # it died: end of file, or nobody to send to
             pass
         raise TaskError(lost.format(self.end()))
 
-    def end(self) -> str:
-        """End the process, if there is one, and say how it ended."""
-        if self._process is None:
-            return ""
-        with self._lock:
-            self._process.kill()
-            self._process.join(5)
-            status = self._process.exitcode
-            self.processes.discard(self._process)
-        self._process = None
-        self._pipe.close()
-        return f"killed by signal {-status}" if status and status < 0 else f"exit status {status}"
-
-    def __del__(self) -> None:  # its worker has ended
-        try:
-            self.end()
-        except Exception:  # so has the interpreter, nearly
-            pass
-
-    def _start(self) -> None:
+    def start(self) -> None:
+        """Start a process."""
         if sys.platform != "win32":  # inherited: no Ctrl-C reaches the child before it ignores it
             signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        with self._lock:
-            self._pipe, far_end = _SPAWN.Pipe()
+        with self.lock:
+            self.pipe, far_end = _SPAWN.Pipe()
             with far_end:  # left open here, it would hide the end of file
                 process = _SPAWN.Process(target=_child_main, args=(far_end,), daemon=True)
                 process.start()
-            self.processes.add(process)
-        self._process = process
+        self.process = process
 
-
-_worker = threading.local()  # .child: the one that this worker thread owns
-
-
-def call_in_child(timeout: float | None, function: Any, payload: bytes, report: Report) -> bytes:
-    """Call a function in the child process of this worker thread; return the encoded result. TaskError."""
-    if not hasattr(_worker, "child"):
-        _worker.child = Child()
-    result: bytes = _worker.child.run(timeout, function, payload, report)
-    return result
+    def end(self) -> str:
+        """End the process, if there is one, and say how it ended."""
+        if self.process is None:
+            return ""
+        with self.lock:
+            self.process.kill()
+            self.process.join(5)
+            status = self.process.exitcode
+        self.process = None
+        self.pipe.close()
+        return f"killed by signal {-status}" if status and status < 0 else f"exit status {status}"
 
 
 def end_children() -> None:
     """End all child processes, because this process ends; waits for no lock, so that a signal handler may call it."""
-    for process in list(Child.processes):
+    for process in multiprocessing.active_children():
         process.kill()
 
 
-Application.call_in_child = staticmethod(call_in_child)
+Application.call_in_child = Child().run
 
 
 # -- 11. OpenAPI -------------------------------------------------------------------------------------
