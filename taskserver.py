@@ -275,27 +275,31 @@ def describe(exception: BaseException) -> str:
     return (text or type(exception).__name__)[:MAX_ERROR]
 
 
-class StoreFull(Exception):
-    """No record fits in before so many seconds (its argument) have passed."""
+class Unavailable(Exception):
+    """What cannot be done now: one sentence, and in how many seconds it may be tried again."""
 
 
-class JournalError(Exception):
-    """A record cannot be made durable; the text is one sentence. See `DurableStore`."""
+class JournalError(Unavailable):
+    """A record cannot be made durable."""
 
 
 class Store:
     """The records by id: a dict behind a readers-writer lock, bounded in number and in time.
 
-    A final record stays for `keep` seconds; then `evict` drops it.
+    A final record stays for `keep` seconds; then `evict` drops it. With a `journal`, a record is in there before it can
+    be seen, and `add`, `save` and `finish` block until it is. A journal is any object with three methods: `load()`
+    returns the records in the order of their creation; `save(record)` blocks until that one is durable, and is called by
+    many threads; `delete(ids)` does not block. Whatever exception `save` raises means that the record is not written.
     """
 
-    blocks = False  # whether there is a journal: then `add`, `start` and `finish` may wait for a disk
-    failing = False  # whether that disk cannot be written
+    FAILING_SECONDS = 30.0  # after a failure, in which the journal counts as failing unless a save succeeds
 
-    def __init__(self, keep: float = 3600, max_tasks: int = 100_000, clock: Callable[[], float] = time.monotonic):
-        self.keep, self.max_tasks = keep, max_tasks
+    def __init__(self, keep: float = 3600, max_tasks: int = 100_000, journal: Any = None,
+                 clock: Callable[[], float] = time.monotonic):  # fmt: skip
+        self.keep, self.max_tasks, self.journal = keep, max_tasks, journal
         self.stopping = threading.Event()
         self._clock = clock
+        self._failed_at = -math.inf  # when the journal did, by the monotonic clock; one value, replaced as a whole
         self._lock = ReadersWriterLock()  # guards all below
         # In the order of creation; reversed() takes a plain dict since Python 3.8 only.
         self._records: dict[str, Record] = {} if sys.version_info >= (3, 8) else collections.OrderedDict()
@@ -303,6 +307,11 @@ class Store:
         self._failed = 0  # records
         self._finished: collections.deque[tuple[float, str]] = collections.deque()  # when by the clock, and id; oldest first
         self._awaited: dict[str, threading.Event] = {}  # by id: set when the record becomes final
+
+    @property
+    def failing(self) -> bool:
+        """Whether the journal cannot be written."""
+        return time.monotonic() - self._failed_at < self.FAILING_SECONDS
 
     def counts(self) -> dict[str, int]:
         """Return the number of final records by status."""
@@ -320,17 +329,35 @@ class Store:
             return list(itertools.islice(reversed(self._records.values()), limit))
 
     def add(self, record: Record) -> None:
-        """Put in a new record. StoreFull: `max_tasks` are held. JournalError. Neither leaves anything behind."""
+        """Put in a new record. Unavailable: `max_tasks` are held, or JournalError. Neither leaves anything behind."""
+        self.evict()
         with self._lock.write:
-            self._evict()
-            self._hold()
+            if self._held >= self.max_tasks:
+                seconds = self._finished[0][0] + self.keep - self._clock() if self._finished else self.keep
+                raise Unavailable("As many tasks are held as --max-tasks allows; try again when the oldest final one has "
+                                  "outlived --keep.", seconds)  # fmt: skip
+            self._held += 1
+        try:
+            self._save_once(record)
+        except JournalError:
+            with self._lock.write:
+                self._held -= 1
+            raise
+        with self._lock.write:
             self._insert(record)
 
-    def start(self, record: Record) -> None:
-        """Have it known beyond a crash that a task is started. JournalError: the store stops."""
+    def save(self, record: Record) -> None:
+        """Have a record outlive a crash, if there is a journal; nobody sees it yet. JournalError: the store stops."""
+        for pause in itertools.chain((0.1, 0.3, 1, 3), itertools.repeat(10)):
+            try:
+                return self._save_once(record)
+            except JournalError:
+                if self.stopping.wait(pause):
+                    raise
 
     def finish(self, record: Record) -> None:
         """Replace a record by its final successor, and wake who waits for it. JournalError: the store stops."""
+        self.save(record)
         with self._lock.write:
             self._insert(record)
             awaited = self._awaited.pop(record.id, None)
@@ -350,9 +377,28 @@ class Store:
         return self.get(id)
 
     def evict(self) -> None:
-        """Drop final records that have outlived their time."""
+        """Drop final records that have outlived their time, but not so many that readers would have to wait for long."""
+        ids: list[str] = []
         with self._lock.write:
-            self._evict()
+            oldest = self._clock() - self.keep
+            while self._finished and self._finished[0][0] <= oldest and len(ids) < 10_000:
+                ids.append(self._finished.popleft()[1])
+                self._failed -= self._records.pop(ids[-1]).status == FAILED
+            self._held -= len(ids)
+        if self.journal is not None:
+            self.journal.delete(ids)
+
+    def recover(self) -> list[Record]:
+        """Take in what the journal holds; return those records that are pending."""
+        records = [] if self.journal is None else self.journal.load()
+        records = [record._replace(live=Progress()) if record.status == PENDING else record for record in records]
+        now = time.time()
+        with self._lock.write:
+            for record in records:
+                self._insert(record, min(max(0.0, now - (record.finished_at or now)), self.keep))
+            self._finished = collections.deque(sorted(self._finished))
+            self._held = len(self._records)
+        return [record for record in records if record.live]
 
     def stop(self) -> None:
         """Wake all who wait; nobody waits from now on."""
@@ -362,30 +408,25 @@ class Store:
         for event in awaited:
             event.set()
 
-    # Called with the write side held
-
-    def _evict(self) -> list[str]:
-        """Drop what has outlived its time, but not so much that readers would have to wait for long; return the ids."""
-        oldest = self._clock() - self.keep
-        ids: list[str] = []
-        while self._finished and self._finished[0][0] <= oldest and len(ids) < 10_000:
-            ids.append(self._finished.popleft()[1])
-            self._failed -= self._records.pop(ids[-1]).status == FAILED
-        self._held -= len(ids)
-        return ids
-
-    def _hold(self) -> None:
-        """Keep a place for a record."""
-        if self._held >= self.max_tasks:
-            raise StoreFull(self._finished[0][0] + self.keep - self._clock() if self._finished else self.keep)
-        self._held += 1
-
     def _insert(self, record: Record, age: float = 0.0) -> None:
-        """Put a record into its place; if it is final, as so many seconds old."""
+        """Put a record into its place; if it is final, as so many seconds old. The write side is held."""
         self._records[record.id] = record
         if record.status != PENDING:
             self._finished.append((self._clock() - age, record.id))
             self._failed += record.status == FAILED
+
+    def _save_once(self, record: Record) -> None:
+        """The same, tried once. JournalError."""
+        if self.journal is None:
+            return
+        try:
+            self.journal.save(record)
+        except Exception as error:
+            if not self.failing:
+                log.error("the journal fails and will be tried again: %s", describe(error))
+            self._failed_at = time.monotonic()
+            raise JournalError("The journal cannot be written; try again later.", 5) from error
+        self._failed_at = -math.inf
 
 
 # -- 3. Workers --------------------------------------------------------------------------------------
@@ -422,11 +463,11 @@ class WorkerPool:
     def reserve(self, bounded: bool = True) -> None:
         """Keep a place for an item, for `submit` or `release`.
 
-        queue.Full: all workers that there may be have work, and `max_waiting` items wait.
+        Unavailable: all workers that there may be have work, and `max_waiting` items wait.
         """
         with self._lock:
             if bounded and self._items >= self.max_workers + self.max_waiting:
-                raise queue.Full
+                raise Unavailable("As many tasks wait as --max-waiting allows; try again later.", 1)
             self._items += 1
 
     def release(self) -> None:
@@ -668,11 +709,6 @@ def ignore_report(fraction: float, message: str | None = None) -> None:
     """A `report` for where there is no way back; it can be pickled."""
 
 
-def unavailable(message: str, seconds: float) -> HTTPError:
-    """Return the refusal of what may be tried again after so many seconds."""
-    return HTTPError(503, message, ("Retry-After", str(max(1, math.ceil(seconds)))))
-
-
 class Application:
     """The task types, their endpoints, and the life of a task. It knows no sockets.
 
@@ -695,7 +731,6 @@ class Application:
         self.pool = WorkerPool("task", self._run, self.WORKERS, self.MAX_WAITING)
         self.cpu_pool = WorkerPool("cpu-task", self._run, os.cpu_count() or 1, self.MAX_WAITING)
         self.pools = [self.pool, self.cpu_pool]
-        self.stopping = False
         self.secured = False  # whether a check asks for a token
 
     def task(self, name: str, *, cpu: bool = False, timeout: float | None = None, executor: Any = None,
@@ -738,7 +773,7 @@ class Application:
         """Return the answer to a request; None if finding it might block but must not. Raises nothing."""
         try:
             endpoint, arguments = self.check(request)
-            if not may_block and (endpoint not in self.quick or request.query or self.store.blocks and request.method == "POST"):
+            if not may_block and (endpoint not in self.quick or request.query or self.store.journal is not None and request.method == "POST"):
                 return None
             response = endpoint(request, *arguments)
             if may_block:
@@ -770,27 +805,23 @@ class Application:
     # The two endpoints of a task type
 
     def _create(self, task_type: TaskType, request: Request) -> Response:
-        if self.stopping:
-            raise unavailable("The server is stopping; try again when it is back.", 5)
         name = decode_object(request.body).get("name")
         if not isinstance(name, str) or not name.strip() or len(name) > MAX_NAME:
             raise HTTPError(400, f'Send a "name": a string that is not blank, of at most {MAX_NAME} characters.')
         record = Record(str(uuid.uuid4()), name, PENDING, task_type.name, time.time(), payload=request.body,
                         live=Progress())  # fmt: skip
         try:
+            if self.store.stopping.is_set():
+                raise Unavailable("The server is stopping; try again when it is back.", 5)
             task_type.pool.reserve()
             try:
                 self.store.add(record)
             except BaseException:
                 task_type.pool.release()
                 raise
-        except queue.Full:
-            raise unavailable("As many tasks wait as --max-waiting allows; try again later.", 1) from None
-        except StoreFull as error:
-            raise unavailable("As many tasks are held as --max-tasks allows; try again when the oldest final one "
-                              "has outlived --keep.", error.args[0]) from None  # fmt: skip
-        except JournalError:
-            raise unavailable("The journal cannot be written; try again later.", 5) from None
+        except Unavailable as error:
+            sentence, seconds = error.args
+            raise HTTPError(503, sentence, ("Retry-After", str(max(1, math.ceil(seconds))))) from None
         log.info("task %s created: type %s, name %s", record.id, record.type, ascii(name))
         task_type.pool.submit(record)
         return Response(201, encode_record(record), (("Location", f"/poll-{record.type}/{record.id}"),))
@@ -818,7 +849,7 @@ class Application:
         progress.started_at = time.time()
         try:
             if not task_type.rerun:
-                self.store.start(record._replace(started_at=progress.started_at))
+                self.store.save(record._replace(started_at=progress.started_at))
             result, error = self._call(task_type, record, progress)
             fraction, message = progress.last
             status = FAILED if error else COMPLETED
@@ -1400,7 +1431,7 @@ def add_monitoring(application: Application) -> None:
     """Add GET /healthz and GET /tasks."""
 
     def healthz(request: Request) -> Response:
-        status = "stopping" if application.stopping else "journal failing" if application.store.failing else "ok"
+        status = "stopping" if application.store.stopping.is_set() else "journal failing" if application.store.failing else "ok"
         if status != "ok":
             return Response(503, json.dumps({"status": status}).encode())
         waiting, running = (sum(counts) for counts in zip(*(pool.counts() for pool in application.pools)))
@@ -1421,108 +1452,25 @@ def add_monitoring(application: Application) -> None:
 # -- 8. Durability -----------------------------------------------------------------------------------
 
 
-class DurableStore(Store):
-    """A store whose records are in a journal before they can be seen.
-
-    The journal is any object with three methods: `load()` returns the records in the order of their creation;
-    `save(record)` blocks until that one is durable, and is called by many threads; `delete(ids)` does not block.
-    Whatever exception `save` raises means that the record is not written.
-    """
-
-    blocks = True
-    FAILING_SECONDS = 30.0  # after a failure, in which the journal counts as failing unless a save succeeds
-
-    def __init__(self, journal: Any, keep: float = 3600, max_tasks: int = 100_000) -> None:
-        """Use a journal, which from now on is this store's own."""
-        super().__init__(keep, max_tasks)
-        self._journal = journal
-        self._failed_at = -math.inf
-
-    @property
-    def failing(self) -> bool:  # type: ignore[override]
-        """Whether the journal cannot be written."""
-        return time.monotonic() - self._failed_at < self.FAILING_SECONDS
-
-    def add(self, record: Record) -> None:
-        """The same; blocks until the record is saved."""
-        self.evict()
-        with self._lock.write:
-            self._hold()
-        try:
-            self._save(record)
-        except JournalError:
-            with self._lock.write:
-                self._held -= 1
-            raise
-        with self._lock.write:
-            self._insert(record)
-
-    def start(self, record: Record) -> None:
-        """The same; blocks until the record is saved."""
-        self._save_or_stop(record)
-
-    def finish(self, record: Record) -> None:
-        """The same; blocks until the record is saved, and lets it be seen then."""
-        self._save_or_stop(record)
-        super().finish(record)
-
-    def evict(self) -> None:
-        """The same; the journal deletes them with its next transaction."""
-        with self._lock.write:
-            ids = self._evict()
-        self._journal.delete(ids)
-
-    def recover(self, application: Application) -> None:
-        """Take over what the last process left: run what it had not begun, and settle what it was running."""
-        records = [record._replace(live=Progress() if record.status == PENDING else None) for record in self._journal.load()]
-        now = time.time()
-        with self._lock.write:
-            for record in records:
-                age = min(max(0.0, now - (record.finished_at or now)), self.keep)
-                self._insert(record, age)
-            self._finished = collections.deque(sorted(self._finished))
-            self._held = len(self._records)
-        for record in records:
-            task_type = application.types.get(record.type)
-            if record.status != PENDING:
-                continue
-            if task_type and (task_type.rerun or record.started_at is None):
-                task_type.pool.reserve(bounded=False)
-                task_type.pool.submit(record)
-            else:
-                why = "the server ended while it ran" if task_type else "the server has no such task type any more"
-                self.finish(record._replace(status=FAILED, finished_at=now, error=f"interrupted: {why}", payload=None,
-                                            live=None))  # fmt: skip
-        application.send_workers()
-
-    def _save_or_stop(self, record: Record) -> None:
-        """Try, with growing pauses, until the record is saved. JournalError: the store stops before."""
-        for pause in itertools.chain((0.1, 0.3, 1, 3), itertools.repeat(10)):
-            try:
-                return self._save(record)
-            except JournalError:
-                if self.stopping.wait(pause):
-                    raise
-
-    def _save(self, record: Record) -> None:
-        try:
-            self._journal.save(record)
-        except Exception as error:
-            if not self.failing:
-                log.error("the journal fails and will be tried again: %s", describe(error))
-            self._failed_at = time.monotonic()
-            raise JournalError from error
-        self._failed_at = -math.inf
+def recover(application: Application) -> None:
+    """Take over what the last process left: run what it had not begun, and settle what it was running."""
+    for record in application.store.recover():
+        task_type = application.types.get(record.type)
+        if task_type and (task_type.rerun or record.started_at is None):
+            task_type.pool.reserve(bounded=False)
+            task_type.pool.submit(record)
+        else:
+            why = "the server ended while it ran" if task_type else "the server has no such task type any more"
+            application.store.finish(record._replace(status=FAILED, finished_at=time.time(), error=f"interrupted: {why}",
+                                                     payload=None, live=None))  # fmt: skip
+    application.send_workers()
 
 
-_VERSION = 1  # of the schema; in the file as user_version, so that a later version can migrate
-_SCHEMA = """CREATE TABLE task (
-    seq INTEGER PRIMARY KEY, -- order of creation: an update keeps it
-    id TEXT NOT NULL UNIQUE, name TEXT, status TEXT, type TEXT,
-    created_at REAL, started_at REAL, finished_at REAL, -- seconds since 1970
-    progress REAL, message TEXT, result BLOB, error TEXT, payload BLOB) -- result, payload: JSON"""
 _FIELDS = Record._fields[:-1]  # all but `live`
 _COLUMNS = ", ".join(_FIELDS)
+_VERSION = 1  # of the schema; in the file as user_version, so that a later version can migrate
+# `seq` is the order of creation: an update keeps it. Times are seconds since 1970, result and payload JSON.
+_SCHEMA = f"CREATE TABLE task (seq INTEGER PRIMARY KEY, {_COLUMNS}, UNIQUE (id))"
 _SAVE = f"INSERT OR REPLACE INTO task (seq, {_COLUMNS}) VALUES "  # ON CONFLICT needs SQLite 3.24
 _SAVE_ROW = f"((SELECT seq FROM task WHERE id = ?){', ?' * len(_FIELDS)})"
 
@@ -1534,13 +1482,13 @@ class SQLiteJournal:
     """
 
     def __init__(self, path: str) -> None:
-        """Open or create the file, within a second. JournalError says what is wrong and what to do."""
-        import sqlite3  # not every Python is built with it
-
+        """Open or create the file, within a second. OSError says what is wrong and what to do."""
         self._path = os.path.realpath(path)  # SQLite, too, puts its log beside the target of a link
         self._saves: queue.SimpleQueue[tuple[Record, Any]] = queue.SimpleQueue()  # and where to put the outcome
         self._deleted: queue.SimpleQueue[str] = queue.SimpleQueue()  # ids to delete with the next transaction
         try:
+            import sqlite3  # not every Python is built with it
+
             self._database = sqlite3.connect(self._path, timeout=1, isolation_level=None, check_same_thread=False)
             try:
                 self._prepare(self._database.execute)
@@ -1548,7 +1496,7 @@ class SQLiteJournal:
             except BaseException:
                 self._database.close()  # which unlocks the file
                 raise
-        except (sqlite3.Error, OSError, ValueError) as error:
+        except Exception as error:
             raise self._error("opened", error) from error
         threading.Thread(target=self._run, name="journal", daemon=True).start()
 
@@ -1560,8 +1508,8 @@ class SQLiteJournal:
             raise self._error("read", error) from error
 
     def save(self, record: Record) -> None:
-        """Write a record; return once it is on the disk. JournalError: it is not."""
-        outcome: queue.SimpleQueue[JournalError | None] = queue.SimpleQueue()
+        """Write a record; return once it is on the disk. OSError: it is not."""
+        outcome: queue.SimpleQueue[OSError | None] = queue.SimpleQueue()
         self._saves.put((record, outcome))
         error = outcome.get()
         if error:
@@ -1579,7 +1527,7 @@ class SQLiteJournal:
         ((version,),) = execute("PRAGMA user_version")
         if not list(execute("SELECT 1 FROM sqlite_master")):
             execute(_SCHEMA)
-        elif not 1 <= version <= _VERSION or not list(execute("SELECT 1 FROM sqlite_master WHERE name = 'task'")):
+        elif version != _VERSION or not list(execute("SELECT 1 FROM sqlite_master WHERE name = 'task'")):
             raise ValueError(f"a newer server or another program wrote it (schema {version})")
         execute(f"PRAGMA user_version = {_VERSION}")
         execute("COMMIT")
@@ -1593,8 +1541,8 @@ class SQLiteJournal:
         """Return which files the path and the path of its log name now."""
         return [(s.st_dev, s.st_ino) for s in map(os.stat, (self._path, self._path + "-wal"))]
 
-    def _error(self, verb: str, reason: object) -> JournalError:
-        return JournalError(f"the journal {self._path} cannot be {verb}: {reason}; stop the server that uses it, see that "
+    def _error(self, verb: str, reason: object) -> OSError:
+        return OSError(f"the journal {self._path} cannot be {verb}: {reason}; stop the server that uses it, see that "
                             "this user may write there and that there is space, or choose another file")  # fmt: skip
 
     def _run(self) -> None:
@@ -1606,18 +1554,16 @@ class SQLiteJournal:
             deleted = [self._deleted.get() for _ in range(self._deleted.qsize())]
             error = None
             try:
-                self._commit({record.id: record[:-1] for record, _ in batch}, deleted)
+                self._commit([record for record, _ in batch], deleted)
             except Exception as exception:  # whatever it is: nobody may be left waiting
                 error = self._error("written", exception)
                 self.delete(deleted)
-                try:
+                with contextlib.suppress(Exception):  # else the next transaction fails, too, and says so
                     self._database.rollback()
-                except Exception as exception:  # the next transaction then fails, too, and says so
-                    log.error("the journal cannot be rolled back: %s", describe(exception))
             for _, outcome in batch:
                 outcome.put(error)
 
-    def _commit(self, rows: dict[str, tuple[Any, ...]], deleted: list[str]) -> None:
+    def _commit(self, records: list[Record], deleted: list[str]) -> None:
         """Delete, then save, in one transaction.
 
         With a statement for each row, saves are five times slower beside a thread that computes: after every
@@ -1627,7 +1573,7 @@ class SQLiteJournal:
             raise OSError("it is not at its path any more")
         # A lone surrogate, say from a file name in an error's text, would make the whole transaction fail.
         values = [v.encode("utf-8", "replace").decode() if isinstance(v, str) else v
-                  for id, row in rows.items() for v in (id, *row)]  # fmt: skip
+                  for record in records for v in (record.id, *record[:-1])]  # fmt: skip
         execute, width = self._database.execute, 1 + len(_FIELDS)  # the id once more, for the inner SELECT
         execute("BEGIN IMMEDIATE")
         for i in range(0, len(deleted), 500):  # SQLite before 3.32 takes 999 values a statement
@@ -2254,15 +2200,14 @@ def run(server: Server, grace: float) -> bool:
     def stop() -> None:
         told.wait()
         deadline = time.monotonic() + grace
-        application.stopping = True  # 1. creates get 503, healthz says so
+        application.store.stop()  # 1. creates get 503, healthz says so, long polls are answered
         dropped = sum(pool.drop() for pool in application.pools)  # 2. what waits is not begun
         log.info("stopping: running tasks have %g seconds, a second signal takes them; %s", grace, f"{dropped} waiting tasks " + (
-            "stay in the journal for the next start" if application.store.blocks else "are dropped"))  # fmt: skip
-        application.store.stop()  # 3. long polls are answered
-        for pool in application.pools:  # 4. running tasks go on for a while, and polls are answered
+            "are dropped" if application.store.journal is None else "stay in the journal for the next start"))  # fmt: skip
+        for pool in application.pools:  # 3. running tasks go on for a while, and polls are answered
             pool.join(max(0.0, deadline - time.monotonic()))
         server.stop_seconds = max(server.stop_seconds, deadline - time.monotonic())
-        server.shutdown(wait=False)  # 5. answers under way are sent, then all is closed
+        server.shutdown(wait=False)  # 4. answers under way are sent, then all is closed
 
     for name in ("SIGINT", "SIGTERM", "SIGBREAK"):  # the last exists on Windows
         if hasattr(signal, name):
@@ -2408,7 +2353,7 @@ def _prepare_process(workers: int) -> None:
 
 
 def _set_up(application: Application, options: argparse.Namespace) -> Server:
-    """Put the parts together as the options say. ValueError, OSError, JournalError: what is wrong."""
+    """Put the parts together as the options say. ValueError, OSError: what is wrong."""
     token = os.environ.get("TASKSERVER_TOKEN", "")
     if not re.fullmatch("[!-~]*", token):
         raise ValueError("TASKSERVER_TOKEN must consist of visible ASCII characters")
@@ -2431,13 +2376,12 @@ def _set_up(application: Application, options: argparse.Namespace) -> Server:
             use_tls(server, options.tls_cert, options.tls_key)
         except (OSError, ImportError) as error:
             raise ValueError(f"cannot speak TLS with {options.tls_cert} and {options.tls_key}: {error}") from None
-    if options.db is not None:
-        if application.store.blocks:
-            raise ValueError("this application brings a journal of its own; leave out --db")
-        application.store = DurableStore(SQLiteJournal(options.db))
     application.store.keep, application.store.max_tasks = options.keep, options.max_tasks
-    if isinstance(application.store, DurableStore):
-        application.store.recover(application)
+    if options.db is not None:
+        if application.store.journal is not None:
+            raise ValueError("this application brings a journal of its own; leave out --db")
+        application.store.journal = SQLiteJournal(options.db)
+    recover(application)
     return server
 
 
@@ -2456,7 +2400,7 @@ def _address(options: argparse.Namespace, port: int) -> str:
 def _first_lines(application: Application, options: argparse.Namespace, address: str) -> str:
     """Return what a person is told at the start: the address, how to create a task, where tasks are kept."""
     token = "-H \"Authorization: Bearer $TASKSERVER_TOKEN\" " if application.secured else ""
-    kept = f"in {options.db or 'a journal'}" if application.store.blocks else "in memory and end with this process; --db FILE keeps them"
+    kept = f"in {options.db or 'a journal'}" if application.store.journal is not None else "in memory and end with this process; --db FILE keeps them"
     return (f"taskserver {__version__} on {address}\n"
             f"Open it in a browser, or create a task:  curl {token}-H 'Content-Type: application/json' -d '{{\"name\": \"sample\"}}' "
             f"{address}/create-{next(iter(application.types), 'TYPE')}\n"
@@ -2486,7 +2430,7 @@ def main(application: Application | None = None, argv: list[str] | None = None) 
         address = _address(options, server.server_port)
         lines = _first_lines(application, options, address)
         threading.Thread(target=write_all, args=(1, lines.encode()), daemon=True).start()  # it may be a full pipe
-    except (ValueError, OSError, JournalError, RuntimeError) as error:  # the last one: no thread can be made
+    except (ValueError, OSError, RuntimeError) as error:  # the last one: no thread can be made
         sys.exit(f"taskserver: {error}")
     log.info("serving %s", address)
     clean = run(server, options.grace)
