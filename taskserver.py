@@ -80,7 +80,7 @@ import time
 import traceback
 import urllib.parse
 import uuid
-from typing import Any, Callable, ClassVar, Dict, Iterable, Mapping, NamedTuple, NoReturn, TypeVar
+from typing import Any, Callable, ClassVar, Dict, Generator, Iterable, Mapping, NamedTuple, NoReturn, TypeVar
 
 __version__ = "1.0.0"
 
@@ -905,58 +905,83 @@ _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,16})(?:[ \t]*;%s)?" % _VALUE)  # RFC 
 _FORBIDDEN = re.compile(rb"[^\t\r\n\x20-\x7e\x80-\xff]|(?<!\r)\n|\r(?!\n|\Z)")
 
 
-class Incoming:
-    """The bytes that have arrived on a connection, and what is known of the request that they begin."""
-
-    def __init__(self) -> None:
-        self.buffer = bytearray()
-        self.head: Request | None = None  # all but the body, once that is known
-        self.body = bytearray()  # of a chunked one, what is decoded
-
-    def take(self, size: int) -> bytes:
-        """Remove and return the first bytes of the buffer."""
-        taken = bytes(self.buffer[:size])
-        del self.buffer[:size]
-        return taken
+# What a connection does while it waits: its phases, each with one deadline, in seconds, for the whole of it.
+HEADER, BODY, RUNNING, ANSWER, IDLE, LINGER = "header", "body", "running", "answer", "idle", "linger"
+PHASE_SECONDS = {HEADER: 10, BODY: 20, RUNNING: math.inf, ANSWER: 20, IDLE: 75, LINGER: 5}
 
 
-def parse_request(incoming: Incoming) -> Request | None:
-    """Take one request out of what has arrived; None: it is not complete.
+def take(buffer: bytearray, size: int) -> bytes:
+    """Remove and return the first bytes of a buffer."""
+    taken = bytes(buffer[:size])
+    del buffer[:size]
+    return taken
 
+
+def parse_request(buffer: bytearray, invite: Callable[[Request], None]) -> Generator[str, Any, Request]:
+    """Take one request out of what has arrived; yields the phase whenever more has to come.
+
+    `invite` is called with a request whose client wants to hear that its body is welcome.
     HTTPError: it is refused, and what follows on the connection has no meaning.
     """
-    if incoming.head is None:
-        incoming.head = _take_head(incoming)
-    head = incoming.head
-    if head is None:
-        return None
-    if head.fields.chunked:
-        if not _take_chunks(incoming):
-            return None
-        head, incoming.body = head._replace(body=bytes(incoming.body)), bytearray()
-    elif head.fields.length:
-        if len(incoming.buffer) < head.fields.length:
-            return None
-        head = head._replace(body=incoming.take(head.fields.length))
-    incoming.head = None
-    return head
+    head = yield from _read_head(buffer)
+    if not head.fields.chunked and not head.fields.length:
+        return head
+    if head.fields.expects_continue and not buffer:
+        invite(head)
+    return head._replace(body=(yield from _read_body(head.fields, buffer)))
 
 
-def _take_head(incoming: Incoming) -> Request | None:
-    buffer = incoming.buffer
-    start = 2 if buffer.startswith(b"\r\n") else 0  # one empty line is skipped (RFC 9112, 2.2)
-    end = buffer.find(b"\r\n\r\n", start)
-    if 0 <= end <= start + MAX_LINE + 2 + MAX_HEADERS:
-        return parse_head(incoming.take(end + 4)[start:-4])
-    # Not complete, but wrong already? The sender may be waiting for an answer.
-    line, rest, block = bytes(buffer[start:]).partition(b"\r\n")
-    if _FORBIDDEN.search(buffer, start):
-        raise HTTPError(400, "Send HTTP/1.1 without control characters, in lines that end in CR LF.")
-    if rest or len(line.rstrip(b"\r")) > MAX_LINE:
-        parse_request_line(line)
-    if len(block.rstrip(b"\r\n")) > MAX_HEADERS:
-        raise HTTPError(431, f"Send at most {MAX_HEADERS} bytes of headers.")
-    return None
+def _read_head(buffer: bytearray) -> Generator[str, Any, Request]:
+    while True:
+        start = 2 if buffer.startswith(b"\r\n") else 0  # one empty line is skipped (RFC 9112, 2.2)
+        end = buffer.find(b"\r\n\r\n", start)
+        if end >= 0:
+            return parse_head(take(buffer, end + 4)[start:-4])
+        # Not complete, but wrong already? The sender may be waiting for an answer.
+        line, rest, block = bytes(buffer[start:]).partition(b"\r\n")
+        if _FORBIDDEN.search(buffer, start):
+            raise HTTPError(400, "Send HTTP/1.1 without control characters, in lines that end in CR LF.")
+        if rest or len(line.rstrip(b"\r")) > MAX_LINE:
+            parse_request_line(line)
+        if len(block.rstrip(b"\r\n")) > MAX_HEADERS:
+            raise HTTPError(431, f"Send at most {MAX_HEADERS} bytes of headers.")
+        yield HEADER
+
+
+def _read_body(fields: Fields, buffer: bytearray) -> Generator[str, Any, bytes]:
+    if not fields.chunked:
+        while len(buffer) < fields.length:
+            yield BODY
+        return take(buffer, fields.length)
+    body = bytearray()
+    while True:  # RFC 9112, 7.1
+        match = _CHUNK_SIZE.fullmatch((yield from _read_until(b"\r\n", buffer, MAX_CHUNK_LINE, 400)))
+        if not match:
+            raise HTTPError(400, "Send chunk sizes in hexadecimal digits.")
+        size = int(match.group(1), 16)
+        if size == 0:
+            break
+        if len(body) + size > MAX_BODY:
+            raise HTTPError(413, f"Send at most {MAX_BODY} bytes.")
+        while len(buffer) < size + 2:
+            yield BODY
+        body += take(buffer, size)
+        if take(buffer, 2) != b"\r\n":
+            raise HTTPError(400, "Send chunks that are as long as they say.")
+    buffer[:0] = b"\r\n"  # so that no trailers end like some
+    trailers = yield from _read_until(b"\r\n\r\n", buffer, MAX_HEADERS, 431)
+    _split_headers(trailers[2:])  # checked, and dropped
+    return bytes(body)
+
+
+def _read_until(end: bytes, buffer: bytearray, limit: int, status: int) -> Generator[str, Any, bytes]:
+    """Return what stands before an end, if both are within a limit."""
+    while buffer.find(end, 0, limit) < 0:
+        broken = _FORBIDDEN.search(buffer)
+        if broken or len(buffer) >= limit:
+            raise HTTPError(400 if broken else status, f"Send lines that end in CR LF, at most {limit} bytes of them.")
+        yield BODY
+    return take(buffer, buffer.find(end) + len(end))[: -len(end)]
 
 
 @functools.lru_cache(maxsize=512)  # who polls sends the same bytes again and again
@@ -1037,36 +1062,6 @@ def _split_headers(block: bytes) -> dict[str, str]:
     return headers
 
 
-def _take_chunks(incoming: Incoming) -> bool:
-    """Move whole chunks (RFC 9112, 7.1) from the buffer to the body; return whether the last one was there."""
-    buffer = incoming.buffer
-    while True:
-        end = buffer.find(b"\r\n", 0, MAX_CHUNK_LINE)
-        if end < 0:
-            if len(buffer) >= MAX_CHUNK_LINE or b"\n" in buffer:
-                raise HTTPError(400, f"Send chunk sizes in lines of at most {MAX_CHUNK_LINE} bytes that end in CR LF.")
-            return False
-        match = _CHUNK_SIZE.fullmatch(buffer, 0, end)
-        if not match:
-            raise HTTPError(400, "Send chunk sizes in hexadecimal digits.")
-        size = int(match.group(1), 16)
-        if size == 0:
-            last = buffer.find(b"\r\n\r\n", end)
-            if last > end:
-                _split_headers(bytes(buffer[end + 2 : last]))  # trailers: checked, and dropped
-            elif last < 0 and len(buffer) > MAX_HEADERS:
-                raise HTTPError(431, f"Send at most {MAX_HEADERS} bytes of trailers.")
-            return last >= 0 and bool(incoming.take(last + 4))
-        if len(incoming.body) + size > MAX_BODY:
-            raise HTTPError(413, f"Send at most {MAX_BODY} bytes.")
-        if len(buffer) < end + 2 + size + 2:
-            return False
-        chunk = incoming.take(end + 2 + size + 2)
-        if not chunk.endswith(b"\r\n"):
-            raise HTTPError(400, "Send chunks that are as long as they say.")
-        incoming.body += chunk[end + 2 : -2]
-
-
 @functools.lru_cache(maxsize=64)  # the answers of one second begin alike
 def _common_headers(status: int, content_type: str, connection: str, second: int) -> bytes:
     lines = [f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}", f"Date: {email.utils.formatdate(second, usegmt=True)}",
@@ -1091,135 +1086,101 @@ def encode_response(response: Response, request: Request | None, close: bool) ->
     return head + b"\r\n\r\n" + (b"" if request and request.method == "HEAD" else body)
 
 
-# The phases of a connection, each with one deadline, in seconds, for the whole of it.
-HEADER, BODY, RUNNING, ANSWER, IDLE, LINGER, CLOSED = "header", "body", "running", "answer", "idle", "linger", "closed"
-PHASE_SECONDS = {HEADER: 10, BODY: 20, RUNNING: math.inf, ANSWER: 20, IDLE: 75, LINGER: 5, CLOSED: 0}
-
 RECEIVE_SIZE = 16_384  # bytes; a whole TLS record (RFC 8446, 5.1), so that none of it stays where no selector sees it
 
 
 class Connection:
-    """One client's socket, its buffers, and the phase that it is in.
+    """One client's socket, what has arrived on it, and how far its story is.
 
     It belongs to the accept loop, which alone calls it. Nothing here blocks: what may is done by a thread of `server`.
+    An OSError, whoever raises it, means that the connection is over.
     """
 
-    __slots__ = ("closing", "deadline", "incoming", "outgoing", "peer", "phase", "server", "socket", "watched")
+    __slots__ = ("buffer", "closing", "deadline", "peer", "phase", "server", "socket", "story", "watched")
     would_block: tuple[Any, ...] = (BlockingIOError,)
 
     def __init__(self, sock: Any, peer: str, server: Server) -> None:
         self.socket, self.peer, self.server = sock, peer, server
-        self.incoming = Incoming()
-        self.outgoing = b""  # what is left of an answer
+        self.buffer = bytearray()  # what belongs to no request yet
         self.closing = False  # the answer under way is the last
         self.watched = 0  # the events that the selector waits for
+        self.phase = ""
+        self.story = self.serve()  # goes on from one yield to the next
         self.enter(HEADER)
 
     def enter(self, phase: str) -> None:
-        """Begin a phase and its deadline."""
-        self.phase = phase
-        self.deadline = time.monotonic() + PHASE_SECONDS[phase]
+        """Wait in a phase; one that is new begins its deadline."""
+        if phase is not self.phase:
+            self.phase = phase
+            self.deadline = time.monotonic() + PHASE_SECONDS[phase]
 
     def events(self) -> int:
         """Return what the selector has to wait for; 0 for nothing."""
-        if self.outgoing:
-            return selectors.EVENT_WRITE
-        return 0 if self.phase in (RUNNING, CLOSED) else selectors.EVENT_READ
+        return selectors.EVENT_WRITE if self.phase is ANSWER else 0 if self.phase is RUNNING else selectors.EVENT_READ
 
     def ready(self) -> None:
-        """Do what the socket is ready for."""
-        if self.outgoing:
-            self.send(self.outgoing)
-            self.advance()
-            return
-        try:
-            data = self.socket.recv(RECEIVE_SIZE)
-        except self.would_block:
-            return
-        except OSError:
-            data = b""
-        if not data:
-            self.enter(CLOSED)
-        elif not self.closing:
-            self.incoming.buffer += data
-            self.advance()
-
-    def advance(self) -> None:
-        """Answer requests in their order, until one is incomplete, or has a thread, or its answer is stuck."""
-        while not (self.phase is RUNNING or self.outgoing or self.closing):
+        """Go on: the socket can be read, or takes more of an answer."""
+        if self.phase is not ANSWER:
             try:
-                request = parse_request(self.incoming) if self.incoming.buffer else None
-                if request is None:
-                    self.rest()
-                    return
-            except HTTPError as refusal:
-                self.answer(None, refusal.response)
+                data = self.socket.recv(RECEIVE_SIZE)
+            except self.would_block:
                 return
-            response = self.server.application.handle(request, may_block=False)
-            if response:
-                self.answer(request, response)
-            else:
-                self.server.lend(self, functools.partial(self.server.application.handle, request),
-                                 functools.partial(self.answer, request))  # fmt: skip
+            if not data:
+                raise ConnectionError
+            self.buffer += data
+        self.resume()
 
-    def rest(self) -> None:
-        """Wait for more of a request. HTTPError: it is refused, though its client waits for a 100 Continue."""
-        head = self.incoming.head
-        phase = BODY if head else HEADER if self.incoming.buffer or self.phase is HEADER else IDLE
-        if phase is not self.phase:
-            self.enter(phase)
-        if head and head.fields.expects_continue:
-            self.server.application.check(head)
-            self.incoming.head = head._replace(fields=head.fields._replace(expects_continue=False))
-            self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
-
-    def answer(self, request: Request | None, response: Response) -> None:
-        """Send an answer. After one to what could not be read, the connection ends."""
-        self.closing |= not request or not request.fields.keep_alive
-        if log.isEnabledFor(logging.DEBUG):
-            what = f"{request.method} {request.path!a}" if request else "no request"
-            log.debug("%s %s: %d", self.peer, what, response.status)
-        self.phase = ANSWER  # its deadline begins in send(), if the answer does not go at once
-        self.send(encode_response(response, request, self.closing))
-
-    def send(self, data: bytes) -> None:
-        """Send as much as goes now; the rest is sent when the socket is ready."""
-        waited = bool(self.outgoing)
-        try:
-            self.outgoing = data[self.socket.send(data) :]
-        except self.would_block:
-            self.outgoing = data
-        except OSError:
-            self.close()
-            return
-        if self.outgoing:
-            if not waited:
-                self.enter(ANSWER)
-        elif self.closing:
-            self.finish()
-
-    def finish(self) -> None:
-        """End this side only, and drop what still comes (RFC 9112, 9.6).
-
-        A plain close would answer that by a reset, and a client that is still sending would lose the answer.
-        """
-        try:
-            self.socket.shutdown(socket.SHUT_WR)
-            self.enter(LINGER)
-        except OSError:
-            self.close()
-
-    def close(self) -> None:
-        """Have the accept loop close the socket."""
-        self.outgoing, self.closing = b"", True
-        self.enter(CLOSED)
+    def resume(self, response: Any = None) -> None:
+        """Go on until there is something to wait for."""
+        self.enter(self.story.send(response))
 
     def expire(self) -> None:
         """End the phase, whose deadline has passed."""
-        if self.phase is BODY or self.phase is HEADER and self.incoming.buffer:
-            self.answer(None, HTTPError(408, "Send a request without long pauses.").response)
-        else:
-            self.close()
+        if self.phase is not BODY and not (self.phase is HEADER and self.buffer):
+            raise TimeoutError
+        self.enter(self.story.throw(HTTPError(408, "Send a request without long pauses.")))
+
+    def serve(self) -> Generator[str, Any, None]:
+        """Answer requests in their order. Yields the phase to wait in: RUNNING for the response of a thread."""
+        application, buffer = self.server.application, self.buffer
+        while not self.closing:
+            request = None
+            try:
+                while not buffer:
+                    yield IDLE
+                request = yield from parse_request(buffer, self.invite)
+                response = application.handle(request, may_block=False)
+                if response is None:
+                    self.server.lend(self, functools.partial(application.handle, request))
+                    response = yield RUNNING
+            except HTTPError as refusal:
+                response = refusal.response
+            self.closing |= not request or not request.fields.keep_alive
+            if log.isEnabledFor(logging.DEBUG):
+                what = f"{request.method} {request.path!a}" if request else "no request"
+                log.debug("%s %s: %d", self.peer, what, response.status)
+            answer = encode_response(response, request, self.closing)
+            while answer:
+                try:
+                    answer = answer[self.socket.send(answer) :]
+                except self.would_block:
+                    yield ANSWER
+            self.phase = ""  # the next one, even if it is called the same, has its own deadline
+        # A plain close would reset the connection, and a client that is still sending would lose the answer. So end this
+        # side only, and drop what still comes (RFC 9112, 9.6).
+        self.end_sending()
+        while True:
+            buffer.clear()
+            yield LINGER
+
+    def invite(self, request: Request) -> None:
+        """Tell the client that the body is awaited. HTTPError: it is not (RFC 9110, 10.1.1)."""
+        self.server.application.check(request)
+        self.socket.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+    def end_sending(self) -> None:
+        """Tell the client that nothing more comes."""
+        self.socket.shutdown(socket.SHUT_WR)
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -1232,19 +1193,18 @@ class Server(http.server.ThreadingHTTPServer):
 
     allow_reuse_address = os.name != "nt"  # on Windows it lets two servers share a port
     request_queue_size = 1024  # the kernel's; with the base class's 5 most of a burst of clients get no answer
-    stop_seconds = 2.0  # for the answers under way when the server shuts down
     connection_class = Connection
 
     def __init__(self, address: tuple[str, int], application: Application) -> None:
         """Bind and listen. OSError: the address is taken, or is not of this machine."""
         self.application = application
         self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
-        self._max_connections = _max_connections()
+        self._max_connections = _raise_limit()
         self._connections: set[Connection] = set()
         self._accepting = False
         self._refused_at = -math.inf  # when it was last logged that no connection can be accepted
-        self._done: collections.deque[Callable[[], None]] = collections.deque()  # what threads have the accept loop do
-        self._stopping = False  # set by any thread
+        self._done: collections.deque[tuple[Connection, Any]] = collections.deque()  # what threads have found out
+        self._end = math.inf  # when answers under way are given up; set by any thread
         self._stopped = threading.Event()
         self._pool = WorkerPool("request", lambda work: work())
         self._selector = selectors.DefaultSelector()
@@ -1263,11 +1223,9 @@ class Server(http.server.ThreadingHTTPServer):
     def serve_forever(self, poll_interval: float = 0.25) -> None:
         """Serve until `shutdown`: the accept loop. Every `poll_interval` seconds it does what is due."""
         self._selector.register(self._woken, selectors.EVENT_READ)
-        next_tick, give_up = 0.0, math.inf
-        while not self._stopping or self._answering() and time.monotonic() < give_up:
+        next_tick = 0.0
+        while self._end == math.inf or self._answering() and time.monotonic() < self._end:
             now = time.monotonic()
-            if self._stopping and give_up == math.inf:
-                give_up = now + self.stop_seconds
             if now >= next_tick:
                 next_tick = now + poll_interval
                 try:
@@ -1282,18 +1240,21 @@ class Server(http.server.ThreadingHTTPServer):
                 else:
                     self._woken.recv(4096)
             while self._done:
-                self._done.popleft()()
+                connection, response = self._done.popleft()
+                self._act(connection, functools.partial(connection.resume, response))
             self.application.send_workers()  # one for all that this round has created: to wake one costs as much as a create
         for connection in list(self._connections):
-            self._act(connection, connection.close)
+            self._close(connection)
         self._stopped.set()
 
-    def shutdown(self, wait: bool = True) -> None:
-        """Have `serve_forever` end once the answers under way are sent. `wait` for that, but not in its thread."""
-        self._stopping = True
+    def shutdown(self, seconds: float = 2.0) -> None:
+        """Have `serve_forever` end once the answers under way are sent, or so many seconds have passed.
+
+        Waits for that, and so must not be called in its thread.
+        """
+        self._end = time.monotonic() + seconds
         self._wake()
-        if wait:
-            self._stopped.wait()
+        self._stopped.wait()
 
     def server_close(self) -> None:
         """Close the sockets; to be called after `serve_forever` has ended."""
@@ -1310,37 +1271,30 @@ class Server(http.server.ThreadingHTTPServer):
             self._act(connection, connection.expire)
         self._accept_again()
 
-    def lend(self, connection: Connection, work: Callable[[], Any], then: Callable[[Any], None]) -> None:
-        """Have a thread do `work`, which raises nothing, and then the accept loop `then` with what came out."""
+    def lend(self, connection: Connection, work: Callable[[], Any]) -> None:
+        """Have a thread do `work`, which raises nothing, and resume the connection with what it returns."""
 
         def call() -> None:
-            outcome = work()
-
-            def go_on() -> None:
-                then(outcome)
-                connection.advance()
-
-            self._done.append(functools.partial(self._act, connection, go_on))
+            self._done.append((connection, work()))
             self._wake()
 
-        connection.enter(RUNNING)
         self._pool.reserve()
         self._pool.submit(call)
         self._pool.send_worker()
 
     def _wake(self) -> None:
-        try:
+        with contextlib.suppress(OSError):  # full: the loop is about to wake anyhow; closed: there is none any more
             self._waker.send(b"\0")
-        except OSError:  # full: the loop is about to wake anyhow; closed: there is none any more
-            pass
 
     def _act(self, connection: Connection, act: Callable[[], None]) -> None:
-        """Have a connection do something, then have the selector wait for what it waits for now, or close it."""
+        """Have a connection do something, then have the selector wait for what it waits for now."""
         try:
             act()
-        except Exception:
-            log.exception("a connection failed")
-            connection.close()
+        except Exception as error:
+            if not isinstance(error, OSError):
+                log.exception("a connection failed")
+            self._close(connection)
+            return
         events = connection.events()
         if events != connection.watched:
             if connection.watched:
@@ -1348,16 +1302,20 @@ class Server(http.server.ThreadingHTTPServer):
             if events:
                 self._selector.register(connection.socket, events, connection)
             connection.watched = events
-        if connection.phase is CLOSED and connection in self._connections:
+
+    def _close(self, connection: Connection) -> None:
+        if connection in self._connections:  # it may have given way to another in this round of the loop
             self._connections.remove(connection)
+            if connection.watched:
+                self._selector.unregister(connection.socket)
             connection.socket.close()
+            connection.story.close()  # it and the connection refer to each other
             self._accept_again()
 
     def _accept(self) -> None:
         room = self._max_connections - len(self._connections)
         if room <= 0:
             self._refuse("all connections are in use")
-            return
         for _ in range(min(room, 100)):  # then the others have their turn
             try:
                 sock, address = self.get_request()
@@ -1390,10 +1348,10 @@ class Server(http.server.ThreadingHTTPServer):
         idle = [connection for connection in self._connections if connection.phase is IDLE]
         oldest = min(idle, key=lambda connection: connection.deadline, default=None)
         if oldest and oldest.deadline - now < PHASE_SECONDS[IDLE] - 5:
-            self._act(oldest, oldest.close)
+            self._close(oldest)
 
     def _accept_again(self) -> None:
-        if not self._accepting and not self._stopping:
+        if not self._accepting:
             self._selector.register(self.socket, selectors.EVENT_READ)
             self._accepting = True
 
@@ -1403,20 +1361,21 @@ class Server(http.server.ThreadingHTTPServer):
             if connection.phase in (RUNNING, ANSWER):
                 connection.closing = True
             else:
-                self._act(connection, connection.close)
+                self._close(connection)
         return bool(self._connections)
 
 
-def _max_connections() -> int:
-    """Return how many connections may be open at once: the descriptors there are, less some for all else."""
+def _raise_limit() -> int:
+    """Raise the limit of descriptors as far as it goes; return how many connections may be open at once: some fewer."""
     if issubclass(selectors.DefaultSelector, selectors.SelectSelector):  # Windows: select takes 512
         return 480
-    try:
-        import resource
-    except ImportError:
-        return 1 << 20
-    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    return 1 << 20 if soft == resource.RLIM_INFINITY else soft - min(64, soft // 4)
+    import resource  # POSIX only
+
+    limit, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):  # macOS refuses what it calls unlimited
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        limit = hard
+    return 1 << 20 if limit == resource.RLIM_INFINITY else limit - min(64, limit // 4)
 
 
 # ==== The core ends here. Everything below is optional. ==============================================
@@ -1645,7 +1604,19 @@ def use_tls(server: Server, certificate: str, key: str) -> None:
             if self.shaken:
                 super().ready()
             else:
-                self.server.lend(self, self.shake_hands, functools.partial(self.shaken_hands, self.deadline))
+                self.resume()
+
+        def serve(self) -> Generator[str, Any, None]:
+            deadline = self.deadline
+            while not self.shaken:
+                self.server.lend(self, self.shake_hands)
+                error = yield RUNNING
+                if error:
+                    log.info("no TLS with %s: %s", self.peer, error)
+                    raise ConnectionError
+                self.phase, self.deadline = HEADER, deadline
+                yield HEADER
+            yield from super().serve()
 
         def shake_hands(self) -> str:
             try:
@@ -1657,18 +1628,10 @@ def use_tls(server: Server, certificate: str, key: str) -> None:
                 return describe(error)
             return ""
 
-        def shaken_hands(self, deadline: float, error: str) -> None:
-            self.phase, self.deadline = HEADER, deadline
-            if error:
-                log.info("no TLS with %s: %s", self.peer, error)
-                self.close()
-
-        def finish(self) -> None:
-            try:
+        def end_sending(self) -> None:
+            with contextlib.suppress(OSError, ValueError):
                 self.socket.unwrap()  # says that this is the end, and does not wait for the same from the client
-            except (OSError, ValueError):
-                pass
-            super().finish()
+            super().end_sending()
 
     server.connection_class = TLSConnection
 
@@ -2206,8 +2169,7 @@ def run(server: Server, grace: float) -> bool:
             "are dropped" if application.store.journal is None else "stay in the journal for the next start"))  # fmt: skip
         for pool in application.pools:  # 3. running tasks go on for a while, and polls are answered
             pool.join(max(0.0, deadline - time.monotonic()))
-        server.stop_seconds = max(server.stop_seconds, deadline - time.monotonic())
-        server.shutdown(wait=False)  # 4. answers under way are sent, then all is closed
+        server.shutdown(max(2.0, deadline - time.monotonic()))  # 4. answers under way are sent, then all is closed
 
     for name in ("SIGINT", "SIGTERM", "SIGBREAK"):  # the last exists on Windows
         if hasattr(signal, name):
@@ -2338,17 +2300,7 @@ def _prepare_process(workers: int) -> None:
     sys.setswitchinterval(max(0.0005, 5e-6 * workers))
     logging._srcfile = None  # who logs, and from where, is in no line
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
-    while True:  # a descriptor that is closed now must not become a socket to which something prints
-        descriptor = os.open(os.devnull, os.O_RDWR)
-        if descriptor > 2:
-            os.close(descriptor)
-            break
-    try:
-        import resource  # POSIX only
-
-        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    except (ImportError, ValueError, OSError):  # macOS refuses what it calls unlimited
+    while os.open(os.devnull, os.O_RDWR) < 2:  # what is closed now must not become a socket to which something prints
         pass
 
 

@@ -48,7 +48,7 @@ from typing import Any, NamedTuple
 import pytest
 
 import taskserver
-from taskserver import Application, Fields, HTTPError, Incoming, Record, Request, Response, Router, WorkerPool
+from taskserver import Application, Fields, HTTPError, Record, Request, Response, Router, WorkerPool
 
 PROGRAM = pathlib.Path(taskserver.__file__).resolve()
 README = PROGRAM.with_name("README.md")
@@ -1371,15 +1371,19 @@ def test_a_task_error_fails_the_task_with_its_text_whatever_it_says(error, text)
 
 def parse(*pieces):
     """Return what comes out when bytes arrive in pieces: requests, then a refusal's status if there is one."""
-    incoming, out = Incoming(), []
+    buffer, out = bytearray(), []
+    parsing = None
     try:
         for piece in pieces:
-            incoming.buffer += piece
-            while incoming.buffer:
-                request = taskserver.parse_request(incoming)
-                if request is None:
+            buffer += piece
+            while buffer or parsing:
+                parsing = parsing or taskserver.parse_request(buffer, lambda request: None)
+                try:
+                    next(parsing)
                     break
-                out.append(request)
+                except StopIteration as end:
+                    out.append(end.value)
+                    parsing = None
     except HTTPError as refusal:
         assert list(json.loads(refusal.response.body.decode())) == ["error"]
         out.append(refusal.response.status)
@@ -1675,7 +1679,6 @@ class WatchedConnection(taskserver.Connection):
 
 class WatchedServer(taskserver.Server):
     connection_class = WatchedConnection
-    stop_seconds = 0.5
 
     def __init__(self, application):
         self.sockets = []
@@ -1700,7 +1703,7 @@ def serving(application, certificate=None):
         yield server
     finally:
         application.store.stop()
-        server.shutdown()
+        server.shutdown(0.5)
         thread.join(LONG)
         server.server_close()
 
