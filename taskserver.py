@@ -160,6 +160,11 @@ MAX_ERROR = 2000  # characters of an error that are kept
 MAX_RESULT = 1 << 20  # bytes of a result, encoded
 
 
+def escape_surrogates(text: str) -> str:
+    """Return a text as UTF-8 can hold it: a lone surrogate, say of the name of a file, becomes \\udc80."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 class Progress:
     """When a task was started and what it reported last: each one value, replaced as a whole, so that no lock is needed."""
 
@@ -180,7 +185,7 @@ class Progress:
             message = self.last[1]
         elif not isinstance(message, str):
             raise ValueError(f"report() takes a text or None second, not {message!r:.100}")
-        self.last = (float(fraction), message and message[:MAX_MESSAGE])
+        self.last = (float(fraction), message and escape_surrogates(message[:MAX_MESSAGE])[:MAX_MESSAGE])
 
 
 class Record(NamedTuple):
@@ -266,13 +271,15 @@ class TaskError(Exception):
 
 def describe(exception: BaseException) -> str:
     """Return ValueError("no such host") as "ValueError: no such host", and the text of a TaskError alone."""
+    name = "Exception"
     try:
+        name = type(exception).__name__
         text = str(exception)
     except BaseException:
         text = "(an exception that cannot say what it is)"
     if text and not isinstance(exception, TaskError):
-        text = f"{type(exception).__name__}: {text}"
-    return (text or type(exception).__name__)[:MAX_ERROR]
+        text = f"{name}: {text}"
+    return escape_surrogates(text or name)[:MAX_ERROR]
 
 
 class Unavailable(Exception):
@@ -330,13 +337,16 @@ class Store:
 
     def add(self, record: Record) -> None:
         """Put in a new record. Unavailable: `max_tasks` are held, or JournalError. Neither leaves anything behind."""
-        self.evict()
+        if self._held >= self.max_tasks:  # a glance; it is judged below
+            self.evict()
         with self._lock.write:
             if self._held >= self.max_tasks:
                 seconds = self._finished[0][0] + self.keep - self._clock() if self._finished else self.keep
                 raise Unavailable("As many tasks are held as --max-tasks allows; try again when the oldest final one has "
                                   "outlived --keep.", seconds)  # fmt: skip
             self._held += 1
+            if self.journal is None:
+                return self._insert(record)
         try:
             self._save_once(record)
         except JournalError:
@@ -347,16 +357,16 @@ class Store:
             self._insert(record)
 
     def save(self, record: Record) -> None:
-        """Have a record outlive a crash, if there is a journal; nobody sees it yet. JournalError: the store stops."""
-        for pause in itertools.chain((0.1, 0.3, 1, 3), itertools.repeat(10)):
+        """Have a record outlive a crash, if there is a journal; nobody sees it yet. Tries until that has worked."""
+        pauses = itertools.chain((0.1, 0.3, 1, 3), itertools.repeat(10))
+        while self.journal is not None:
             try:
                 return self._save_once(record)
             except JournalError:
-                if self.stopping.wait(pause):
-                    raise
+                time.sleep(next(pauses))
 
     def finish(self, record: Record) -> None:
-        """Replace a record by its final successor, and wake who waits for it. JournalError: the store stops."""
+        """Replace a record by its final successor, once that is saved, and wake who waits for it."""
         self.save(record)
         with self._lock.write:
             self._insert(record)
@@ -385,8 +395,11 @@ class Store:
                 ids.append(self._finished.popleft()[1])
                 self._failed -= self._records.pop(ids[-1]).status == FAILED
             self._held -= len(ids)
-        if self.journal is not None:
-            self.journal.delete(ids)
+        if ids and self.journal is not None:
+            try:
+                self.journal.delete(ids)
+            except BaseException as error:  # then they are evicted once more after the next start
+                log.error("the journal has not deleted %d records: %s", len(ids), describe(error))
 
     def recover(self) -> list[Record]:
         """Take in what the journal holds; return those records that are pending."""
@@ -416,12 +429,9 @@ class Store:
             self._failed += record.status == FAILED
 
     def _save_once(self, record: Record) -> None:
-        """The same, tried once. JournalError."""
-        if self.journal is None:
-            return
         try:
             self.journal.save(record)
-        except Exception as error:
+        except BaseException as error:
             if not self.failing:
                 log.error("the journal fails and will be tried again: %s", describe(error))
             self._failed_at = time.monotonic()
@@ -742,8 +752,8 @@ class Application:
         in `concurrent.futures`) runs it. `rerun`: after a crash it may run again.
         ValueError: a bad or taken name, options that exclude each other, or a function that cannot be pickled.
         """
-        if not isinstance(name, str) or not re.fullmatch("[a-z][a-z0-9-]*", name) or name in self.types:
-            raise ValueError(f"task type {name!r}: choose another name, of lower-case letters, digits and hyphens")
+        if not isinstance(name, str) or not re.fullmatch("[a-z][a-z0-9-]*", name):
+            raise ValueError(f"task type {name!r}: choose a name of lower-case letters, digits and hyphens")
         if cpu + (executor is not None) > 1 or timeout is not None and not (cpu and 0 < timeout <= 1e6):
             raise ValueError(f"task type {name!r}: use cpu=True, with or without a timeout= of at most a million seconds, or executor=")
 
@@ -758,6 +768,8 @@ class Application:
                 return encode_result(executor.submit(function, json.loads(payload), ignore_report).result())
 
         def register(function: Function) -> Function:
+            if name in self.types:
+                raise ValueError(f"task type {name!r}: choose another name, this one is taken")
             if cpu and "<" in getattr(function, "__qualname__", "<"):  # <lambda>, <locals>
                 raise ValueError(f"task type {name!r}: with cpu=True, use a function at the top level of a module")
             self.types[name] = task_type = TaskType(name, function, pool, call, rerun)
@@ -781,7 +793,7 @@ class Application:
             return response
         except HTTPError as refusal:
             return refusal.response
-        except Exception:
+        except BaseException:  # SystemExit, too, ends this answer alone
             log.exception("an endpoint failed: %s %s", request.method, ascii(request.path))
             return HTTPError(500, "The server has a fault here; its log says more.").response
 
@@ -847,16 +859,13 @@ class Application:
         """Run a task to its end, whatever that is. No exception crosses this border."""
         task_type, progress = self.types[record.type], record.live or Progress()
         progress.started_at = time.time()
-        try:
-            if not task_type.rerun:
-                self.store.save(record._replace(started_at=progress.started_at))
-            result, error = self._call(task_type, record, progress)
-            fraction, message = progress.last
-            status = FAILED if error else COMPLETED
-            self.store.finish(Record(record.id, record.name, status, record.type, record.created_at, progress.started_at,
-                                     time.time(), fraction if error else 1.0, message, result, error))  # fmt: skip
-        except JournalError:  # the server stops, and the next start decides
-            return
+        if not task_type.rerun:
+            self.store.save(record._replace(started_at=progress.started_at))
+        result, error = self._call(task_type, record, progress)
+        fraction, message = progress.last
+        status = FAILED if error else COMPLETED
+        self.store.finish(Record(record.id, record.name, status, record.type, record.created_at, progress.started_at,
+                                 time.time(), fraction if error else 1.0, message, result, error))  # fmt: skip
         if error is None:
             log.info("task %s completed", record.id)
         else:
@@ -868,8 +877,10 @@ class Application:
             return task_type.call(task_type.function, record.payload or b"", progress.report), None
         except BaseException as exception:  # SystemExit and KeyboardInterrupt, too, end a task and no worker
             error = describe(exception)
-            trace = exception.trace if isinstance(exception, TaskError) else traceback.format_exc()
-            log.warning("task %s: %s", record.id, trace or ascii(error))
+            trace = ascii(error)
+            with contextlib.suppress(BaseException):  # an exception may break whatever looks at it
+                trace = exception.trace if isinstance(exception, TaskError) else traceback.format_exc()
+            log.warning("task %s: %s", record.id, trace)
             return None, error
 
 
@@ -1530,9 +1541,7 @@ class SQLiteJournal:
         """
         if self._stat() != self._files:  # what is not where the next start looks is not safe
             raise OSError("it is not at its path any more")
-        # A lone surrogate, say from a file name in an error's text, would make the whole transaction fail.
-        values = [v.encode("utf-8", "replace").decode() if isinstance(v, str) else v
-                  for record in records for v in (record.id, *record[:-1])]  # fmt: skip
+        values = [value for record in records for value in (record.id, *record[:-1])]
         execute, width = self._database.execute, 1 + len(_FIELDS)  # the id once more, for the inner SELECT
         execute("BEGIN IMMEDIATE")
         for i in range(0, len(deleted), 500):  # SQLite before 3.32 takes 999 values a statement
@@ -1547,6 +1556,14 @@ class SQLiteJournal:
 # -- 9. Access ---------------------------------------------------------------------------------------
 
 
+def parse_address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """Return the IP address that a text is, None for a name."""
+    try:
+        return ipaddress.ip_address(text)
+    except ValueError:
+        return None
+
+
 def check_host(names: Iterable[str]) -> Callable[[Request], None]:
     """Return a check that a request is meant for this server: for an IP address, localhost or one of these names.
 
@@ -1558,10 +1575,7 @@ def check_host(names: Iterable[str]) -> Callable[[Request], None]:
     @functools.lru_cache(maxsize=256)
     def is_meant(host: str) -> bool:
         name = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0].lower()
-        try:
-            return name in allowed or bool(ipaddress.ip_address(name))
-        except ValueError:
-            return False
+        return name in allowed or parse_address(name) is not None
 
     def check(request: Request) -> None:
         if request.host and not is_meant(request.host):  # HTTP/1.0 may name no host; no browser does that
@@ -1657,6 +1671,7 @@ def _child_main(pipe: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process: the parent decides
     if hasattr(os, "nice"):  # Windows has none: there children keep the priority of the server
         os.nice(10)
+    own = os.getpid()
     try:
         while True:
             pipe.send_bytes(b"h")  # unasked, a large job would wait, without an end, for a child that hangs
@@ -1666,6 +1681,8 @@ def _child_main(pipe: Any) -> None:
             answer = _answer(pipe, job, progress)
             done.set()
             watcher.join()
+            if os.getpid() != own:  # a copy that the function has forked: it must not answer as well
+                return
             pipe.send_bytes(answer)
     finally:
         os._exit(1)  # whatever threads a task has left
@@ -2090,20 +2107,17 @@ class LogHandler(logging.Handler):
     def __init__(self, descriptor: int) -> None:
         super().__init__()
         self._descriptor = descriptor
-        self._mutex = threading.Lock()
-        self._dropped = 0  # lines; guarded by _mutex
+        self._dropped = 0  # lines, in all; guarded by the lock of the base class
         self._lines: queue.SimpleQueue[logging.LogRecord | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._write, name="log", daemon=True)
         self._thread.start()
 
-    def handle(self, record: logging.LogRecord) -> bool:
-        """Queue a line; no lock is needed for that."""
+    def emit(self, record: logging.LogRecord) -> None:
+        """Queue a line. The base class holds its lock meanwhile."""
         if self._lines.qsize() < self.MAX_LINES:
             self._lines.put(record)
         else:
-            with self._mutex:
-                self._dropped += 1
-        return True
+            self._dropped += 1
 
     def finish(self, seconds: float) -> None:
         """Write what is queued, at most for so long."""
@@ -2120,28 +2134,26 @@ class LogHandler(logging.Handler):
         return f"{_whole_second(int(record.created))}Z {record.levelname} {text}\n"
 
     def _write(self) -> None:
-        while True:
+        said = 0  # of the lines that were dropped
+        records: list[logging.LogRecord | None] = []
+        while None not in records:
             records = [self._lines.get()]
             time.sleep(0.01)  # to be woken costs more than to write a line, so many are written at once
             while not self._lines.empty():
                 records.append(self._lines.get())
             text = "".join(self.format(record) for record in records if record)
-            with self._mutex:
-                dropped, self._dropped = self._dropped, 0
+            dropped = self._dropped - said
             if dropped:
+                said += dropped
                 text += f"{dropped} lines of the log did not fit and were dropped\n"
             write_all(self._descriptor, text.encode())
-            if None in records:
-                return
 
 
 def write_all(descriptor: int, data: bytes) -> None:
     """Write all, unless nobody reads it any more."""
-    try:
+    with contextlib.suppress(OSError):
         while data:
             data = data[os.write(descriptor, data) :]
-    except OSError:
-        pass
 
 
 def run(server: Server, grace: float) -> bool:
@@ -2223,29 +2235,30 @@ def demo() -> Application:
 def self_check() -> int:
     """Serve the demo on a free port, create a task of each type, poll it to its end; return an exit status."""
     print(f"taskserver {__version__}, Python {sys.version.split()[0]} on {sys.platform}")
-    application = demo()
-    server = Server(("127.0.0.1", 0), application)
+    server = Server(("127.0.0.1", 0), demo())
     threading.Thread(target=server.serve_forever, daemon=True).start()
     client = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=60)
-    failures = 0
+
+    def ask(*request: Any) -> Any:
+        client.request(*request)
+        return json.loads(client.getresponse().read())
+
+    status = 0
     for name, payload in ("task", {"seconds": 0.1}), ("primes", {"limit": 10_000}):
         begun = time.monotonic()
-        client.request("POST", f"/create-{name}", json.dumps({"name": "self-check", **payload}),
-                       {"Content-Type": "application/json"})  # fmt: skip
-        record = json.loads(client.getresponse().read())
-        while record.get("status") == PENDING and time.monotonic() < begun + 30:
-            client.request("GET", f"/poll-{name}/{record['id']}?wait=10")
-            record = json.loads(client.getresponse().read())
+        body = json.dumps({"name": "self-check", **payload})
+        record = ask("POST", f"/create-{name}", body, {"Content-Type": "application/json"})
+        if "id" in record:
+            record = ask("GET", f"/poll-{name}/{record['id']}?wait=30")
         good = record.get("status") == COMPLETED
-        failures += not good
+        status |= not good
         print(f"  {name}: {'works' if good else record}, {time.monotonic() - begun:.2f} seconds")
     for module, option in ("_sqlite3", "--db"), ("_ssl", "--tls-cert"):
         print(f"  {option}: {'works' if importlib.util.find_spec(module) else f'not here, Python has no {module[1:]}'}")
     server.shutdown()
-    server.server_close()
     end_children()
-    print("all is well" if not failures else "something does not work here")
-    return min(failures, 1)
+    print("something does not work here" if status else "all is well")
+    return status
 
 
 class _Parser(argparse.ArgumentParser):
@@ -2267,7 +2280,7 @@ def _parse_options(argv: list[str] | None, application: Application) -> argparse
     """Return the options; what is not given is as the application has it."""
     store, pool, cpu_pool = application.store, application.pool, application.cpu_pool
     parser = _Parser(prog="taskserver", allow_abbrev=False, description="An HTTP server for long work.")
-    count, seconds = _number(int, 1), _number(float, 0)
+    count, seconds = _number(int, 1, 1e9), _number(float, 0, 1e9)
     for option, convert, default, value, text in (
         ("--host", str, "127.0.0.1", "ADDRESS", "listen on this address (%(default)s)"),
         ("--port", _number(int, 0, 65535), 8000, "PORT", "listen on this port, 0 for a free one (%(default)s)"),
@@ -2309,7 +2322,8 @@ def _set_up(application: Application, options: argparse.Namespace) -> Server:
     token = os.environ.get("TASKSERVER_TOKEN", "")
     if not re.fullmatch("[!-~]*", token):
         raise ValueError("TASKSERVER_TOKEN must consist of visible ASCII characters")
-    local = options.host == "localhost" or _is_loopback(options.host)
+    ip = parse_address(options.host)
+    local = ip.is_loopback if ip else options.host == "localhost"
     if not (local or token or options.allow_anonymous):
         raise ValueError(f"other machines can reach {options.host}: set a token in TASKSERVER_TOKEN, or allow "
                          "everybody in with --allow-anonymous")  # fmt: skip
@@ -2337,13 +2351,6 @@ def _set_up(application: Application, options: argparse.Namespace) -> Server:
     return server
 
 
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
 def _address(options: argparse.Namespace, port: int) -> str:
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(options.host, options.host)  # those are no addresses to go to
     return f"{'http' if options.tls_cert is None else 'https'}://{f'[{host}]' if ':' in host else host}:{port}"
@@ -2366,6 +2373,7 @@ def main(application: Application | None = None, argv: list[str] | None = None) 
     """
     if multiprocessing.current_process().name != "MainProcess":
         sys.exit('taskserver: a child process has called main(); call it under `if __name__ == "__main__":` alone')
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a Ctrl-C ends a long start; run() knows a better end
     application = application or demo()
     options = _parse_options(argv, application)
     _prepare_process(options.workers)
@@ -2386,6 +2394,8 @@ def main(application: Application | None = None, argv: list[str] | None = None) 
         sys.exit(f"taskserver: {error}")
     log.info("serving %s", address)
     clean = run(server, options.grace)
+    if not clean:
+        log.warning("some tasks were still running and are cut off")
     handler.finish(1)
     end_children()
     if not clean:

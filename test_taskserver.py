@@ -445,11 +445,21 @@ class Speechless(Exception):
         raise RuntimeError("no words")
 
 
+class Nameless(type):
+    __name__ = property(lambda cls: 1 / 0)
+
+
+class Unspeakable(Exception, metaclass=Nameless):
+    """Breaks whatever looks at it."""
+
+
 @pytest.mark.parametrize("exception, text", [
     (ValueError("what it said"), "ValueError: what it said"),
     (KeyError("key"), "KeyError: 'key'"),
     (KeyboardInterrupt(), "KeyboardInterrupt"),
     (SystemExit(3), "SystemExit: 3"),
+    (OSError("no file caf\udce9"), r"OSError: no file caf\udce9"),  # and not what no disk and no terminal can take
+    (taskserver.TaskError("timed out"), "timed out"),
 ])  # fmt: skip
 def test_an_exception_is_described_by_its_type_and_what_it_said(exception, text):
     assert taskserver.describe(exception) == text
@@ -950,7 +960,7 @@ def test_the_decorator_returns_the_function_unchanged():
 
 @pytest.mark.parametrize("name", ["", "A", "a b", "1a", "-a", "a_b", "a/b", "é", "a\n", "{id}", "a.b"])
 def test_a_bad_name_of_a_task_type_is_a_value_error(name):
-    with pytest.raises(ValueError, match="choose another name"):
+    with pytest.raises(ValueError, match="choose a name"):
         Application().task(name)(echo)
 
 
@@ -967,6 +977,10 @@ def test_a_name_that_is_taken_is_a_value_error():
     application.task("a-1")(echo)
     with pytest.raises(ValueError, match="'a-1'"):
         application.task("a-1")(fail)
+    decorator = application.task("a-2")
+    decorator(echo)
+    with pytest.raises(ValueError, match="'a-2'"):
+        decorator(fail)
 
 
 def test_a_function_that_cannot_be_pickled_is_a_value_error_with_cpu():
@@ -1023,7 +1037,7 @@ def test_the_function_gets_what_was_posted_untouched(application):
     (KeyboardInterrupt(), "KeyboardInterrupt"),
     (GeneratorExit("x"), "GeneratorExit: x"),
     (AssertionError(), "AssertionError"),
-    (ValueError("caf\udce9 \0"), "ValueError: caf\udce9 \0"),
+    (ValueError("caf\udce9 \0"), "ValueError: caf\\udce9 \0"),
     (Speechless(), "Speechless: (an exception that cannot say what it is)"),
     (HTTPError(404, "no"), "HTTPError: (404, 'no')"),
     (taskserver.JournalError("no"), "JournalError: no"),
@@ -1053,6 +1067,16 @@ def test_a_result_that_cannot_be_kept_makes_the_task_fail_and_breaks_no_poll(app
 
 def test_a_result_of_1_mib_is_polled_whole(application):
     assert outcome(application, lambda payload, report: "x" * (MIB - 2))["result"] == "x" * (MIB - 2)
+
+
+def test_an_exception_that_breaks_whatever_looks_at_it_makes_the_task_fail(application):
+    def task(payload, report):
+        raise Unspeakable
+
+    record = outcome(application, task)
+    assert record["status"] == "failed" and record["error"]
+    application.pool.join(LONG)
+    assert application.pool.counts() == (0, 0)
 
 
 def test_a_bad_report_fails_the_task_unless_it_is_caught(application):
@@ -2299,15 +2323,30 @@ def test_a_journal_that_fails_refuses_creates_and_loses_no_final_state(applicati
     assert "Traceback" not in caplog.text and caplog.text.count("the journal fails") == 1
 
 
-def test_a_store_that_stops_gives_up_what_it_cannot_save(application, journal, gate):
-    record = create(application, "gate")
+def test_a_final_state_that_cannot_be_saved_is_tried_on_while_the_server_stops(application, journal, gate):
+    record = create(application, "gate", result=5)
     gate.wait_for()
     journal.error = OSError()
+    while journal.asked.acquire(blocking=False):
+        pass
     gate.opened.set()
+    assert journal.asked.acquire(timeout=LONG)
     application.store.stop()
+    assert poll(application, record)["status"] == "pending" and application.pool.counts() == (0, 1)
+    journal.error = None
     application.pool.join(LONG)
-    assert application.pool.counts() == (0, 0)
-    assert poll(application, record)["status"] == "pending"  # the next start decides
+    assert poll(application, record)["result"] == 5
+
+
+def test_a_journal_that_cannot_delete_stops_nothing(application, journal, caplog):
+    gone = final(application, create(application, "echo"))
+    application.store.keep = 0
+    journal.deleted = None  # which makes delete() fail
+    application.store.evict()
+    assert ask(application, "GET", f"/poll-echo/{gone['id']}").status == 404
+    assert ask(application, "GET", "/healthz").json["status"] == "ok"
+    assert caplog.text.count("has not deleted 1 records") == 1
+    create(application, "echo")
 
 
 def test_evicted_records_are_deleted_from_the_journal(application, journal):
@@ -2450,12 +2489,6 @@ def test_a_failed_commit_fails_all_who_wait_for_it_and_the_next_one_works(path, 
     commits.error = None
     journal.save(RECORD._replace(id="new"))
     assert [record.id for record in journal.load()] == ["new"]
-
-
-def test_text_that_is_not_unicode_is_saved_legibly(path):
-    journal = taskserver.SQLiteJournal(path)
-    journal.save(RECORD._replace(error="no file caf\udce9"))
-    assert journal.load()[0].error == "no file caf?"
 
 
 def test_the_file_does_not_grow_without_bound(path):
@@ -2811,6 +2844,15 @@ def fail_as_told(payload, report):
            "speechless": Speechless(), "surrogate": ValueError("\ud800 ü")}[payload["how"]]  # fmt: skip
 
 
+def fork(payload, report):
+    os.fork()
+    return os.getpid()
+
+
+def say(payload, report):
+    print(payload["text"])
+
+
 def sleep_long(payload, report):
     report(0.5, str(os.getpid()))
     time.sleep(LONG)
@@ -2869,7 +2911,7 @@ def test_a_child_is_used_again_after_whatever_a_task_raises_or_returns(child):
     before = run(child, pid)
     assert before != os.getpid()
     for how, error in [("exit", "SystemExit: 3"), ("interrupt", "KeyboardInterrupt"), ("memory", "MemoryError"),
-                       ("unpicklable", "Unpicklable: text"), ("surrogate", "ValueError: \ud800 ü"),
+                       ("unpicklable", "Unpicklable: text"), ("surrogate", r"ValueError: \ud800 ü"),
                        ("speechless", "Speechless: (an exception that cannot say what it is)")]:  # fmt: skip
         assert error_of(child, fail_as_told, how=how) == error
     for how in "nan", "cycle", "object", "large", "report":
@@ -2888,6 +2930,29 @@ def test_a_function_that_cannot_cross_or_cannot_be_imported_is_a_clear_error(chi
     monkeypatch.setattr(sys.modules[__name__], "late", late, raising=False)
     assert error_of(child, late).startswith("AttributeError: ")
     assert run(child, echo, result=1) == 1
+
+
+@posix
+def test_a_copy_that_a_function_forks_does_not_answer_as_well(child):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # newer Pythons warn: there are threads
+        assert run(child, fork) == run(child, pid)
+    for n in range(3):
+        assert run(child, echo, result=n) == n
+
+
+@posix
+def test_what_a_child_prints_to_nobody_is_lost_and_no_more():
+    code = ("import taskserver, test_taskserver as t\nif __name__ == '__main__': child = taskserver.Child(); "
+            "print(t.run(child, t.say, text='heard'), t.run(child, t.pid) == t.run(child, t.pid), file=sys.stderr)")  # fmt: skip
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        out = subprocess.run([sys.executable, "-c", "import sys\n" + code], check=False, cwd=str(PROGRAM.parent),
+                             stdout=writing, stderr=subprocess.PIPE, timeout=LONG, env={**os.environ, "PYTHONUNBUFFERED": ""})  # fmt: skip
+    finally:
+        os.close(writing)
+    assert out.stderr.decode().startswith("None True\n")
 
 
 @posix
