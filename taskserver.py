@@ -458,11 +458,11 @@ class WorkerPool:
         self._work = work
         self._lock = threading.Lock()  # guards all below
         self._queue: collections.deque[Any] = collections.deque()
-        self._items = 0  # from reserve() to the end of their work
+        self._items = 0  # and places for such as are reserved; until the end of their work
         self._running = 0  # items in work
         self._workers = 0  # threads
         self._idle: list[threading.Lock] = []  # one for each idle worker, released to wake it; the last goes first
-        self._sent = False  # a worker was made or woken, and none has looked at the queue since
+        self._sent = False  # a worker was made or woken, and is not here yet
         self._at_rest = threading.Condition(self._lock)  # _running has become 0
 
     def counts(self) -> tuple[int, int]:
@@ -528,26 +528,24 @@ class WorkerPool:
     def _run(self) -> None:
         woken = threading.Lock()
         woken.acquire()
-        arrived = True  # made or woken, and not yet at work
         while True:
             with self._lock:
-                self._sent = self._sent and not arrived
-                found = bool(self._queue)
-                if found:
+                self._sent = False  # it is here
+            while True:
+                with self._lock:
+                    if not self._queue:
+                        self._idle.append(woken)
+                        break
                     item = self._queue.popleft()
                     self._running += 1
-                else:
-                    self._idle.append(woken)
-                    if not self._running:
-                        self._at_rest.notify_all()
-            arrived = not found
-            if found:
                 self.send_worker()
                 self._work(item)
                 with self._lock:
-                    self._running -= 1
                     self._items -= 1
-            elif not woken.acquire(timeout=self.IDLE_SECONDS):
+                    self._running -= 1
+                    if not self._running:
+                        self._at_rest.notify_all()
+            if not woken.acquire(timeout=self.IDLE_SECONDS):
                 with self._lock:
                     if woken in self._idle:
                         self._idle.remove(woken)
