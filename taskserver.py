@@ -363,7 +363,7 @@ class Store:
             try:
                 return self._save_once(record)
             except JournalError:
-                time.sleep(next(pauses))
+                time.sleep(next(pauses))  # nothing tells when a disk has room again
 
     def finish(self, record: Record) -> None:
         """Replace a record by its final successor, once that is saved, and wake who waits for it."""
@@ -724,17 +724,17 @@ class Application:
     bounds of the store and of the pools are the defaults of the options of `main`.
     """
 
-    # A waiting task costs a thread of some 16 KiB, so hundreds fit into the smallest machine; more of them at once
-    # would sooner overrun the service that they wait for than be done earlier.
+    # A task that waits for a network costs a thread of some 16 KiB, so hundreds fit into the smallest machine; more of
+    # them at once would sooner overrun the service that they wait for than be done earlier.
     WORKERS = 256
-    call_in_child: ClassVar[Callable[..., bytes]]  # how `cpu=True` functions are called: section 10 puts it here
     MAX_WAITING = 10_000
+    call_in_child: ClassVar[Callable[..., bytes]]  # how `cpu=True` functions are called: section 10 puts it here
 
     def __init__(self) -> None:
         self.store = Store()
         self.router = Router()
-        self.before_request: list[Callable[[Request], None]] = []  # may raise HTTPError; must be quick; called more than once
-        self.quick: set[Endpoint] = set()  # endpoints that answer from memory, but for a query or a journal
+        self.before_request: list[Callable[[Request], None]] = []  # may raise HTTPError; must be quick; called twice at times
+        self.quick: set[Endpoint] = set()  # endpoints that wait for nothing but a journal, or what a query asks for
         self.types: dict[str, TaskType] = {}
         self.pool = WorkerPool("task", self._run, self.WORKERS, self.MAX_WAITING)
         self.cpu_pool = WorkerPool("cpu-task", self._run, os.cpu_count() or 1, self.MAX_WAITING)
@@ -783,7 +783,8 @@ class Application:
         """Return the answer to a request; None if finding it might block but must not. Raises nothing."""
         try:
             endpoint, arguments = self.check(request)
-            if not may_block and (endpoint not in self.quick or request.query or self.store.journal is not None and request.method == "POST"):
+            may_wait = request.query or request.method == "POST" and self.store.journal is not None
+            if not may_block and (may_wait or endpoint not in self.quick):
                 return None
             response = endpoint(request, *arguments)
             if may_block:
@@ -977,7 +978,7 @@ def _read_body(fields: Fields, buffer: bytearray) -> Generator[str, Any, bytes]:
         body += take(buffer, size)
         if take(buffer, 2) != b"\r\n":
             raise HTTPError(400, "Send chunks that are as long as they say.")
-    buffer[:0] = b"\r\n"  # so that no trailers end like some
+    buffer[:0] = b"\r\n"  # so that the end is the same with and without trailers
     trailers = yield from _read_until(b"\r\n\r\n", buffer, MAX_HEADERS, 431)
     _split_headers(trailers[2:])  # checked, and dropped
     return bytes(body)
@@ -1380,10 +1381,11 @@ def _raise_limit() -> int:
         return 480
     import resource  # POSIX only
 
-    limit, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(ValueError, OSError):  # macOS refuses what it calls unlimited
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-        limit = hard
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    for limit in hard, max(soft, 10_240), soft:  # macOS refuses what it calls unlimited, but takes the second
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+            break
     return 1 << 20 if limit == resource.RLIM_INFINITY else limit - min(64, limit // 4)
 
 
@@ -2126,7 +2128,8 @@ class LogHandler(logging.Handler):
         """Return a line in ASCII; a traceback makes more lines, which are indented."""
         text = record.getMessage()
         if record.exc_info:
-            text += "\n" + "".join(traceback.format_exception(*record.exc_info)).rstrip()
+            with contextlib.suppress(Exception):  # an exception may break whatever looks at it
+                text += "\n" + "".join(traceback.format_exception(*record.exc_info)).rstrip()
         if not text.isprintable() or not text.isascii():
             text = text.translate(self.ESCAPES).encode("ascii", "backslashreplace").decode()
         return f"{_whole_second(int(record.created))}Z {record.levelname} {text}\n"
