@@ -26,7 +26,7 @@ The file is one story: what a section uses stands above it. The way of a request
       |                                                                                  | Request (4)
       |            a thread, where the answer may have to wait <-- or at once <----------+
       |                |                                                              5 Application
-      |                +--> handle: checks (9), Router (4) --> _create: Record, pending  --> 2 Store, under 1 Lock
+      |                +--> handle: checks (9), Router (4) --> _create: Record, pending  --> 2 Store (Lock: 1)
       |  <-- Response (4)                                 \--> _poll: the record as it is <--    |  saves it first: 8
       |                                                                                          |
       |                                      3 WorkerPool: a thread calls the function, here or in a child (10),
@@ -273,13 +273,22 @@ def describe(exception: BaseException) -> str:
     """Return ValueError("no such host") as "ValueError: no such host", and the text of a TaskError alone."""
     name = "Exception"
     try:
-        name = type(exception).__name__
+        name = str(type(exception).__name__) or name
         text = str(exception)
-    except BaseException:
-        text = "(an exception that cannot say what it is)"
-    if text and not isinstance(exception, TaskError):
-        text = f"{name}: {text}"
-    return escape_surrogates(text or name)[:MAX_ERROR]
+        if text and not isinstance(exception, TaskError):
+            text = f"{name}: {text}"
+        return escape_surrogates((text or name)[:MAX_ERROR])[:MAX_ERROR]
+    except BaseException:  # an exception may break whatever looks at it
+        return f"{name}: (an exception that cannot say what it is)"
+
+
+def trace(exception: BaseException) -> str:
+    """Return what the log is to say of an exception: its traceback, or what came with a TaskError."""
+    with contextlib.suppress(BaseException):
+        if not isinstance(exception, TaskError):
+            return "".join(traceback.format_exception(type(exception), exception, exception.__traceback__))
+        return exception.trace
+    return ""
 
 
 class Unavailable(Exception):
@@ -304,13 +313,13 @@ class Store:
     def __init__(self, keep: float = 3600, max_tasks: int = 100_000, journal: Any = None,
                  clock: Callable[[], float] = time.monotonic):  # fmt: skip
         self.keep, self.max_tasks, self.journal = keep, max_tasks, journal
-        self.stopping = threading.Event()
+        self.stopping = False  # set once, by any thread
         self._clock = clock
         self._failed_at = -math.inf  # when the journal did, by the monotonic clock; one value, replaced as a whole
         self._lock = ReadersWriterLock()  # guards all below
         # In the order of creation; reversed() takes a plain dict since Python 3.8 only.
         self._records: dict[str, Record] = {} if sys.version_info >= (3, 8) else collections.OrderedDict()
-        self._held = 0  # records, and places for such as are not in yet
+        self._held = 0  # records, and places kept for such as are being saved
         self._failed = 0  # records
         self._finished: collections.deque[tuple[float, str]] = collections.deque()  # when by the clock, and id; oldest first
         self._awaited: dict[str, threading.Event] = {}  # by id: set when the record becomes final
@@ -380,7 +389,7 @@ class Store:
         Blocks, but holds no lock meanwhile.
         """
         with self._lock.write:
-            pending = self._records[id].status == PENDING and not self.stopping.is_set()
+            pending = self._records[id].status == PENDING and not self.stopping
             awaited = self._awaited.setdefault(id, threading.Event()) if pending else None
         if awaited:
             awaited.wait(seconds)
@@ -416,7 +425,7 @@ class Store:
     def stop(self) -> None:
         """Wake all who wait; nobody waits from now on."""
         with self._lock.write:
-            self.stopping.set()
+            self.stopping = True
             awaited = list(self._awaited.values())
         for event in awaited:
             event.set()
@@ -458,11 +467,11 @@ class WorkerPool:
         self._work = work
         self._lock = threading.Lock()  # guards all below
         self._queue: collections.deque[Any] = collections.deque()
-        self._items = 0  # and places for such as are reserved; until the end of their work
+        self._items = 0  # in the queue or in work, and places kept for such as will be
         self._running = 0  # items in work
         self._workers = 0  # threads
         self._idle: list[threading.Lock] = []  # one for each idle worker, released to wake it; the last goes first
-        self._sent = False  # a worker was made or woken, and is not here yet
+        self._on_the_way = False  # a worker was made or woken, and has not arrived yet
         self._at_rest = threading.Condition(self._lock)  # _running has become 0
 
     def counts(self) -> tuple[int, int]:
@@ -495,12 +504,12 @@ class WorkerPool:
 
         The system may have no thread to give: call it again later.
         """
-        if not self._queue:  # a glance without the lock, for it is nearly always so; who submits looks after that
+        if not self._queue:  # a glance without the lock: it is nearly always so, and whoever submits calls this afterwards
             return
         with self._lock:
-            if not self._queue or self._sent or not self._idle and self._workers >= self.max_workers:
+            if not self._queue or self._on_the_way or not self._idle and self._workers >= self.max_workers:
                 return
-            self._sent = True
+            self._on_the_way = True
             if self._idle:
                 self._idle.pop().release()
                 return
@@ -510,7 +519,7 @@ class WorkerPool:
         except (RuntimeError, MemoryError):
             with self._lock:
                 self._workers -= 1
-                self._sent = False
+                self._on_the_way = False
 
     def drop(self) -> int:
         """Empty the queue; return how many items were in it."""
@@ -530,7 +539,7 @@ class WorkerPool:
         woken.acquire()
         while True:
             with self._lock:
-                self._sent = False  # it is here
+                self._on_the_way = False  # here it is
             while True:
                 with self._lock:
                     if not self._queue:
@@ -604,12 +613,13 @@ class Router:
     """Finds the endpoint of a request. The last segment of a pattern may be {id}."""
 
     def __init__(self) -> None:
-        self._routes: dict[tuple[str, ...], dict[str, Endpoint]] = {}  # segments -> method -> endpoint
+        self._routes: dict[tuple[str | None, ...], dict[str, Endpoint]] = {}  # segments, None for {id} -> method -> endpoint
         self.match = functools.lru_cache(maxsize=1024)(self._match)  # who polls asks for one path again and again
 
     def add(self, method: str, pattern: str, endpoint: Endpoint) -> None:
         """Have an endpoint answer a method at a path; who answers GET answers HEAD as well."""
-        methods = self._routes.setdefault(tuple(pattern.split("/")), {})
+        segments: list[str | None] = [None if segment == "{id}" else segment for segment in pattern.split("/")]
+        methods = self._routes.setdefault(tuple(segments), {})
         methods.update({method: endpoint, "HEAD": endpoint} if method == "GET" else {method: endpoint})
         self.match.cache_clear()
 
@@ -621,9 +631,10 @@ class Router:
         segments = tuple(path.split("/"))
         if "%" in path:
             segments = tuple(map(urllib.parse.unquote, segments))
-        methods, arguments = self._routes.get((*segments[:-1], "{id}")), segments[-1:]
+        methods, arguments = self._routes.get(segments), segments[:0]
         if methods is None:
-            methods, arguments = self._routes.get(segments), ()
+            methods = self._routes.get((*segments[:-1], None))
+            arguments = segments[-1:]
         if methods and method in methods:
             return methods[method], arguments
         if methods is None and path != "*":  # which OPTIONS asks about for the server as a whole (RFC 9110, 9.3.7)
@@ -637,7 +648,7 @@ class Router:
 MAX_DEPTH = 100  # of nested arrays and objects
 MAX_DIGITS = 4300  # of an integer; the bound of newer Pythons
 
-_NESTING = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*(?:"|\\?\Z)|[\[{\]}]', re.DOTALL)  # strings and brackets
+_NESTING = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*(?:"|\\?\Z)|[\[{\]}]', re.DOTALL)  # strings, the last one maybe cut short, and brackets
 
 
 def decode_object(body: bytes) -> dict[str, Any]:
@@ -694,6 +705,7 @@ Function = TypeVar("Function", bound=Callable[[Dict[str, Any], Report], Any])
 
 MAX_NAME = 256  # characters
 MAX_WAIT = 30.0  # seconds of a long poll
+MAX_QUICK = 16_384  # bytes of a body that is decoded without a thread; 1 MiB may take 0.3 seconds
 
 _UUID = re.compile("[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
@@ -734,7 +746,7 @@ class Application:
         self.store = Store()
         self.router = Router()
         self.before_request: list[Callable[[Request], None]] = []  # may raise HTTPError; must be quick; called twice at times
-        self.quick: set[Endpoint] = set()  # endpoints that wait for nothing but a journal, or what a query asks for
+        self.quick: set[Endpoint] = set()  # endpoints that answer from memory, unless a query or a journal makes them wait
         self.types: dict[str, TaskType] = {}
         self.pool = WorkerPool("task", self._run, self.WORKERS, self.MAX_WAITING)
         self.cpu_pool = WorkerPool("cpu-task", self._run, os.cpu_count() or 1, self.MAX_WAITING)
@@ -748,7 +760,7 @@ class Application:
         The function gets the posted object and `report(fraction, message=None)`; what it returns is the result. It
         runs in a thread; with `cpu` in a process of its own, for at most `timeout` seconds; or where `executor` (as
         in `concurrent.futures`) runs it. `rerun`: after a crash it may run again.
-        ValueError: a bad or taken name, options that exclude each other, or a function that cannot be pickled.
+        ValueError: a bad or taken name, options that exclude each other, or with `cpu` a function in another.
         """
         if not isinstance(name, str) or not re.fullmatch("[a-z][a-z0-9-]*", name):
             raise ValueError(f"task type {name!r}: choose a name of lower-case letters, digits and hyphens")
@@ -780,11 +792,12 @@ class Application:
         return register
 
     def handle(self, request: Request, may_block: bool = True) -> Response | None:
-        """Return the answer to a request; None if finding it might block but must not. Raises nothing."""
+        """Return the answer to a request. None: nothing was done, for it might block but must not. Raises nothing."""
         try:
             endpoint, arguments = self.check(request)
-            may_wait = request.query or request.method == "POST" and self.store.journal is not None
-            if not may_block and (may_wait or endpoint not in self.quick):
+            journaled = request.method == "POST" and self.store.journal is not None
+            quick = endpoint in self.quick and not (request.query or journaled or len(request.body) > MAX_QUICK)
+            if not quick and not may_block:
                 return None
             response = endpoint(request, *arguments)
             if may_block:
@@ -822,7 +835,7 @@ class Application:
         record = Record(str(uuid.uuid4()), name, PENDING, task_type.name, time.time(), payload=request.body,
                         live=Progress())  # fmt: skip
         try:
-            if self.store.stopping.is_set():
+            if self.store.stopping:
                 raise Unavailable("The server is stopping; try again when it is back.", 5)
             task_type.pool.reserve()
             try:
@@ -832,7 +845,7 @@ class Application:
                 raise
         except Unavailable as error:
             sentence, seconds = error.args
-            raise HTTPError(503, sentence, ("Retry-After", str(max(1, math.ceil(seconds))))) from None
+            raise HTTPError(503, sentence, ("Retry-After", str(math.ceil(min(max(1, seconds), 1e9))))) from None
         log.info("task %s created: type %s, name %s", record.id, record.type, ascii(name))
         task_type.pool.submit(record)
         return Response(201, encode_record(record), (("Location", f"/poll-{record.type}/{record.id}"),))
@@ -858,13 +871,13 @@ class Application:
         """Run a task to its end, whatever that is. No exception crosses this border."""
         task_type, progress = self.types[record.type], record.live or Progress()
         progress.started_at = time.time()
-        if not task_type.rerun:
+        if not task_type.rerun:  # else it does not matter whether it had begun
             self.store.save(record._replace(started_at=progress.started_at))
         result, error = self._call(task_type, record, progress)
         fraction, message = progress.last
-        status = FAILED if error else COMPLETED
+        status, fraction = (COMPLETED, 1.0) if error is None else (FAILED, fraction)
         self.store.finish(Record(record.id, record.name, status, record.type, record.created_at, progress.started_at,
-                                 time.time(), fraction if error else 1.0, message, result, error))  # fmt: skip
+                                 time.time(), fraction, message, result, error))  # fmt: skip
         if error is None:
             log.info("task %s completed", record.id)
         else:
@@ -876,10 +889,7 @@ class Application:
             return task_type.call(task_type.function, record.payload or b"", progress.report), None
         except BaseException as exception:  # SystemExit and KeyboardInterrupt, too, end a task and no worker
             error = describe(exception)
-            trace = ascii(error)
-            with contextlib.suppress(BaseException):  # an exception may break whatever looks at it
-                trace = exception.trace if isinstance(exception, TaskError) else traceback.format_exc()
-            log.warning("task %s: %s", record.id, trace)
+            log.warning("task %s: %s", record.id, trace(exception) or ascii(error))
             return None, error
 
 
@@ -903,6 +913,7 @@ _TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"  # RFC 9110, 5.6.2
 _VALUE = rb"[\t\x20-\x7e\x80-\xff]*"  # RFC 9110, 5.5
 _HOST = (  # RFC 3986, 3.2, without user information
     rb"(?:\[[0-9A-Fa-f]*:[0-9A-Fa-f:.]+\]|(?:[A-Za-z0-9\-._~!$&'()*+,;=]|%[0-9A-Fa-f]{2})+)(?::[0-9]{0,5})?")
+# All that is printable but space, # and %, in a path ? too: browsers send more than RFC 3986, 3.3 allows.
 _ESCAPED = rb"[%s]*(?:%%[0-9A-Fa-f]{2}[%s]*)*"  # any of these, and percent-encoded bytes
 _PATH = _ESCAPED % ((rb'!"$&->@-~',) * 2)
 _QUERY = _ESCAPED % ((rb'!"$&-~',) * 2)
@@ -948,10 +959,10 @@ def _read_head(buffer: bytearray) -> Generator[str, Any, Request]:
         if end >= 0:
             return parse_head(take(buffer, end + 4)[start:-4])
         # Not complete, but wrong already? The sender may be waiting for an answer.
-        line, rest, block = bytes(buffer[start:]).partition(b"\r\n")
+        line, line_end, block = bytes(buffer[start:]).partition(b"\r\n")
         if _FORBIDDEN.search(buffer, start):
             raise HTTPError(400, "Send HTTP/1.1 without control characters, in lines that end in CR LF.")
-        if rest or len(line.rstrip(b"\r")) > MAX_LINE:
+        if line_end or len(line.rstrip(b"\r")) > MAX_LINE:
             parse_request_line(line)
         if len(block.rstrip(b"\r\n")) > MAX_HEADERS:
             raise HTTPError(431, f"Send at most {MAX_HEADERS} bytes of headers.")
@@ -1022,7 +1033,7 @@ def parse_request_line(line: bytes) -> tuple[str, str, str, str, int]:
     try:
         well_formed = path.startswith("/") or (path, method, host) == ("*", "OPTIONS", "")
         if "%" in path + query:
-            urllib.parse.unquote(path + query, errors="strict")
+            urllib.parse.unquote(f"{path}?{query}", errors="strict")
     except UnicodeDecodeError:
         well_formed = False
     if not well_formed:
@@ -1103,6 +1114,14 @@ class Connection:
     """One client's socket, what has arrived on it, and how far its story is.
 
     It belongs to the accept loop, which alone calls it. Nothing here blocks: what may is done by a thread of `server`.
+    serve() is the story: a generator, which yields the phase to wait in, and is resumed by
+
+        IDLE, HEADER, BODY    ready(): more has arrived, and is in the buffer
+        RUNNING               resume(response), once a thread has it
+        ANSWER                ready(): the socket takes more
+        LINGER                ready(), to no purpose but to see the end
+        HEADER, BODY          expire(), by a refusal that comes out of the yield as an HTTPError
+
     An OSError, whoever raises it, means that the connection is over.
     """
 
@@ -1145,7 +1164,7 @@ class Connection:
         self.enter(self.story.send(response))
 
     def expire(self) -> None:
-        """End the phase, whose deadline has passed."""
+        """End the phase, whose deadline has passed: refuse a request that has begun, else close."""
         if self.phase is not BODY and not (self.phase is HEADER and self.buffer):
             raise TimeoutError
         self.enter(self.story.throw(HTTPError(408, "Send a request without long pauses.")))
@@ -1174,6 +1193,8 @@ class Connection:
                 try:
                     answer = answer[self.socket.send(answer) :]
                 except self.would_block:
+                    pass
+                if answer:
                     yield ANSWER
             self.phase = ""  # the next one, even if it is called the same, has its own deadline
         # A plain close would reset the connection, and a client that is still sending would lose the answer. So end this
@@ -1181,7 +1202,7 @@ class Connection:
         self.end_sending()
         while True:
             buffer.clear()
-            yield LINGER
+            yield LINGER  # until ready() sees the end of what comes, or the deadline passes
 
     def invite(self, request: Request) -> None:
         """Tell the client that the body is awaited. HTTPError: it is not (RFC 9110, 10.1.1)."""
@@ -1300,7 +1321,7 @@ class Server(http.server.ThreadingHTTPServer):
         """Have a connection do something, then have the selector wait for what it waits for now."""
         try:
             act()
-        except Exception as error:
+        except BaseException as error:
             if not isinstance(error, OSError):
                 log.exception("a connection failed")
             self._close(connection)
@@ -1401,7 +1422,7 @@ def add_monitoring(application: Application) -> None:
     """Add GET /healthz and GET /tasks."""
 
     def healthz(request: Request) -> Response:
-        status = "stopping" if application.store.stopping.is_set() else "journal failing" if application.store.failing else "ok"
+        status = "stopping" if application.store.stopping else "journal failing" if application.store.failing else "ok"
         if status != "ok":
             return Response(503, json.dumps({"status": status}).encode())
         waiting, running = (sum(counts) for counts in zip(*(pool.counts() for pool in application.pools)))
@@ -1442,6 +1463,7 @@ _VERSION = 1  # of the schema; in the file as user_version, so that a later vers
 # `seq` is the order of creation: an update keeps it. Times are seconds since 1970, result and payload JSON.
 _SCHEMA = f"CREATE TABLE task (seq INTEGER PRIMARY KEY, {_COLUMNS}, UNIQUE (id))"
 _SAVE = f"INSERT OR REPLACE INTO task (seq, {_COLUMNS}) VALUES "  # ON CONFLICT needs SQLite 3.24
+# For a new id the inner SELECT gives NULL, and SQLite the next number.
 _SAVE_ROW = f"((SELECT seq FROM task WHERE id = ?){', ?' * len(_FIELDS)})"
 
 
@@ -1628,7 +1650,7 @@ def use_tls(server: Server, certificate: str, key: str) -> None:
                 if error:
                     log.info("no TLS with %s: %s", self.peer, error)
                     raise ConnectionError
-                self.phase, self.deadline = HEADER, deadline
+                self.phase, self.deadline = HEADER, deadline  # which goes on, for the phase is no new one
                 yield HEADER
             yield from super().serve()
 
@@ -1638,7 +1660,7 @@ def use_tls(server: Server, certificate: str, key: str) -> None:
                 self.shaken = True
             except self.would_block:
                 pass
-            except (OSError, ValueError) as error:
+            except Exception as error:
                 return describe(error)
             return ""
 
@@ -1675,7 +1697,8 @@ def _child_main(pipe: Any) -> None:
     try:
         while True:
             pipe.send_bytes(b"h")  # unasked, a large job would wait, without an end, for a child that hangs
-            job, progress, done = pipe.recv_bytes(), Progress(), threading.Event()
+            job = pipe.recv_bytes()
+            progress, done = Progress(), threading.Event()
             watcher = threading.Thread(target=_watch, args=(pipe, progress, done), daemon=True)
             watcher.start()
             answer = _answer(pipe, job, progress)
@@ -1695,7 +1718,7 @@ def _answer(pipe: Any, job: bytes, progress: Progress) -> bytes:
         pipe.send_bytes(b"s")  # before this there is no report that _watch could send meanwhile
         return b"r" + call_here(function, payload, progress.report)
     except BaseException as error:
-        return b"e" + json.dumps([describe(error), traceback.format_exc()[-20_000:]]).encode()
+        return b"e" + json.dumps([describe(error), trace(error)[-20_000:]]).encode()
     finally:
         for stream in filter(None, (sys.stdout, sys.stderr)):
             with contextlib.suppress(OSError, ValueError):  # nobody reads it any more
@@ -1704,11 +1727,11 @@ def _answer(pipe: Any, job: bytes, progress: Progress) -> bytes:
 
 def _watch(pipe: Any, progress: Progress, done: threading.Event) -> None:
     """Send reports until the task is done. When the server is gone, end this process at once."""
-    sent = progress.last
+    sent: Any = (None, None)
     with contextlib.suppress(OSError):
         while not pipe.poll():  # the server sends nothing meanwhile, so that is the end of file
             over = done.wait(REPORT_SECONDS)
-            if progress.last is not sent:
+            if progress.last != sent:
                 sent = progress.last
                 pipe.send_bytes(b"p" + json.dumps(sent).encode())
             if over:
@@ -1724,7 +1747,8 @@ class Child(threading.local):
     for it blocks SIGINT in its thread.
     """
 
-    # Guards every start, kill and reaping, in all threads: multiprocessing has one table of children, and of two
+    # What each thread begins with; `lock` alone is the same for all.
+    # It guards every start, kill and reaping, in all threads: multiprocessing has one table of children, and of two
     # threads that reap one of them one misses its exit status. Held around slow system calls.
     lock = threading.Lock()
     process: Any = None
@@ -1748,7 +1772,10 @@ class Child(threading.local):
         deadline: float | None = time.monotonic() + START_SECONDS
         ready = [self.pipe, self.process.sentinel]  # both: on Windows a process may die and leave its pipe open
         try:
-            while multiprocessing.connection.wait(ready, deadline and max(0.0, deadline - time.monotonic())):
+            while True:
+                if not multiprocessing.connection.wait(ready, deadline and max(0.0, deadline - time.monotonic())):
+                    lost = late
+                    break
                 message = self.pipe.recv_bytes() if self.pipe.poll() else b""
                 kind, body = message[:1], message[1:]
                 if kind == b"h":
@@ -1764,9 +1791,9 @@ class Child(threading.local):
                     raise TaskError(*json.loads(body))
                 else:
                     break
-            else:
-                lost = late
-        except (EOFError, OSError):  # it died: end of file, or nobody to send to
+        except TaskError:
+            raise
+        except Exception:  # it died: end of file, or nobody to send to; or what it says cannot be taken
             pass
         raise TaskError(lost.format(self.end()))
 
@@ -2126,10 +2153,11 @@ class LogHandler(logging.Handler):
 
     def format(self, record: logging.LogRecord) -> str:
         """Return a line in ASCII; a traceback makes more lines, which are indented."""
-        text = record.getMessage()
-        if record.exc_info:
-            with contextlib.suppress(Exception):  # an exception may break whatever looks at it
-                text += "\n" + "".join(traceback.format_exception(*record.exc_info)).rstrip()
+        text = str(record.msg)
+        with contextlib.suppress(Exception):  # arguments that do not fit
+            text = record.getMessage()
+        if record.exc_info and record.exc_info[1]:
+            text += "\n" + trace(record.exc_info[1]).rstrip()
         if not text.isprintable() or not text.isascii():
             text = text.translate(self.ESCAPES).encode("ascii", "backslashreplace").decode()
         return f"{_whole_second(int(record.created))}Z {record.levelname} {text}\n"
@@ -2169,6 +2197,7 @@ def run(server: Server, grace: float) -> bool:
     def on_signal(number: int, frame: object) -> None:
         signals.append(number)
         if len(signals) > 1:
+            application.store.journal = None  # the next start decides what becomes of the tasks that end now
             end_children()
             os._exit(128 + number)
         told.set()
@@ -2311,7 +2340,7 @@ def _prepare_process(workers: int) -> None:
     """Set what holds for the process as a whole, in which so many tasks may run at once."""
     # Seconds for which a thread that computes keeps the others waiting: with the usual 5 ms some clients starve. But
     # each one that waits wakes that often; so thousands of tasks that end together would have no time for anything else.
-    sys.setswitchinterval(max(0.0005, 5e-6 * workers))
+    sys.setswitchinterval(min(max(0.0005, 5e-6 * workers), 0.05))
     logging._srcfile = None  # who logs, and from where, is in no line
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     while os.open(os.devnull, os.O_RDWR) < 2:  # what is closed now must not become a socket to which something prints
@@ -2370,7 +2399,7 @@ def _first_lines(application: Application, options: argparse.Namespace, address:
 def main(application: Application | None = None, argv: list[str] | None = None) -> NoReturn:
     """Run the command line for an application, or for the demo; ends with SystemExit.
 
-    Status 0: stopped; 1: could not start; 2: wrong usage.
+    Status 0: stopped; 1: could not start; 2: wrong usage; 128 + its number: ended by a second signal.
     """
     if multiprocessing.current_process().name != "MainProcess":
         sys.exit('taskserver: a child process has called main(); call it under `if __name__ == "__main__":` alone')
@@ -2398,6 +2427,7 @@ def main(application: Application | None = None, argv: list[str] | None = None) 
     if not clean:
         log.warning("some tasks were still running and are cut off")
     handler.finish(1)
+    application.store.journal = None  # what ends now is interrupted
     end_children()
     if not clean:
         os._exit(0)  # a task that hangs, or an executor that waits for one, would hold the exit up

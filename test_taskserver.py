@@ -458,6 +458,7 @@ class Unspeakable(Exception, metaclass=Nameless):
     (KeyError("key"), "KeyError: 'key'"),
     (KeyboardInterrupt(), "KeyboardInterrupt"),
     (SystemExit(3), "SystemExit: 3"),
+    (type("", (Exception,), {})(), "Exception"),
     (OSError("no file caf\udce9"), r"OSError: no file caf\udce9"),  # and not what no disk and no terminal can take
     (taskserver.TaskError("timed out"), "timed out"),
 ])  # fmt: skip
@@ -875,6 +876,12 @@ def test_another_method_is_405_with_allow_and_options_204(router, method, path, 
 def test_options_for_the_whole_server(router):
     response = router.match("OPTIONS", "*")[0]()
     assert (response.status, response.body) == (204, b"")
+
+
+def test_a_path_of_its_own_goes_before_any_id(router):
+    router.add("GET", "/poll-a/newest", lambda *_: "newest")
+    assert router.match("GET", "/poll-a/newest")[0]() == "newest"
+    assert router.match("GET", "/poll-a/{id}")[1] == ("{id}",)
 
 
 def test_a_route_that_is_added_later_is_found(router):
@@ -2932,6 +2939,14 @@ def test_a_function_that_cannot_cross_or_cannot_be_imported_is_a_clear_error(chi
     assert run(child, echo, result=1) == 1
 
 
+def test_what_a_child_has_not_told_to_the_end_is_no_answer_to_the_next_task(child):
+    def report(*_):
+        raise MemoryError
+
+    assert error_of(child, fail_as_told, report=report, how="exit").startswith("the child process died")
+    assert run(child, echo, result=5) == 5
+
+
 @posix
 def test_a_copy_that_a_function_forks_does_not_answer_as_well(child):
     with warnings.catch_warnings():
@@ -3309,6 +3324,20 @@ def test_the_log_escapes_what_came_from_outside():
     assert not set(text) - set(map(chr, range(32, 127))) - {"\n"}
     assert [line for line in lines if not line.startswith("    ")] == [lines[0], next(line for line in lines if "ERROR" in line)]
     assert "\\x1b[2J" in text and "\\xe9\\ud800\\U0001f600" in text and "it said" in text and "Traceback" in text
+
+
+def test_a_line_that_cannot_be_composed_does_not_end_the_log():
+    with pipe() as (far, end):
+        with logging_to(end) as (logger, _):
+            logger.warning("%d", "no number")
+            try:
+                raise Unspeakable
+            except Unspeakable:
+                logger.exception("failed")
+            logger.warning("the last")
+        os.close(end)
+        text = read_all(far)
+    assert "WARNING %d" in text and "ERROR failed" in text and "WARNING the last" in text
 
 
 def test_a_log_that_nobody_reads_blocks_nobody_and_says_what_it_dropped():
