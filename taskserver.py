@@ -570,7 +570,6 @@ class Fields(NamedTuple):
     """The headers of a request and what follows from them."""
 
     headers: Mapping[str, str] = {}  # names in lower case; the values of several lines joined by ", "
-    host: str = ""
     length: int = 0  # bytes of the body, unless that is chunked
     chunked: bool = False
     keep_alive: bool = True
@@ -1013,7 +1012,7 @@ def parse_head(head: bytes) -> Request:
     fields = parse_headers(block, minor)
     if method == "POST" and not fields.chunked and "content-length" not in fields.headers:
         raise HTTPError(411, "Send a Content-Length.")
-    return Request(method, path, query, host or fields.host, fields)
+    return Request(method, path, query, host or fields.headers.get("host", ""), fields)
 
 
 def parse_request_line(line: bytes) -> tuple[str, str, str, str, int]:
@@ -1065,7 +1064,7 @@ def parse_headers(block: bytes, minor: int) -> Fields:
     expectation = headers.get("expect", "").lower() if minor else ""  # RFC 9110, 10.1.1
     if expectation not in ("", "100-continue"):
         raise HTTPError(417, "Expect nothing but 100-continue.")
-    return Fields(headers, host, int(length), bool(coding), keep_alive, bool(expectation), minor)
+    return Fields(headers, int(length), bool(coding), keep_alive, bool(expectation), minor)
 
 
 def _split_headers(block: bytes) -> dict[str, str]:
@@ -2297,10 +2296,12 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _number(convert: Callable[[str], float], low: float, high: float = math.inf) -> Callable[[str], float]:
+    pattern = "[0-9]+" if convert is int else r"[0-9]+(\.[0-9]+)?"
+
     def number(text: str) -> float:
-        value = convert(text) if re.fullmatch(r"[0-9]+(\.[0-9]+)?", text) else -1
+        value = convert(text) if re.fullmatch(pattern, text) else -1
         if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not from {low:g} to {high:g}")
+            raise argparse.ArgumentTypeError(f"{text} is no {'whole ' if convert is int else ''}number from {low:g} to {high:g}")
         return value
 
     return number
