@@ -462,9 +462,10 @@ class WorkerPool:
     IDLE_SECONDS = 10.0  # without work, after which a worker ends
 
     def __init__(self, name: str, work: Callable[[Any], None], max_workers: float = math.inf,
-                 max_waiting: float = math.inf):  # fmt: skip
+                 max_waiting: float = math.inf, at_end: Callable[[], object] = lambda: None):  # fmt: skip
+        """`at_end` is called by each worker before it ends."""
         self.name, self.max_workers, self.max_waiting = name, max_workers, max_waiting
-        self._work = work
+        self._work, self._at_end = work, at_end
         self._lock = threading.Lock()  # guards all below
         self._queue: collections.deque[Any] = collections.deque()
         self._items = 0  # in the queue or in work, and places kept for such as will be
@@ -556,10 +557,13 @@ class WorkerPool:
                         self._at_rest.notify_all()
             if not woken.acquire(timeout=self.IDLE_SECONDS):
                 with self._lock:
-                    if woken in self._idle:
+                    ends = woken in self._idle
+                    if ends:
                         self._idle.remove(woken)
                         self._workers -= 1
-                        return
+                if ends:
+                    self._at_end()
+                    return
                 woken.acquire()  # it has been sent in this moment
 
 
@@ -739,7 +743,8 @@ class Application:
     # them at once would sooner overrun the service that they wait for than be done earlier.
     WORKERS = 256
     MAX_WAITING = 10_000
-    call_in_child: ClassVar[Callable[..., bytes]]  # how `cpu=True` functions are called: section 10 puts it here
+    call_in_child: ClassVar[Callable[..., bytes]]  # how `cpu=True` functions are called: section 10 puts it here,
+    end_child: ClassVar[Callable[..., object]]  # and what a worker that has called some does before it ends
 
     def __init__(self) -> None:
         self.store = Store()
@@ -748,7 +753,7 @@ class Application:
         self.quick: set[Endpoint] = set()  # endpoints that answer from memory, unless a query or a journal makes them wait
         self.types: dict[str, TaskType] = {}
         self.pool = WorkerPool("task", self._run, self.WORKERS, self.MAX_WAITING)
-        self.cpu_pool = WorkerPool("cpu-task", self._run, os.cpu_count() or 1, self.MAX_WAITING)
+        self.cpu_pool = WorkerPool("cpu-task", self._run, os.cpu_count() or 1, self.MAX_WAITING, self.end_child)
         self.pools = [self.pool, self.cpu_pool]
         self.secured = False  # whether a check asks for a token
 
@@ -937,7 +942,7 @@ def take(buffer: bytearray, size: int) -> bytes:
     return taken
 
 
-def parse_request(buffer: bytearray, invite: Callable[[Request], None]) -> Generator[str, Any, Request]:
+def parse_request(buffer: bytearray, invite: Callable[[Request], Iterable[str]]) -> Generator[str, Any, Request]:
     """Take one request out of what has arrived; yields the phase whenever more has to come.
 
     `invite` is called with a request whose client wants to hear that its body is welcome.
@@ -947,7 +952,7 @@ def parse_request(buffer: bytearray, invite: Callable[[Request], None]) -> Gener
     if not head.fields.chunked and not head.fields.length:
         return head
     if head.fields.expects_continue and not buffer:
-        invite(head)
+        yield from invite(head)
     return head._replace(body=(yield from _read_body(head.fields, buffer)))
 
 
@@ -1188,13 +1193,9 @@ class Connection:
                 what = f"{request.method} {request.path!a}" if request else "no request"
                 log.debug("%s %s: %d", self.peer, what, response.status)
             answer = encode_response(response, request, self.closing)
-            while answer:
-                try:
-                    answer = answer[self.socket.send(answer) :]
-                except self.would_block:
-                    pass
-                if answer:
-                    yield ANSWER
+            del request, response  # each may have a megabyte, and the next phase may last
+            yield from self.send(answer)
+            del answer
             self.phase = ""  # the next one, even if it is called the same, has its own deadline
         # A plain close would reset the connection, and a client that is still sending would lose the answer. So end this
         # side only, and drop what still comes (RFC 9112, 9.6).
@@ -1203,10 +1204,20 @@ class Connection:
             buffer.clear()
             yield LINGER  # until ready() sees the end of what comes, or the deadline passes
 
-    def invite(self, request: Request) -> None:
+    def send(self, data: bytes) -> Generator[str, Any, None]:
+        """Send all; yields while the socket takes no more."""
+        while data:
+            try:
+                data = data[self.socket.send(data) :]
+            except self.would_block:
+                pass
+            if data:
+                yield ANSWER
+
+    def invite(self, request: Request) -> Generator[str, Any, None]:
         """Tell the client that the body is awaited. HTTPError: it is not (RFC 9110, 10.1.1)."""
         self.server.application.check(request)
-        self.socket.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+        yield from self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def end_sending(self) -> None:
         """Tell the client that nothing more comes."""
@@ -1720,7 +1731,7 @@ def _answer(pipe: Any, job: bytes, progress: Progress) -> bytes:
         return b"e" + json.dumps([describe(error), trace(error)[-20_000:]]).encode()
     finally:
         for stream in filter(None, (sys.stdout, sys.stderr)):
-            with contextlib.suppress(OSError, ValueError):  # nobody reads it any more
+            with contextlib.suppress(Exception):  # nobody reads it any more, or the function has put something else there
                 stream.flush()  # what the function printed: a later kill would lose it
 
 
@@ -1741,9 +1752,8 @@ def _watch(pipe: Any, progress: Progress, done: threading.Event) -> None:
 class Child(threading.local):
     """For each thread that uses it, one spawned process and one pipe; it runs one task at a time.
 
-    The process starts with the first run(), serves the later ones too, and is replaced after its death. It ends by
-    itself when its thread does, for then nobody holds the other end of its pipe. run() is not for the main thread,
-    for it blocks SIGINT in its thread.
+    The process starts with the first run(), serves the later ones too, and is replaced after its death. run() is not
+    for the main thread, for it blocks SIGINT in its thread.
     """
 
     # What each thread begins with; `lock` alone is the same for all.
@@ -1826,7 +1836,8 @@ def end_children() -> None:
         process.kill()
 
 
-Application.call_in_child = Child().run
+_child = Child()
+Application.call_in_child, Application.end_child = _child.run, _child.end
 
 
 # -- 11. OpenAPI -------------------------------------------------------------------------------------

@@ -41,6 +41,7 @@ import tempfile
 import threading
 import time
 import tokenize
+import tracemalloc
 import uuid
 import warnings
 from typing import Any, NamedTuple
@@ -1408,7 +1409,7 @@ def parse(*pieces):
         for piece in pieces:
             buffer += piece
             while buffer or parsing:
-                parsing = parsing or taskserver.parse_request(buffer, lambda request: None)
+                parsing = parsing or taskserver.parse_request(buffer, lambda request: ())
                 try:
                     next(parsing)
                     break
@@ -2052,6 +2053,19 @@ def test_clients_that_vanish_leave_nothing_behind(server, application, gate, cap
         assert client.ask("GET", "/healthz").status == 503
     assert eventually(lambda: len(server.sockets) == 151 and server.open_connections() == 0)
     assert "Traceback" not in caplog.text
+
+
+def test_a_connection_that_waits_keeps_no_answer_and_no_request(server, application):
+    record = final(application, create(application, "echo", result="x" * (MIB - 2)))
+    asked = raw("GET", f"/poll-echo/{record['id']}"), raw("POST", "/create-echo", {"name": "x", "more": "x" * (MIB - 100)})
+    tracemalloc.start()
+    try:
+        with contextlib.ExitStack() as stack:
+            for n in range(20):
+                assert stack.enter_context(server.client()).send(asked[n % 2]).answer().status in (200, 201)
+            assert eventually(lambda: tracemalloc.get_traced_memory()[0] < 5 * MIB)
+    finally:
+        tracemalloc.stop()
 
 
 def test_a_long_poll_is_answered_when_the_task_is_final(server, gate):
@@ -2957,6 +2971,21 @@ def test_a_copy_that_a_function_forks_does_not_answer_as_well(child):
 
 
 @posix
+def test_a_worker_that_ends_leaves_no_process_not_even_a_dead_one(application):
+    application.task("pid", cpu=True)(pid)
+    number = final(application, create(application, "pid"))["result"]
+
+    def is_known():
+        try:
+            os.kill(number, 0)
+            return True
+        except ProcessLookupError:
+            return False
+
+    assert eventually(lambda: not is_known())
+
+
+@posix
 def test_what_a_child_prints_to_nobody_is_lost_and_no_more():
     code = ("import taskserver, test_taskserver as t\nif __name__ == '__main__': child = taskserver.Child(); "
             "print(t.run(child, t.say, text='heard'), t.run(child, t.pid) == t.run(child, t.pid), file=sys.stderr)")  # fmt: skip
@@ -3329,6 +3358,7 @@ def test_the_log_escapes_what_came_from_outside():
 def test_a_line_that_cannot_be_composed_does_not_end_the_log():
     with pipe() as (far, end):
         with logging_to(end) as (logger, _):
+            logger.propagate = False  # pytest listens, too, and would object
             logger.warning("%d", "no number")
             try:
                 raise Unspeakable
