@@ -3308,7 +3308,7 @@ def test_in_a_browser_a_task_is_created_moves_completes_and_its_name_stays_text(
 @contextlib.contextmanager
 def logging_to(descriptor):
     """Have a logger write to a descriptor."""
-    handler, logger = taskserver.LogHandler(descriptor), logging.Logger("test")  # which pytest does not know
+    handler, logger = taskserver.LogHandler(descriptor), logging.Logger("test")  # noqa: LOG001 -- pytest is not to know it
     logger.addHandler(handler)
     try:
         yield logger, handler
