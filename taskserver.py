@@ -1174,35 +1174,36 @@ class Connection:
         self.enter(self.story.throw(HTTPError(408, "Send a request without long pauses.")))
 
     def serve(self) -> Generator[str, Any, None]:
-        """Answer requests in their order. Yields the phase to wait in: RUNNING for the response of a thread."""
-        application, buffer = self.server.application, self.buffer
+        """Answer requests in their order. Yields the phase to wait in."""
         while not self.closing:
-            request = None
-            try:
-                while not buffer:
-                    yield IDLE
-                request = yield from parse_request(buffer, self.invite)
-                response = application.handle(request, may_block=False)
-                if response is None:
-                    self.server.lend(self, functools.partial(application.handle, request))
-                    response = yield RUNNING
-            except HTTPError as refusal:
-                response = refusal.response
-            self.closing |= not request or not request.fields.keep_alive
-            if log.isEnabledFor(logging.DEBUG):
-                what = f"{request.method} {request.path!a}" if request else "no request"
-                log.debug("%s %s: %d", self.peer, what, response.status)
-            answer = encode_response(response, request, self.closing)
-            del request, response  # each may have a megabyte, and the next phase may last
-            yield from self.send(answer)
-            del answer
+            # No name for the answer here: it may have a megabyte, and the frame of this story lives on.
+            yield from self.send((yield from self.next_answer()))
             self.phase = ""  # the next one, even if it is called the same, has its own deadline
         # A plain close would reset the connection, and a client that is still sending would lose the answer. So end this
         # side only, and drop what still comes (RFC 9112, 9.6).
         self.end_sending()
         while True:
-            buffer.clear()
+            self.buffer.clear()
             yield LINGER  # until ready() sees the end of what comes, or the deadline passes
+
+    def next_answer(self) -> Generator[str, Any, bytes]:
+        """Take a request and return its answer as it is sent. Yields RUNNING for the response of a thread."""
+        request = None
+        try:
+            while not self.buffer:
+                yield IDLE
+            request = yield from parse_request(self.buffer, self.invite)
+            response = self.server.application.handle(request, may_block=False)
+            if response is None:
+                self.server.lend(self, functools.partial(self.server.application.handle, request))
+                response = yield RUNNING
+        except HTTPError as refusal:
+            response = refusal.response
+        self.closing |= not request or not request.fields.keep_alive
+        if log.isEnabledFor(logging.DEBUG):
+            what = f"{request.method} {request.path!a}" if request else "no request"
+            log.debug("%s %s: %d", self.peer, what, response.status)
+        return encode_response(response, request, self.closing)
 
     def send(self, data: bytes) -> Generator[str, Any, None]:
         """Send all; yields while the socket takes no more."""
