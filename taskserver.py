@@ -282,7 +282,7 @@ def describe(exception: BaseException) -> str:
         return f"{name}: (an exception that cannot say what it is)"
 
 
-def trace(exception: BaseException) -> str:
+def traceback_of(exception: BaseException) -> str:
     """Return what the log is to say of an exception: its traceback, or what came with a TaskError."""
     with contextlib.suppress(BaseException):
         if not isinstance(exception, TaskError):
@@ -893,7 +893,7 @@ class Application:
             return task_type.call(task_type.function, record.payload or b"", progress.report), None
         except BaseException as exception:  # SystemExit and KeyboardInterrupt, too, end a task and no worker
             error = describe(exception)
-            log.warning("task %s: %s", record.id, trace(exception) or ascii(error))
+            log.warning("task %s: %s", record.id, traceback_of(exception) or ascii(error))
             return None, error
 
 
@@ -1115,10 +1115,10 @@ RECEIVE_SIZE = 16_384  # bytes; a whole TLS record (RFC 8446, 5.1), so that none
 
 
 class Connection:
-    """One client's socket, what has arrived on it, and how far its story is.
+    """One client's socket, what has arrived on it, and the phase that it waits in.
 
     It belongs to the accept loop, which alone calls it. Nothing here blocks: what may is done by a thread of `server`.
-    serve() is the story: a generator, which yields the phase to wait in, and is resumed by
+    serve() is a coroutine: a generator that yields the phase to wait in, and is resumed by
 
         IDLE, HEADER, BODY    ready(): more has arrived, and is in the buffer
         RUNNING               resume(response), once a thread has it
@@ -1129,7 +1129,7 @@ class Connection:
     An OSError, whoever raises it, means that the connection is over.
     """
 
-    __slots__ = ("buffer", "closing", "deadline", "peer", "phase", "server", "socket", "story", "watched")
+    __slots__ = ("buffer", "closing", "coroutine", "deadline", "peer", "phase", "server", "socket", "watched")
     would_block: tuple[Any, ...] = (BlockingIOError,)
 
     def __init__(self, sock: Any, peer: str, server: Server) -> None:
@@ -1138,7 +1138,7 @@ class Connection:
         self.closing = False  # the answer under way is the last
         self.watched = 0  # the events that the selector waits for
         self.phase = ""
-        self.story = self.serve()  # goes on from one yield to the next
+        self.coroutine = self.serve()  # suspended in a yield whenever there is something to wait for
         self.enter(HEADER)
 
     def enter(self, phase: str) -> None:
@@ -1165,18 +1165,18 @@ class Connection:
 
     def resume(self, response: Any = None) -> None:
         """Go on until there is something to wait for."""
-        self.enter(self.story.send(response))
+        self.enter(self.coroutine.send(response))
 
     def expire(self) -> None:
         """End the phase, whose deadline has passed: refuse a request that has begun, else close."""
         if self.phase is not BODY and not (self.phase is HEADER and self.buffer):
             raise TimeoutError
-        self.enter(self.story.throw(HTTPError(408, "Send a request without long pauses.")))
+        self.enter(self.coroutine.throw(HTTPError(408, "Send a request without long pauses.")))
 
     def serve(self) -> Generator[str, Any, None]:
         """Answer requests in their order. Yields the phase to wait in."""
         while not self.closing:
-            # No name for the answer here: it may have a megabyte, and the frame of this story lives on.
+            # No name for the answer here: it may have a megabyte, and this frame lives as long as the connection.
             yield from self.send((yield from self.next_answer()))
             self.phase = ""  # the next one, even if it is called the same, has its own deadline
         # A plain close would reset the connection, and a client that is still sending would lose the answer. So end this
@@ -1241,11 +1241,11 @@ class Server(http.server.ThreadingHTTPServer):
         """Bind and listen. OSError: the address is taken, or is not of this machine."""
         self.application = application
         self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
-        self._max_connections = _raise_limit()
+        self._max_connections = _raise_descriptor_limit()
         self._connections: set[Connection] = set()
         self._accepting = False
         self._refused_at = -math.inf  # when it was last logged that no connection can be accepted
-        self._done: collections.deque[tuple[Connection, Any]] = collections.deque()  # what threads have found out
+        self._done: collections.deque[tuple[Connection, Any]] = collections.deque()  # what threads have done, and the response
         self._end = math.inf  # when answers under way are given up; set by any thread
         self._stopped = threading.Event()
         self._pool = WorkerPool("request", lambda work: work())
@@ -1351,7 +1351,7 @@ class Server(http.server.ThreadingHTTPServer):
             if connection.watched:
                 self._selector.unregister(connection.socket)
             connection.socket.close()
-            connection.story.close()  # it and the connection refer to each other
+            connection.coroutine.close()  # it and the connection refer to each other, which only the garbage collector would undo
             self._accept_again()
 
     def _accept(self) -> None:
@@ -1407,7 +1407,7 @@ class Server(http.server.ThreadingHTTPServer):
         return bool(self._connections)
 
 
-def _raise_limit() -> int:
+def _raise_descriptor_limit() -> int:
     """Raise the limit of descriptors as far as it goes; return how many connections may be open at once: some fewer."""
     if issubclass(selectors.DefaultSelector, selectors.SelectSelector):  # Windows: select takes 512
         return 480
@@ -1631,7 +1631,7 @@ def check_token(token: str) -> Callable[[Request], None]:
 
 
 def use_tls(server: Server, certificate: str, key: str) -> None:
-    """Have a server that has not begun yet speak TLS 1.2 or newer. OSError: a file is missing or wrong."""
+    """Have a server that has not begun yet speak TLS 1.2 or newer. OSError: a file is missing or wrong. ImportError."""
     import ssl  # not every Python is built with it
 
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
@@ -1729,7 +1729,7 @@ def _answer(pipe: Any, job: bytes, progress: Progress) -> bytes:
         pipe.send_bytes(b"s")  # before this there is no report that _watch could send meanwhile
         return b"r" + call_here(function, payload, progress.report)
     except BaseException as error:
-        return b"e" + json.dumps([describe(error), trace(error)[-20_000:]]).encode()
+        return b"e" + json.dumps([describe(error), traceback_of(error)[-20_000:]]).encode()
     finally:
         for stream in filter(None, (sys.stdout, sys.stderr)):
             with contextlib.suppress(Exception):  # nobody reads it any more, or the function has put something else there
@@ -2168,7 +2168,7 @@ class LogHandler(logging.Handler):
         with contextlib.suppress(Exception):  # arguments that do not fit
             text = record.getMessage()
         if record.exc_info and record.exc_info[1]:
-            text += "\n" + trace(record.exc_info[1]).rstrip()
+            text += "\n" + traceback_of(record.exc_info[1]).rstrip()
         if not text.isprintable() or not text.isascii():
             text = text.translate(self.ESCAPES).encode("ascii", "backslashreplace").decode()
         return f"{_whole_second(int(record.created))}Z {record.levelname} {text}\n"
