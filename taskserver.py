@@ -286,7 +286,7 @@ def traceback_of(exception: BaseException) -> str:
     """Return what the log is to say of an exception: its traceback, or what came with a TaskError."""
     with contextlib.suppress(BaseException):
         if not isinstance(exception, TaskError):
-            return "".join(traceback.format_exception(type(exception), exception, exception.__traceback__))
+            return "".join(traceback.format_exception(type(exception), exception, exception.__traceback__)).rstrip()
         return exception.trace
     return ""
 
@@ -2168,7 +2168,7 @@ class LogHandler(logging.Handler):
         with contextlib.suppress(Exception):  # arguments that do not fit
             text = record.getMessage()
         if record.exc_info and record.exc_info[1]:
-            text += "\n" + traceback_of(record.exc_info[1]).rstrip()
+            text += "\n" + traceback_of(record.exc_info[1])
         if not text.isprintable() or not text.isascii():
             text = text.translate(self.ESCAPES).encode("ascii", "backslashreplace").decode()
         return f"{_whole_second(int(record.created))}Z {record.levelname} {text}\n"

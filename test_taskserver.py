@@ -472,6 +472,11 @@ def test_any_exception_can_be_described_briefly():
     assert len(taskserver.describe(ValueError("x" * MIB))) == taskserver.MAX_ERROR
 
 
+def test_what_the_log_says_of_an_exception_ends_with_what_it_said():
+    assert taskserver.traceback_of(ValueError("what it said")).endswith("ValueError: what it said")
+    assert taskserver.traceback_of(taskserver.TaskError("late", "from elsewhere")) == "from elsewhere"
+
+
 def lines_journal():
     """Return the journal that README.md shows as the pattern for others."""
     found = re.search(r"(?ms)^class LinesJournal.*?(?=^\S(?<!c))", readme())
