@@ -60,7 +60,7 @@ posix = pytest.mark.skipif(os.name != "posix", reason="needs POSIX")
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux")
 
 
-# -- What the tests share ----------------------------------------------------------------------------
+# -- What the tests share --------------------------------------------------------------------------
 
 
 def eventually(condition, seconds=LONG):
@@ -177,11 +177,13 @@ class Answer(NamedTuple):
 def request(method, target, body=b"", host="localhost", **headers):
     path, _, query = target.partition("?")
     fields = {name.replace("_", "-"): value for name, value in headers.items() if value is not None}
-    if method == "POST" and "content_type" not in headers:
-        fields["content-type"] = "application/json"
     if not isinstance(body, bytes):
         body = json.dumps(body).encode()
-    return Request(method, path, query, host, Fields(fields, host, len(body)), body)
+    if method == "POST" and "content_type" not in headers:
+        fields["content-type"] = "application/json"
+    if method == "POST":
+        fields["content-length"] = str(len(body))
+    return Request(method, path, query, host, Fields(fields, len(body)), body)
 
 
 def ask(application, method, target, body=b"", **more):
@@ -234,7 +236,7 @@ def consistent(record):
 KEYS = ["id", "name", "status", "type", "created_at", "started_at", "finished_at", "progress", "message", "result", "error"]
 
 
-# -- 1. Lock -----------------------------------------------------------------------------------------
+# -- 1. Lock ---------------------------------------------------------------------------------------
 
 
 def test_writers_exclude_each_other_and_all_readers():
@@ -342,7 +344,7 @@ def test_an_exception_gives_the_lock_back():
             1 / 0  # noqa: B018
 
 
-# -- 2. Records and store ----------------------------------------------------------------------------
+# -- 2. Records and store --------------------------------------------------------------------------
 
 RECORD = Record("0" * 8, "sample", "pending", "echo", 1700000000.5, payload=b'{"name": "sample"}')
 
@@ -666,7 +668,7 @@ def test_a_full_store_says_when_the_oldest_final_record_goes():
     assert caught.value.args[1] == 3.5
 
 
-# -- 3. Workers --------------------------------------------------------------------------------------
+# -- 3. Workers ------------------------------------------------------------------------------------
 
 
 def submit(pool, *items):
@@ -820,7 +822,312 @@ def test_drop_empties_the_queue_and_join_waits_for_what_is_in_work(gate):
     assert pool.counts() == (0, 0)
 
 
-# -- 4. Requests, responses, routes ------------------------------------------------------------------
+# -- 4. Child processes ----------------------------------------------------------------------------
+
+
+def pid(payload, report):
+    return os.getpid()
+
+
+def environment(payload, report):
+    return [signal.getsignal(signal.SIGINT) == signal.SIG_IGN, signal.getsignal(signal.SIGTERM) == signal.SIG_DFL,
+            os.nice(0) if hasattr(os, "nice") else None]  # fmt: skip
+
+
+def end_itself(payload, report):
+    how = payload["how"]
+    if how == "exit":
+        os._exit(3)
+    os.kill(os.getpid(), getattr(signal, how))
+
+
+class Unpicklable(Exception):
+    def __reduce__(self):
+        raise TypeError("never")
+
+
+def fail_as_told(payload, report):
+    report(0.1)
+    report(0.2, "before")
+    if payload["how"] == "report":
+        report(math.nan)
+    if payload["how"] in ("nan", "cycle", "object", "large"):
+        return {"nan": math.nan, "cycle": cycle(), "object": object(), "large": "x" * MIB}[payload["how"]]
+    raise {"exit": SystemExit(3), "interrupt": KeyboardInterrupt(), "memory": MemoryError(), "unpicklable": Unpicklable("text"),
+           "speechless": Speechless(), "surrogate": ValueError("\ud800 ü")}[payload["how"]]  # fmt: skip
+
+
+def fork(payload, report):
+    os.fork()
+    return os.getpid()
+
+
+def say(payload, report):
+    print(payload["text"])
+
+
+def sleep_long(payload, report):
+    report(0.5, str(os.getpid()))
+    time.sleep(LONG)
+
+
+def storm(payload, report):
+    for n in range(100_000):
+        report(n / 100_000, str(n))
+    report(1.0, "last")
+
+
+def wait_for_file(payload, report):
+    """Report twice in a moment, then no more until a file appears."""
+    report(0.1, "first")
+    report(0.2, "second")
+    return eventually(lambda: os.path.exists(payload["path"]))
+
+
+def leave_a_thread(payload, report):
+    def report_for_ever():
+        while True:
+            report(0.9, "stray")
+
+    threading.Thread(target=report_for_ever, daemon=True).start()
+
+
+@pytest.fixture
+def child():
+    """Runs functions in one child process."""
+    child = taskserver.Child()
+    yield child
+    child.end()
+    if hasattr(signal, "pthread_sigmask"):  # run() blocks it in its thread, which here is the main one
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+
+def run(child, function, report=lambda *_: None, timeout=LONG, **payload):
+    return json.loads(child.run(timeout, function, json.dumps(payload).encode(), report).decode())
+
+
+def error_of(child, function, timeout=LONG, **payload):
+    with pytest.raises(taskserver.TaskError) as caught:
+        run(child, function, timeout=timeout, **payload)
+    return caught.value.args[0]
+
+
+def is_gone(pid):
+    try:
+        os.kill(pid, 0)
+        return pathlib.Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
+    except OSError:
+        return True
+
+
+def test_a_child_is_used_again_after_whatever_a_task_raises_or_returns(child):
+    before = run(child, pid)
+    assert before != os.getpid()
+    for how, error in [("exit", "SystemExit: 3"), ("interrupt", "KeyboardInterrupt"), ("memory", "MemoryError"),
+                       ("unpicklable", "Unpicklable: text"), ("surrogate", r"ValueError: \ud800 ü"),
+                       ("speechless", "Speechless: (an exception that cannot say what it is)")]:  # fmt: skip
+        assert error_of(child, fail_as_told, how=how) == error
+    for how in "nan", "cycle", "object", "large", "report":
+        assert error_of(child, fail_as_told, how=how).startswith("ValueError: ")
+    assert run(child, echo, result={"é": "x" * 1_000_000}) == {"é": "x" * 1_000_000}
+    assert run(child, pid) == before
+
+
+def test_a_function_that_cannot_cross_or_cannot_be_imported_is_a_clear_error(child, monkeypatch):
+    assert "no child process can take the task: " in error_of(child, lambda payload, report: 1)
+
+    def late(payload, report):
+        pass
+
+    late.__qualname__ = "late"
+    monkeypatch.setattr(sys.modules[__name__], "late", late, raising=False)
+    assert error_of(child, late).startswith("AttributeError: ")
+    assert run(child, echo, result=1) == 1
+
+
+def test_what_a_child_has_not_told_to_the_end_is_no_answer_to_the_next_task(child):
+    def report(*_):
+        raise MemoryError
+
+    assert error_of(child, fail_as_told, report=report, how="exit").startswith("the child process died")
+    assert run(child, echo, result=5) == 5
+
+
+@posix
+def test_a_copy_that_a_function_forks_does_not_answer_as_well(child):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # newer Pythons warn: there are threads
+        assert run(child, fork) == run(child, pid)
+    for n in range(3):
+        assert run(child, echo, result=n) == n
+
+
+@posix
+def test_a_worker_that_ends_leaves_no_process_not_even_a_dead_one(application):
+    application.task("pid", cpu=True)(pid)
+    number = final(application, create(application, "pid"))["result"]
+
+    def is_known():
+        try:
+            os.kill(number, 0)
+            return True
+        except ProcessLookupError:
+            return False
+
+    assert eventually(lambda: not is_known())
+
+
+@posix
+def test_what_a_child_prints_to_nobody_is_lost_and_no_more():
+    code = ("import taskserver, test_taskserver as t\nif __name__ == '__main__': child = taskserver.Child(); "
+            "print(t.run(child, t.say, text='heard'), t.run(child, t.pid) == t.run(child, t.pid), file=sys.stderr)")  # fmt: skip
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        out = subprocess.run([sys.executable, "-c", "import sys\n" + code], check=False, cwd=str(PROGRAM.parent),
+                             stdout=writing, stderr=subprocess.PIPE, timeout=LONG, env={**os.environ, "PYTHONUNBUFFERED": ""})  # fmt: skip
+    finally:
+        os.close(writing)
+    assert out.stderr.decode().startswith("None True\n")
+
+
+@posix
+def test_a_dead_child_fails_its_task_alone_says_how_it_died_and_is_replaced(child):
+    for how, status in ("exit", "exit status 3"), ("SIGKILL", "killed by signal 9"), ("SIGABRT", "killed by signal 6"):
+        before = run(child, pid)
+        assert error_of(child, end_itself, how=how) == f"the child process died ({status})"
+        assert is_gone(before)
+    before = run(child, pid)
+    os.kill(before, signal.SIGKILL)
+    assert eventually(lambda: not multiprocessing.active_children())
+    assert run(child, pid) != before  # one that dies between two tasks costs none
+
+
+def test_a_task_beyond_its_time_is_ended_but_the_start_of_a_child_does_not_count(child):
+    assert run(child, echo, timeout=0.1, result=1) == 1  # a start takes longer
+    before = run(child, pid)
+    begun = time.monotonic()
+    assert error_of(child, sleep_long, timeout=0.2) == "timed out after 0.2 seconds"
+    assert time.monotonic() - begun < LONG / 2 and is_gone(before)
+
+
+@posix
+def test_children_ignore_ctrl_c_and_step_back(child):
+    ignores, ends, nice = run(child, environment)
+    assert ignores and ends and nice >= min(19, os.nice(0) + 10)
+    number = run(child, pid)
+    os.kill(number, signal.SIGINT)
+    assert run(child, pid) == number
+
+
+def test_reports_cross_in_order_throttled_and_the_last_is_never_lost(child, tmp_path):
+    got = []
+    begun = time.monotonic()
+    run(child, storm, lambda *report: got.append(report))
+    took = time.monotonic() - begun
+    assert got[-1] == (1.0, "last") and got == sorted(got, key=lambda report: report[0])
+    assert len(got) <= 3 + 25 * took
+
+    def report(fraction, message):
+        got.append(message)
+        if message == "second":
+            (tmp_path / "go").write_text("")  # the task goes on only because this report came
+
+    assert run(child, wait_for_file, report, path=str(tmp_path / "go")) is True
+    assert got[-1] == "second"
+    with pytest.raises(taskserver.TaskError):
+        run(child, fail_as_told, lambda *report: got.append(report), how="exit")
+    assert got[-1] == (0.2, "before")
+
+
+def test_reports_of_a_stray_thread_are_ignored_after_the_end(child):
+    before, got = run(child, pid), []
+    run(child, leave_a_thread)
+    assert not threading.Event().wait(0.3)  # the thread reports, and nobody asks
+    assert run(child, pid, lambda *report: got.append(report)) == before
+    for n in range(20):
+        assert run(child, echo, lambda *report: got.append(report), result=n) == n
+    assert got == []
+
+
+@pytest.mark.parametrize("error", [BlockingIOError(11, "no process"), OSError(24, "no descriptor"), MemoryError()], ids=brief)
+def test_no_process_to_be_had_fails_the_task_and_the_next_one_tries_again(child, monkeypatch, error):
+    with monkeypatch.context() as patch:
+        patch.setattr(multiprocessing.get_context("spawn").Process, "start", lambda process: (_ for _ in ()).throw(error))
+        assert "no child process can take the task: " in error_of(child, echo)
+    if isinstance(error, MemoryError):
+        assert run(child, echo, result=1) == 1
+
+
+def test_cpu_tasks_run_in_children_of_their_own_and_end_with_their_workers(application):
+    application.cpu_pool.max_workers = 2
+    application.task("pid", cpu=True)(pid)
+    application.task("sleep", cpu=True, timeout=0.5)(sleep_long)
+    application.task("killed", cpu=True)(end_itself)
+    slow, killed = create(application, "sleep"), create(application, "killed", how="exit")
+    assert final(application, killed)["error"] == "the child process died (exit status 3)"
+    assert final(application, slow)["error"] == "timed out after 0.5 seconds"
+    assert (poll(application, slow)["progress"], poll(application, slow)["result"]) == (0.5, None)
+    assert final(application, create(application, "pid"))["result"] != os.getpid()
+
+
+MAIN = '''
+import os, sys, time, taskserver
+application = taskserver.Application()
+
+@application.task("mine", cpu=True)
+def mine(payload, report):
+    """Say who runs it, and go on for ever if told so."""
+    report(0.5, str(os.getpid()))
+    while payload.get("burn"):
+        pass
+    return __name__
+
+{guard}taskserver.main(application)
+'''
+
+
+def burning(program):
+    """Have two children compute for ever; return their ids."""
+    numbers = []
+    for _ in range(2):
+        path = "/poll-mine/" + program.ask("POST", "/create-mine", {"name": "x", "burn": True}).json["id"]
+        assert eventually(lambda path=path: program.ask("GET", path).json["message"])
+        numbers.append(int(program.ask("GET", path).json["message"]))
+    assert not any(map(is_gone, numbers)) and len(set(numbers)) == 2
+    return numbers
+
+
+@posix
+@pytest.mark.parametrize("number, grace, status", [
+    (signal.SIGKILL, "1", -9), (signal.SIGTERM, "0.2", 0), (signal.SIGINT, "0.2", 0), (signal.SIGTERM, "1000", 143),
+])  # fmt: skip
+def test_children_end_with_their_server_however_it_ends(tmp_path, number, grace, status):
+    file = tmp_path / "mine.py"
+    file.write_text(MAIN.format(guard="if __name__ == '__main__': "))
+    with Program("--cpu-workers", "2", "--grace", grace, file=file) as program:
+        record = program.ask("POST", "/create-mine", {"name": "x"}).json
+        assert program.ask("GET", f"/poll-mine/{record['id']}?wait=30").json["result"] == "__mp_main__"
+        numbers = burning(program)
+        if status == 143:  # a second signal follows
+            program.process.send_signal(number)
+            assert "stopping" in program.log(wait_for="stopping")
+        assert program.stops(number) == status
+        assert eventually(lambda: all(map(is_gone, numbers)), 5)
+        assert "Traceback" not in program.log()
+
+
+def test_a_missing_main_guard_is_named(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(MAIN.format(guard=""))
+    with Program(file=file) as program:
+        record = program.ask("POST", "/create-mine", {"name": "x"}).json
+        record = program.ask("GET", f"/poll-mine/{record['id']}?wait=30").json
+        assert record["status"] == "failed" and "__main__" in record["error"]
+        assert "Traceback" not in program.log() and "__main__" in program.log()
+
+
+# -- 5. Requests, responses, routes ----------------------------------------------------------------
 
 
 @pytest.fixture
@@ -957,7 +1264,7 @@ def test_a_string_full_of_brackets_is_not_nested():
         taskserver.decode_object(b'"' + b"[" * 200 + b'"')
 
 
-# -- 5. Application ----------------------------------------------------------------------------------
+# -- 6. Application --------------------------------------------------------------------------------
 
 
 def test_building_an_application_starts_nothing():
@@ -1053,7 +1360,7 @@ def test_the_function_gets_what_was_posted_untouched(application):
     (ValueError("caf\udce9 \0"), "ValueError: caf\\udce9 \0"),
     (Speechless(), "Speechless: (an exception that cannot say what it is)"),
     (HTTPError(404, "no"), "HTTPError: (404, 'no')"),
-    (taskserver.JournalError("no"), "JournalError: no"),
+    (taskserver.JournalError("no", 1), "JournalError: no"),
 ], ids=brief)  # fmt: skip
 def test_whatever_a_task_raises_makes_it_fail_alone_and_its_traceback_goes_to_the_log(application, caplog, raised, error):
     application.pool.max_workers = 1
@@ -1403,7 +1710,7 @@ def test_a_task_error_fails_the_task_with_its_text_whatever_it_says(error, text)
     assert application.pool.counts() == (0, 0)
 
 
-# -- 6. HTTP -----------------------------------------------------------------------------------------
+# -- 7. HTTP ---------------------------------------------------------------------------------------
 
 
 def parse(*pieces):
@@ -2206,7 +2513,309 @@ def test_more_clients_than_descriptors_make_no_busy_loop_and_it_recovers():
 # ==== The core ends here ============================================================================
 
 
-# -- 7. Monitoring -----------------------------------------------------------------------------------
+# -- 8. Running ------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def logging_to(descriptor):
+    """Have a logger write to a descriptor."""
+    handler, logger = taskserver.LogHandler(descriptor), logging.Logger("test")  # noqa: LOG001 -- pytest is not to know it
+    logger.addHandler(handler)
+    try:
+        yield logger, handler
+    finally:
+        logger.removeHandler(handler)
+        handler.finish(LONG)
+
+
+@contextlib.contextmanager
+def pipe():
+    ends = os.pipe()
+    try:
+        yield ends
+    finally:
+        for end in ends:
+            with contextlib.suppress(OSError):
+                os.close(end)
+
+
+def read_all(descriptor):
+    data = b""
+    while True:
+        piece = os.read(descriptor, 1 << 16)
+        data += piece
+        if not piece:
+            return data.decode("ascii")
+
+
+def test_the_log_escapes_what_came_from_outside():
+    with pipe() as (ends, end):
+        with logging_to(end) as (logger, _):
+            logger.warning("task %s: %s", 1, "a\nb\x1b[2J\r\0\x7f\x85\u2028é\ud800😀")
+            try:
+                raise ValueError("what\nit said")
+            except ValueError:
+                logger.exception("failed")
+        os.close(end)
+        text = read_all(ends)
+    lines = text.splitlines()
+    assert re.match(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ WARNING task 1: a", lines[0])
+    assert not set(text) - set(map(chr, range(32, 127))) - {"\n"}
+    assert [line for line in lines if not line.startswith("    ")] == [lines[0], next(line for line in lines if "ERROR" in line)]
+    assert "\\x1b[2J" in text and "\\xe9\\ud800\\U0001f600" in text and "it said" in text and "Traceback" in text
+
+
+def test_a_line_that_cannot_be_composed_does_not_end_the_log():
+    with pipe() as (far, end):
+        with logging_to(end) as (logger, _):
+            logger.warning("%d", "no number")
+            try:
+                raise Unspeakable
+            except Unspeakable:
+                logger.exception("failed")
+            logger.warning("the last")
+        os.close(end)
+        text = read_all(far)
+    assert "WARNING %d" in text and "ERROR failed" in text and "WARNING the last" in text
+
+
+def test_a_log_that_nobody_reads_blocks_nobody_and_says_what_it_dropped():
+    with pipe() as (far, end), logging_to(end) as (logger, handler), concurrent.futures.ThreadPoolExecutor(1) as pool:
+        lines = taskserver.LogHandler.MAX_LINES * 2
+        in_threads(1, lambda _: [logger.warning("%d %s", n, "x" * 50) for n in range(lines)])
+        in_threads(1, lambda _: handler.finish(0.1))  # in vain, yet it returns
+        reading = pool.submit(read_all, far)
+        handler.finish(LONG)
+        os.close(end)
+        text = reading.result(LONG)
+    numbers = [int(line.split()[2]) for line in text.splitlines() if "WARNING" in line]
+    (dropped,) = re.findall(r"(\d+) lines of the log did not fit", text)
+    assert numbers == sorted(numbers) and len(numbers) + int(dropped) == lines
+
+
+def test_a_log_that_is_closed_stops_nobody():
+    with pipe() as (far, end), logging_to(end) as (logger, _):
+        os.close(far)
+        for n in range(100):
+            logger.warning("%d", n)
+
+
+class Program:
+    """A server in a process of its own."""
+
+    def __init__(self, *flags, file=PROGRAM, port=0, stderr=None, token=None, **options):
+        environment = dict(os.environ, PYTHONPATH=str(PROGRAM.parent), TASKSERVER_TOKEN=token or "")
+        self.stderr = tempfile.TemporaryFile()  # noqa: SIM115
+        command = [sys.executable, str(file), "--port", str(port), *flags]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr or self.stderr, env=environment, **options)
+        self.hello = [self.process.stdout.readline().decode() for _ in range(3)]
+        found = re.search(r" on https?://\S+:(\d+)\b", self.hello[0])
+        self.port = int(found.group(1)) if found else None
+
+    def __enter__(self):
+        if not self.port:
+            log = self.log()
+            self.__exit__()
+            pytest.fail(f"it did not start: {self.hello} {log}")
+        return self
+
+    def __exit__(self, *exception):
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait(LONG)
+        self.process.stdout.close()
+        self.stderr.close()
+
+    def client(self):
+        return Client(self.port)
+
+    def ask(self, method, target, body=b"", *lines):
+        with self.client() as client:
+            return client.ask(method, target, body, *lines)
+
+    def log(self, wait_for=""):
+        """Return what is in the log, once a text is there."""
+
+        def read():
+            self.stderr.seek(0)
+            return self.stderr.read().decode()
+
+        eventually(lambda: wait_for in read(), 10)
+        return read()
+
+    def stops(self, number):
+        """Send a signal; return the exit status."""
+        self.process.send_signal(number)
+        return self.process.wait(LONG)
+
+
+WAITING = '''
+import os, sys, time, taskserver
+application = taskserver.Application()
+
+@application.task("wait")
+def wait(payload, report):
+    """Wait until a file appears, then leave a mark."""
+    report(0.5, "begun")
+    while not os.path.exists(payload["path"]):
+        time.sleep(0.01)
+    open(payload["path"] + "." + payload["name"], "w").close()
+
+if __name__ == "__main__":
+    taskserver.main(application)
+'''
+
+
+@pytest.fixture
+def waiting(tmp_path):
+    """Start a server with tasks that wait for a file."""
+    (tmp_path / "waiting.py").write_text(WAITING)
+    with contextlib.ExitStack() as stack:
+        yield lambda *flags: stack.enter_context(Program(*flags, file=tmp_path / "waiting.py"))
+
+
+def begin(program, path, name="one"):
+    """Create a task that waits for a file; return its path once it runs."""
+    created = program.ask("POST", "/create-wait", {"name": name, "path": str(path)})
+    where = created.headers["Location"]
+    assert eventually(lambda: program.ask("GET", where).json["message"] == "begun")
+    return where
+
+
+@posix
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_drains_running_tasks_and_drops_waiting_ones(waiting, tmp_path, number):
+    program = waiting("--workers", "1")
+    running = begin(program, tmp_path / "go")
+    for name in "two", "three":
+        assert program.ask("POST", "/create-wait", {"name": name, "path": str(tmp_path / "go")}).status == 201
+    with program.client() as poll, program.client() as client:
+        poll.send(raw("GET", running + "?wait=30"))
+        assert not poll.says(0.1)
+        program.process.send_signal(number)
+        assert poll.answer().json["status"] == "pending"  # woken
+        health = client.ask("GET", "/healthz")
+        assert (health.status, health.json) == (503, {"status": "stopping"})
+        refused = client.ask("POST", "/create-wait", {"name": "x"})
+        assert refused.status == 503 and "stopping" in refused.json["error"]
+        assert client.ask("GET", running).json["status"] == "pending"
+        (tmp_path / "go").write_text("")
+        assert program.process.wait(LONG) == 0
+    assert (tmp_path / "go.one").exists() and not (tmp_path / "go.two").exists()
+    assert "2 waiting tasks" in program.log() and "Traceback" not in program.log()
+    assert taskserver.Server(("127.0.0.1", program.port), Application()).server_close() is None  # the port is free
+
+
+@posix
+def test_a_task_that_hangs_is_left_after_the_grace(waiting, tmp_path):
+    program = waiting("--grace", "0.2")
+    begin(program, tmp_path / "never")
+    begun = time.monotonic()
+    assert program.stops(signal.SIGTERM) == 0
+    assert 0.2 <= time.monotonic() - begun < 10
+    assert "Traceback" not in program.log()
+
+
+@posix
+@pytest.mark.parametrize("first, second, status", [(signal.SIGTERM, signal.SIGTERM, 143), (signal.SIGINT, signal.SIGINT, 130)])
+def test_a_second_signal_leaves_at_once(waiting, tmp_path, first, second, status):
+    program = waiting("--grace", "1000")
+    begin(program, tmp_path / "never")
+    program.process.send_signal(first)
+    assert "stopping" in program.log(wait_for="stopping")
+    begun = time.monotonic()
+    assert program.stops(second) == status
+    assert time.monotonic() - begun < 5 and "Traceback" not in program.log()
+
+
+@posix
+def test_with_a_journal_waiting_tasks_stay_for_the_next_start(waiting, tmp_path, path):
+    program = waiting("--workers", "1", "--db", path, "--grace", "0.2")
+    running = begin(program, tmp_path / "go")
+    later = program.ask("POST", "/create-wait", {"name": "two", "path": str(tmp_path / "go")}).headers["Location"]
+    assert program.stops(signal.SIGTERM) == 0
+    assert "1 waiting tasks stay" in program.log() and "memory" not in program.hello[2]
+    (tmp_path / "go").write_text("")
+    program = waiting("--workers", "1", "--db", path)
+    assert program.ask("GET", later + "?wait=30").json["status"] == "completed"
+    interrupted = program.ask("GET", running + "?wait=30").json
+    assert interrupted["status"] == "failed" and interrupted["error"].startswith("interrupted: ")
+    assert not (tmp_path / "go.one").exists() and (tmp_path / "go.two").exists()
+
+
+@posix
+def test_a_signal_under_load_tears_no_answer():
+    statuses = []
+
+    def load(program, begun, i):
+        with contextlib.suppress(ConnectionError), program.client() as client:
+            while True:
+                answer = client.ask(*[("GET", "/tasks"), ("POST", "/create-task", {"name": "x", "seconds": 0})][i % 2])
+                if answer is None:
+                    return
+                statuses.append(answer.status)
+                begun.release()
+
+    with Program("--grace", "1") as program:
+        begun = threading.Semaphore(0)
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            clients = [pool.submit(load, program, begun, i) for i in range(8)]
+            for _ in range(200):
+                assert begun.acquire(timeout=LONG)
+            assert program.stops(signal.SIGTERM) == 0
+            for client in clients:
+                client.result(LONG)
+        assert set(statuses) <= {200, 201, 503} and "Traceback" not in program.log()
+
+
+@posix
+def test_a_closed_stderr_stops_nobody():
+    def close():
+        os.close(0), os.close(2)
+
+    with Program(preexec_fn=close) as program:
+        for _ in range(3):
+            record = program.ask("POST", "/create-task", {"name": "x", "seconds": 0}).json
+            assert program.ask("GET", f"/poll-task/{record['id']}?wait=30").json["status"] == "completed"
+        assert program.stops(signal.SIGTERM) == 0
+
+
+@posix
+def test_a_stdout_that_nobody_reads_stops_nobody(tmp_path):
+    log = tmp_path / "log"
+    with pipe() as (far, end), log.open("wb") as stderr:
+        os.close(far)
+        process = subprocess.Popen([sys.executable, str(PROGRAM), "--port", "0"], stdout=end, stderr=stderr)
+    try:
+        assert eventually(lambda: re.search(r"serving http://\S+:\d+", log.read_text()), 10), log.read_text()
+        with Client(int(re.findall(r"serving http://\S+:(\d+)", log.read_text())[0])) as client:
+            assert client.ask("GET", "/healthz").status == 200
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(LONG) == 0 and "Traceback" not in log.read_text()
+    finally:
+        process.kill()
+        process.wait(LONG)
+
+
+@posix
+def test_a_full_stderr_that_nobody_reads_stops_nobody():
+    with pipe() as (_, end):
+        os.set_blocking(end, False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                os.write(end, b"x" * 4096)
+        os.set_blocking(end, True)
+        with Program("--verbose", stderr=end) as program, program.client() as client:
+            for _ in range(20):
+                client.send(raw("GET", "/healthz") * 100)
+                assert {client.answer().status for _ in range(100)} == {200}
+            assert client.ask("POST", "/create-task", {"name": "x", "seconds": 0}).status == 201
+            begun = time.monotonic()
+            assert program.stops(signal.SIGTERM) == 0
+            assert time.monotonic() - begun < 10
+
+
+# -- 9. Monitoring and retention -------------------------------------------------------------------
 
 
 def test_healthz_counts_what_there_is(application, gate):
@@ -2245,7 +2854,7 @@ def test_a_limit_that_is_no_plain_number_is_400(application, limit):
     assert ask(application, "GET", "/tasks?limit=" + limit).status == 400
 
 
-# -- 8. Durability -----------------------------------------------------------------------------------
+# -- 10. Durability --------------------------------------------------------------------------------
 
 
 class Journal:
@@ -2721,7 +3330,7 @@ def test_a_database_of_another_program_stays_as_it_is_whatever_its_version(tmp_p
     assert path.read_bytes() == before
 
 
-# -- 9. Access ---------------------------------------------------------------------------------------
+# -- 11. Access ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("host, status", [
@@ -2835,312 +3444,7 @@ def test_clients_without_a_handshake_hold_up_nobody_and_are_closed(tls, monkeypa
     assert "Traceback" not in caplog.text
 
 
-# -- 10. Child processes -----------------------------------------------------------------------------
-
-
-def pid(payload, report):
-    return os.getpid()
-
-
-def environment(payload, report):
-    return [signal.getsignal(signal.SIGINT) == signal.SIG_IGN, signal.getsignal(signal.SIGTERM) == signal.SIG_DFL,
-            os.nice(0) if hasattr(os, "nice") else None]  # fmt: skip
-
-
-def end_itself(payload, report):
-    how = payload["how"]
-    if how == "exit":
-        os._exit(3)
-    os.kill(os.getpid(), getattr(signal, how))
-
-
-class Unpicklable(Exception):
-    def __reduce__(self):
-        raise TypeError("never")
-
-
-def fail_as_told(payload, report):
-    report(0.1)
-    report(0.2, "before")
-    if payload["how"] == "report":
-        report(math.nan)
-    if payload["how"] in ("nan", "cycle", "object", "large"):
-        return {"nan": math.nan, "cycle": cycle(), "object": object(), "large": "x" * MIB}[payload["how"]]
-    raise {"exit": SystemExit(3), "interrupt": KeyboardInterrupt(), "memory": MemoryError(), "unpicklable": Unpicklable("text"),
-           "speechless": Speechless(), "surrogate": ValueError("\ud800 ü")}[payload["how"]]  # fmt: skip
-
-
-def fork(payload, report):
-    os.fork()
-    return os.getpid()
-
-
-def say(payload, report):
-    print(payload["text"])
-
-
-def sleep_long(payload, report):
-    report(0.5, str(os.getpid()))
-    time.sleep(LONG)
-
-
-def storm(payload, report):
-    for n in range(100_000):
-        report(n / 100_000, str(n))
-    report(1.0, "last")
-
-
-def wait_for_file(payload, report):
-    """Report twice in a moment, then no more until a file appears."""
-    report(0.1, "first")
-    report(0.2, "second")
-    return eventually(lambda: os.path.exists(payload["path"]))
-
-
-def leave_a_thread(payload, report):
-    def report_for_ever():
-        while True:
-            report(0.9, "stray")
-
-    threading.Thread(target=report_for_ever, daemon=True).start()
-
-
-@pytest.fixture
-def child():
-    """Runs functions in one child process."""
-    child = taskserver.Child()
-    yield child
-    child.end()
-    if hasattr(signal, "pthread_sigmask"):  # run() blocks it in its thread, which here is the main one
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-
-
-def run(child, function, report=lambda *_: None, timeout=LONG, **payload):
-    return json.loads(child.run(timeout, function, json.dumps(payload).encode(), report).decode())
-
-
-def error_of(child, function, timeout=LONG, **payload):
-    with pytest.raises(taskserver.TaskError) as caught:
-        run(child, function, timeout=timeout, **payload)
-    return caught.value.args[0]
-
-
-def is_gone(pid):
-    try:
-        os.kill(pid, 0)
-        return pathlib.Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
-    except OSError:
-        return True
-
-
-def test_a_child_is_used_again_after_whatever_a_task_raises_or_returns(child):
-    before = run(child, pid)
-    assert before != os.getpid()
-    for how, error in [("exit", "SystemExit: 3"), ("interrupt", "KeyboardInterrupt"), ("memory", "MemoryError"),
-                       ("unpicklable", "Unpicklable: text"), ("surrogate", r"ValueError: \ud800 ü"),
-                       ("speechless", "Speechless: (an exception that cannot say what it is)")]:  # fmt: skip
-        assert error_of(child, fail_as_told, how=how) == error
-    for how in "nan", "cycle", "object", "large", "report":
-        assert error_of(child, fail_as_told, how=how).startswith("ValueError: ")
-    assert run(child, echo, result={"é": "x" * 1_000_000}) == {"é": "x" * 1_000_000}
-    assert run(child, pid) == before
-
-
-def test_a_function_that_cannot_cross_or_cannot_be_imported_is_a_clear_error(child, monkeypatch):
-    assert "no child process can take the task: " in error_of(child, lambda payload, report: 1)
-
-    def late(payload, report):
-        pass
-
-    late.__qualname__ = "late"
-    monkeypatch.setattr(sys.modules[__name__], "late", late, raising=False)
-    assert error_of(child, late).startswith("AttributeError: ")
-    assert run(child, echo, result=1) == 1
-
-
-def test_what_a_child_has_not_told_to_the_end_is_no_answer_to_the_next_task(child):
-    def report(*_):
-        raise MemoryError
-
-    assert error_of(child, fail_as_told, report=report, how="exit").startswith("the child process died")
-    assert run(child, echo, result=5) == 5
-
-
-@posix
-def test_a_copy_that_a_function_forks_does_not_answer_as_well(child):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # newer Pythons warn: there are threads
-        assert run(child, fork) == run(child, pid)
-    for n in range(3):
-        assert run(child, echo, result=n) == n
-
-
-@posix
-def test_a_worker_that_ends_leaves_no_process_not_even_a_dead_one(application):
-    application.task("pid", cpu=True)(pid)
-    number = final(application, create(application, "pid"))["result"]
-
-    def is_known():
-        try:
-            os.kill(number, 0)
-            return True
-        except ProcessLookupError:
-            return False
-
-    assert eventually(lambda: not is_known())
-
-
-@posix
-def test_what_a_child_prints_to_nobody_is_lost_and_no_more():
-    code = ("import taskserver, test_taskserver as t\nif __name__ == '__main__': child = taskserver.Child(); "
-            "print(t.run(child, t.say, text='heard'), t.run(child, t.pid) == t.run(child, t.pid), file=sys.stderr)")  # fmt: skip
-    reading, writing = os.pipe()
-    os.close(reading)
-    try:
-        out = subprocess.run([sys.executable, "-c", "import sys\n" + code], check=False, cwd=str(PROGRAM.parent),
-                             stdout=writing, stderr=subprocess.PIPE, timeout=LONG, env={**os.environ, "PYTHONUNBUFFERED": ""})  # fmt: skip
-    finally:
-        os.close(writing)
-    assert out.stderr.decode().startswith("None True\n")
-
-
-@posix
-def test_a_dead_child_fails_its_task_alone_says_how_it_died_and_is_replaced(child):
-    for how, status in ("exit", "exit status 3"), ("SIGKILL", "killed by signal 9"), ("SIGABRT", "killed by signal 6"):
-        before = run(child, pid)
-        assert error_of(child, end_itself, how=how) == f"the child process died ({status})"
-        assert is_gone(before)
-    before = run(child, pid)
-    os.kill(before, signal.SIGKILL)
-    assert eventually(lambda: not multiprocessing.active_children())
-    assert run(child, pid) != before  # one that dies between two tasks costs none
-
-
-def test_a_task_beyond_its_time_is_ended_but_the_start_of_a_child_does_not_count(child):
-    assert run(child, echo, timeout=0.1, result=1) == 1  # a start takes longer
-    before = run(child, pid)
-    begun = time.monotonic()
-    assert error_of(child, sleep_long, timeout=0.2) == "timed out after 0.2 seconds"
-    assert time.monotonic() - begun < LONG / 2 and is_gone(before)
-
-
-@posix
-def test_children_ignore_ctrl_c_and_step_back(child):
-    ignores, ends, nice = run(child, environment)
-    assert ignores and ends and nice >= min(19, os.nice(0) + 10)
-    number = run(child, pid)
-    os.kill(number, signal.SIGINT)
-    assert run(child, pid) == number
-
-
-def test_reports_cross_in_order_throttled_and_the_last_is_never_lost(child, tmp_path):
-    got = []
-    begun = time.monotonic()
-    run(child, storm, lambda *report: got.append(report))
-    took = time.monotonic() - begun
-    assert got[-1] == (1.0, "last") and got == sorted(got, key=lambda report: report[0])
-    assert len(got) <= 3 + 25 * took
-
-    def report(fraction, message):
-        got.append(message)
-        if message == "second":
-            (tmp_path / "go").write_text("")  # the task goes on only because this report came
-
-    assert run(child, wait_for_file, report, path=str(tmp_path / "go")) is True
-    assert got[-1] == "second"
-    with pytest.raises(taskserver.TaskError):
-        run(child, fail_as_told, lambda *report: got.append(report), how="exit")
-    assert got[-1] == (0.2, "before")
-
-
-def test_reports_of_a_stray_thread_are_ignored_after_the_end(child):
-    before, got = run(child, pid), []
-    run(child, leave_a_thread)
-    assert not threading.Event().wait(0.3)  # the thread reports, and nobody asks
-    assert run(child, pid, lambda *report: got.append(report)) == before
-    for n in range(20):
-        assert run(child, echo, lambda *report: got.append(report), result=n) == n
-    assert got == []
-
-
-@pytest.mark.parametrize("error", [BlockingIOError(11, "no process"), OSError(24, "no descriptor"), MemoryError()], ids=brief)
-def test_no_process_to_be_had_fails_the_task_and_the_next_one_tries_again(child, monkeypatch, error):
-    with monkeypatch.context() as patch:
-        patch.setattr(multiprocessing.get_context("spawn").Process, "start", lambda process: (_ for _ in ()).throw(error))
-        assert "no child process can take the task: " in error_of(child, echo)
-    if isinstance(error, MemoryError):
-        assert run(child, echo, result=1) == 1
-
-
-def test_cpu_tasks_run_in_children_of_their_own_and_end_with_their_workers(application):
-    application.cpu_pool.max_workers = 2
-    application.task("pid", cpu=True)(pid)
-    application.task("sleep", cpu=True, timeout=0.5)(sleep_long)
-    application.task("killed", cpu=True)(end_itself)
-    slow, killed = create(application, "sleep"), create(application, "killed", how="exit")
-    assert final(application, killed)["error"] == "the child process died (exit status 3)"
-    assert final(application, slow)["error"] == "timed out after 0.5 seconds"
-    assert (poll(application, slow)["progress"], poll(application, slow)["result"]) == (0.5, None)
-    assert final(application, create(application, "pid"))["result"] != os.getpid()
-
-
-MAIN = '''
-import os, sys, time, taskserver
-application = taskserver.Application()
-
-@application.task("mine", cpu=True)
-def mine(payload, report):
-    """Say who runs it, and go on for ever if told so."""
-    report(0.5, str(os.getpid()))
-    while payload.get("burn"):
-        pass
-    return __name__
-
-{guard}taskserver.main(application)
-'''
-
-
-def burning(program):
-    """Have two children compute for ever; return their ids."""
-    numbers = []
-    for _ in range(2):
-        path = "/poll-mine/" + program.ask("POST", "/create-mine", {"name": "x", "burn": True}).json["id"]
-        assert eventually(lambda path=path: program.ask("GET", path).json["message"])
-        numbers.append(int(program.ask("GET", path).json["message"]))
-    assert not any(map(is_gone, numbers)) and len(set(numbers)) == 2
-    return numbers
-
-
-@posix
-@pytest.mark.parametrize("number, grace, status", [
-    (signal.SIGKILL, "1", -9), (signal.SIGTERM, "0.2", 0), (signal.SIGINT, "0.2", 0), (signal.SIGTERM, "1000", 143),
-])  # fmt: skip
-def test_children_end_with_their_server_however_it_ends(tmp_path, number, grace, status):
-    file = tmp_path / "mine.py"
-    file.write_text(MAIN.format(guard="if __name__ == '__main__': "))
-    with Program("--cpu-workers", "2", "--grace", grace, file=file) as program:
-        record = program.ask("POST", "/create-mine", {"name": "x"}).json
-        assert program.ask("GET", f"/poll-mine/{record['id']}?wait=30").json["result"] == "__mp_main__"
-        numbers = burning(program)
-        if status == 143:  # a second signal follows
-            program.process.send_signal(number)
-            assert "stopping" in program.log(wait_for="stopping")
-        assert program.stops(number) == status
-        assert eventually(lambda: all(map(is_gone, numbers)), 5)
-        assert "Traceback" not in program.log()
-
-
-def test_a_missing_main_guard_is_named(tmp_path):
-    file = tmp_path / "mine.py"
-    file.write_text(MAIN.format(guard=""))
-    with Program(file=file) as program:
-        record = program.ask("POST", "/create-mine", {"name": "x"}).json
-        record = program.ask("GET", f"/poll-mine/{record['id']}?wait=30").json
-        assert record["status"] == "failed" and "__main__" in record["error"]
-        assert "Traceback" not in program.log() and "__main__" in program.log()
-
-
-# -- 11. OpenAPI -------------------------------------------------------------------------------------
+# -- 12. OpenAPI -----------------------------------------------------------------------------------
 
 
 def references(part):
@@ -3209,7 +3513,7 @@ def test_openapi_says_whether_a_token_is_asked_for(application, secured):
     assert document["paths"]["/healthz"]["get"]["security"] == []
 
 
-# -- 12. Live page -----------------------------------------------------------------------------------
+# -- 13. Live page ---------------------------------------------------------------------------------
 
 
 def test_the_page_allows_its_own_script_and_style_and_nothing_else(application):
@@ -3307,309 +3611,7 @@ def test_in_a_browser_a_task_is_created_moves_completes_and_its_name_stays_text(
         assert not [event for event in browser.events if event.get("method") == "Log.entryAdded"]
 
 
-# -- 13. Running -------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def logging_to(descriptor):
-    """Have a logger write to a descriptor."""
-    handler, logger = taskserver.LogHandler(descriptor), logging.Logger("test")  # noqa: LOG001 -- pytest is not to know it
-    logger.addHandler(handler)
-    try:
-        yield logger, handler
-    finally:
-        logger.removeHandler(handler)
-        handler.finish(LONG)
-
-
-@contextlib.contextmanager
-def pipe():
-    ends = os.pipe()
-    try:
-        yield ends
-    finally:
-        for end in ends:
-            with contextlib.suppress(OSError):
-                os.close(end)
-
-
-def read_all(descriptor):
-    data = b""
-    while True:
-        piece = os.read(descriptor, 1 << 16)
-        data += piece
-        if not piece:
-            return data.decode("ascii")
-
-
-def test_the_log_escapes_what_came_from_outside():
-    with pipe() as (ends, end):
-        with logging_to(end) as (logger, _):
-            logger.warning("task %s: %s", 1, "a\nb\x1b[2J\r\0\x7f\x85\u2028é\ud800😀")
-            try:
-                raise ValueError("what\nit said")
-            except ValueError:
-                logger.exception("failed")
-        os.close(end)
-        text = read_all(ends)
-    lines = text.splitlines()
-    assert re.match(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ WARNING task 1: a", lines[0])
-    assert not set(text) - set(map(chr, range(32, 127))) - {"\n"}
-    assert [line for line in lines if not line.startswith("    ")] == [lines[0], next(line for line in lines if "ERROR" in line)]
-    assert "\\x1b[2J" in text and "\\xe9\\ud800\\U0001f600" in text and "it said" in text and "Traceback" in text
-
-
-def test_a_line_that_cannot_be_composed_does_not_end_the_log():
-    with pipe() as (far, end):
-        with logging_to(end) as (logger, _):
-            logger.warning("%d", "no number")
-            try:
-                raise Unspeakable
-            except Unspeakable:
-                logger.exception("failed")
-            logger.warning("the last")
-        os.close(end)
-        text = read_all(far)
-    assert "WARNING %d" in text and "ERROR failed" in text and "WARNING the last" in text
-
-
-def test_a_log_that_nobody_reads_blocks_nobody_and_says_what_it_dropped():
-    with pipe() as (far, end), logging_to(end) as (logger, handler), concurrent.futures.ThreadPoolExecutor(1) as pool:
-        lines = taskserver.LogHandler.MAX_LINES * 2
-        in_threads(1, lambda _: [logger.warning("%d %s", n, "x" * 50) for n in range(lines)])
-        in_threads(1, lambda _: handler.finish(0.1))  # in vain, yet it returns
-        reading = pool.submit(read_all, far)
-        handler.finish(LONG)
-        os.close(end)
-        text = reading.result(LONG)
-    numbers = [int(line.split()[2]) for line in text.splitlines() if "WARNING" in line]
-    (dropped,) = re.findall(r"(\d+) lines of the log did not fit", text)
-    assert numbers == sorted(numbers) and len(numbers) + int(dropped) == lines
-
-
-def test_a_log_that_is_closed_stops_nobody():
-    with pipe() as (far, end), logging_to(end) as (logger, _):
-        os.close(far)
-        for n in range(100):
-            logger.warning("%d", n)
-
-
-class Program:
-    """A server in a process of its own."""
-
-    def __init__(self, *flags, file=PROGRAM, port=0, stderr=None, token=None, **options):
-        environment = dict(os.environ, PYTHONPATH=str(PROGRAM.parent), TASKSERVER_TOKEN=token or "")
-        self.stderr = tempfile.TemporaryFile()  # noqa: SIM115
-        command = [sys.executable, str(file), "--port", str(port), *flags]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr or self.stderr, env=environment, **options)
-        self.hello = [self.process.stdout.readline().decode() for _ in range(3)]
-        found = re.search(r" on https?://\S+:(\d+)\b", self.hello[0])
-        self.port = int(found.group(1)) if found else None
-
-    def __enter__(self):
-        if not self.port:
-            log = self.log()
-            self.__exit__()
-            pytest.fail(f"it did not start: {self.hello} {log}")
-        return self
-
-    def __exit__(self, *exception):
-        if self.process.poll() is None:
-            self.process.kill()
-        self.process.wait(LONG)
-        self.process.stdout.close()
-        self.stderr.close()
-
-    def client(self):
-        return Client(self.port)
-
-    def ask(self, method, target, body=b"", *lines):
-        with self.client() as client:
-            return client.ask(method, target, body, *lines)
-
-    def log(self, wait_for=""):
-        """Return what is in the log, once a text is there."""
-
-        def read():
-            self.stderr.seek(0)
-            return self.stderr.read().decode()
-
-        eventually(lambda: wait_for in read(), 10)
-        return read()
-
-    def stops(self, number):
-        """Send a signal; return the exit status."""
-        self.process.send_signal(number)
-        return self.process.wait(LONG)
-
-
-WAITING = '''
-import os, sys, time, taskserver
-application = taskserver.Application()
-
-@application.task("wait")
-def wait(payload, report):
-    """Wait until a file appears, then leave a mark."""
-    report(0.5, "begun")
-    while not os.path.exists(payload["path"]):
-        time.sleep(0.01)
-    open(payload["path"] + "." + payload["name"], "w").close()
-
-if __name__ == "__main__":
-    taskserver.main(application)
-'''
-
-
-@pytest.fixture
-def waiting(tmp_path):
-    """Start a server with tasks that wait for a file."""
-    (tmp_path / "waiting.py").write_text(WAITING)
-    with contextlib.ExitStack() as stack:
-        yield lambda *flags: stack.enter_context(Program(*flags, file=tmp_path / "waiting.py"))
-
-
-def begin(program, path, name="one"):
-    """Create a task that waits for a file; return its path once it runs."""
-    created = program.ask("POST", "/create-wait", {"name": name, "path": str(path)})
-    where = created.headers["Location"]
-    assert eventually(lambda: program.ask("GET", where).json["message"] == "begun")
-    return where
-
-
-@posix
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_drains_running_tasks_and_drops_waiting_ones(waiting, tmp_path, number):
-    program = waiting("--workers", "1")
-    running = begin(program, tmp_path / "go")
-    for name in "two", "three":
-        assert program.ask("POST", "/create-wait", {"name": name, "path": str(tmp_path / "go")}).status == 201
-    with program.client() as poll, program.client() as client:
-        poll.send(raw("GET", running + "?wait=30"))
-        assert not poll.says(0.1)
-        program.process.send_signal(number)
-        assert poll.answer().json["status"] == "pending"  # woken
-        health = client.ask("GET", "/healthz")
-        assert (health.status, health.json) == (503, {"status": "stopping"})
-        refused = client.ask("POST", "/create-wait", {"name": "x"})
-        assert refused.status == 503 and "stopping" in refused.json["error"]
-        assert client.ask("GET", running).json["status"] == "pending"
-        (tmp_path / "go").write_text("")
-        assert program.process.wait(LONG) == 0
-    assert (tmp_path / "go.one").exists() and not (tmp_path / "go.two").exists()
-    assert "2 waiting tasks" in program.log() and "Traceback" not in program.log()
-    assert taskserver.Server(("127.0.0.1", program.port), Application()).server_close() is None  # the port is free
-
-
-@posix
-def test_a_task_that_hangs_is_left_after_the_grace(waiting, tmp_path):
-    program = waiting("--grace", "0.2")
-    begin(program, tmp_path / "never")
-    begun = time.monotonic()
-    assert program.stops(signal.SIGTERM) == 0
-    assert 0.2 <= time.monotonic() - begun < 10
-    assert "Traceback" not in program.log()
-
-
-@posix
-@pytest.mark.parametrize("first, second, status", [(signal.SIGTERM, signal.SIGTERM, 143), (signal.SIGINT, signal.SIGINT, 130)])
-def test_a_second_signal_leaves_at_once(waiting, tmp_path, first, second, status):
-    program = waiting("--grace", "1000")
-    begin(program, tmp_path / "never")
-    program.process.send_signal(first)
-    assert "stopping" in program.log(wait_for="stopping")
-    begun = time.monotonic()
-    assert program.stops(second) == status
-    assert time.monotonic() - begun < 5 and "Traceback" not in program.log()
-
-
-@posix
-def test_with_a_journal_waiting_tasks_stay_for_the_next_start(waiting, tmp_path, path):
-    program = waiting("--workers", "1", "--db", path, "--grace", "0.2")
-    running = begin(program, tmp_path / "go")
-    later = program.ask("POST", "/create-wait", {"name": "two", "path": str(tmp_path / "go")}).headers["Location"]
-    assert program.stops(signal.SIGTERM) == 0
-    assert "1 waiting tasks stay" in program.log() and "memory" not in program.hello[2]
-    (tmp_path / "go").write_text("")
-    program = waiting("--workers", "1", "--db", path)
-    assert program.ask("GET", later + "?wait=30").json["status"] == "completed"
-    interrupted = program.ask("GET", running + "?wait=30").json
-    assert interrupted["status"] == "failed" and interrupted["error"].startswith("interrupted: ")
-    assert not (tmp_path / "go.one").exists() and (tmp_path / "go.two").exists()
-
-
-@posix
-def test_a_signal_under_load_tears_no_answer():
-    statuses = []
-
-    def load(program, begun, i):
-        with contextlib.suppress(ConnectionError), program.client() as client:
-            while True:
-                answer = client.ask(*[("GET", "/tasks"), ("POST", "/create-task", {"name": "x", "seconds": 0})][i % 2])
-                if answer is None:
-                    return
-                statuses.append(answer.status)
-                begun.release()
-
-    with Program("--grace", "1") as program:
-        begun = threading.Semaphore(0)
-        with concurrent.futures.ThreadPoolExecutor(8) as pool:
-            clients = [pool.submit(load, program, begun, i) for i in range(8)]
-            for _ in range(200):
-                assert begun.acquire(timeout=LONG)
-            assert program.stops(signal.SIGTERM) == 0
-            for client in clients:
-                client.result(LONG)
-        assert set(statuses) <= {200, 201, 503} and "Traceback" not in program.log()
-
-
-@posix
-def test_a_closed_stderr_stops_nobody():
-    def close():
-        os.close(0), os.close(2)
-
-    with Program(preexec_fn=close) as program:
-        for _ in range(3):
-            record = program.ask("POST", "/create-task", {"name": "x", "seconds": 0}).json
-            assert program.ask("GET", f"/poll-task/{record['id']}?wait=30").json["status"] == "completed"
-        assert program.stops(signal.SIGTERM) == 0
-
-
-@posix
-def test_a_stdout_that_nobody_reads_stops_nobody(tmp_path):
-    log = tmp_path / "log"
-    with pipe() as (far, end), log.open("wb") as stderr:
-        os.close(far)
-        process = subprocess.Popen([sys.executable, str(PROGRAM), "--port", "0"], stdout=end, stderr=stderr)
-    try:
-        assert eventually(lambda: re.search(r"serving http://\S+:\d+", log.read_text()), 10), log.read_text()
-        with Client(int(re.findall(r"serving http://\S+:(\d+)", log.read_text())[0])) as client:
-            assert client.ask("GET", "/healthz").status == 200
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(LONG) == 0 and "Traceback" not in log.read_text()
-    finally:
-        process.kill()
-        process.wait(LONG)
-
-
-@posix
-def test_a_full_stderr_that_nobody_reads_stops_nobody():
-    with pipe() as (_, end):
-        os.set_blocking(end, False)
-        with contextlib.suppress(BlockingIOError):
-            while True:
-                os.write(end, b"x" * 4096)
-        os.set_blocking(end, True)
-        with Program("--verbose", stderr=end) as program, program.client() as client:
-            for _ in range(20):
-                client.send(raw("GET", "/healthz") * 100)
-                assert {client.answer().status for _ in range(100)} == {200}
-            assert client.ask("POST", "/create-task", {"name": "x", "seconds": 0}).status == 201
-            begun = time.monotonic()
-            assert program.stops(signal.SIGTERM) == 0
-            assert time.monotonic() - begun < 10
-
-
-# -- 14. Demo and command line -----------------------------------------------------------------------
+# -- 14. Demo and command line ---------------------------------------------------------------------
 
 
 def command(*flags, file=PROGRAM, **environment):
@@ -3793,7 +3795,7 @@ def test_the_demo_waits_and_reports():
     assert reports and all(0 <= fraction <= 1 for fraction, _ in reports)
 
 
-# -- 15. Guards --------------------------------------------------------------------------------------
+# -- 15. Guards ------------------------------------------------------------------------------------
 
 
 def sections():
@@ -3870,7 +3872,7 @@ def test_the_size_is_counted():
     print(f"{len(code) - page} lines of Python, {page} lines of HTML")
 
 
-# -- 16. README --------------------------------------------------------------------------------------
+# -- 16. README ------------------------------------------------------------------------------------
 
 
 def blocks(language, kind):
