@@ -2013,20 +2013,17 @@ def test_mutated_requests_are_taken_or_refused_the_same_however_they_arrive():
     assert 1000 < refused < 3900
 
 
-class WatchedConnection(taskserver.Connection):
-    """A connection whose server knows which sockets it had."""
-
-    def __init__(self, sock, peer, server):
-        server.sockets.append(sock)
-        super().__init__(sock, peer, server)
-
-
 class WatchedServer(taskserver.Server):
-    connection_class = WatchedConnection
+    """A server that knows which sockets its connections had."""
 
-    def __init__(self, application):
+    def __init__(self, application, tls=None):
         self.sockets = []
-        super().__init__(("127.0.0.1", 0), application)
+        super().__init__(("127.0.0.1", 0), application, tls)
+
+    def get_request(self):
+        sock, address = super().get_request()
+        self.sockets.append(sock)
+        return sock, address
 
     def open_connections(self):
         return sum(sock.fileno() >= 0 for sock in self.sockets)
@@ -2935,7 +2932,7 @@ def test_a_final_state_is_seen_once_it_is_on_disk(application, journal, gate):
     assert final(application, record)["result"] == 5
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left"), taskserver.JournalError("broken"), RuntimeError()], ids=brief)
+@pytest.mark.parametrize("error", [OSError(28, "No space left"), taskserver.JournalError("broken", 5), RuntimeError()], ids=brief)
 def test_a_journal_that_fails_refuses_creates_and_loses_no_final_state(application, journal, gate, caplog, error):
     record = create(application, "gate", result=5)
     gate.wait_for()
