@@ -1705,7 +1705,9 @@ class Route(NamedTuple):
     tag: str = ""
     operation: str = ""
     statuses: tuple[int, ...] = (200,)
+    refusals: tuple[int, ...] = (400, 401, 421)
     answer: Schema = None
+    media_type: str = "application/json"
     body: Schema = None
     parameters: tuple[Mapping[str, Any], ...] = ()
 
@@ -1744,8 +1746,9 @@ class Router:
         - `waived`: statuses with which the application's checks do not refuse a request here.
         - `summary`, `details`: what it does, in a line, and more. `tag`: to which group it belongs.
         - `operation`: its name in clients that are made from the description.
-        - `statuses`: those of its answers, that of success first.
-        - `answer`, `body`: the schemas of the answer and of what is posted.
+        - `statuses`: those that bear its answer; `refusals`: those that bear an error.
+        - `answer`, `body`: the schemas of the answer and of what is posted, or their names.
+        - `media_type`: that of the answer.
         - `parameters`: of query and headers, as OpenAPI describes them.
         """
         route = Route(method, pattern, endpoint, **more)
@@ -1881,6 +1884,7 @@ BY_REQUEST = "cancelled: by request"  # the error of a task that was cancelled
 
 _UUID = re.compile("[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
+# What /openapi.json says of parameters and bodies.
 
 WAIT = {
     "name": "wait",
@@ -1888,6 +1892,19 @@ WAIT = {
     "description": f"Answer once the task is final, or after so many seconds, at most {MAX_WAIT:g}.",
     "schema": {"type": "number", "minimum": 0, "default": 0},
 }
+
+IDEMPOTENCY_KEY = {
+    "name": "Idempotency-Key",
+    "in": "header",
+    "description": "A new UUID for each task. Who sends a create again with the same one, because no "
+    "answer came, gets the record of the first; it becomes the id of the task.",
+    "schema": {"type": "string", "format": "uuid"},
+}
+
+CANCEL_DETAILS = (
+    "A task that waits is final at once; one that runs is asked to end, and its record tells what came "
+    "of it. One that is final stays as it is."
+)
 
 _SWAPPED = (staticmethod, classmethod, property)  # they belong above the decorator of a task type
 
@@ -2042,6 +2059,28 @@ class TaskType(NamedTuple):
     pool: WorkerPool | CoroutinePool
     timeout: float | None
     rerun: bool
+    payload: Mapping[str, Any]  # JSON Schemas of members, for the description
+
+
+def _create_schema(task_type: TaskType) -> dict[str, Any]:
+    """Return what /openapi.json says of the body that creates a task of this type."""
+    words = [word.capitalize() for word in task_type.name.split("-")]
+    name = {
+        "type": "string",
+        "description": "Any text that tells it from others; not blank.",
+        "minLength": 1,
+        "maxLength": MAX_NAME,
+        "pattern": r"^[\s\S]*\S",  # from the start, for some tools match it there alone
+    }
+    return {
+        "title": "Create" + "".join(words),
+        "type": "object",
+        "description": f"The payload of a task of type {task_type.name}.",
+        "required": ["name"],
+        "properties": {"name": name, **task_type.payload},
+        "additionalProperties": True,
+        "examples": [{"name": "sample"}],
+    }
 
 
 class Application:
@@ -2063,6 +2102,7 @@ class Application:
         self.router = Router()
         # See the head of each request once, before its endpoint; may raise HTTPError; must be quick.
         self.checks: list[Callable[[Request], None]] = []
+        self.secured = False  # whether one of the checks asks for a token
         self.types: dict[str, TaskType] = {}
         self.children = Children()
         self.pool = WorkerPool("task", self._run, self.WORKERS, self.MAX_WAITING)
@@ -2087,6 +2127,7 @@ class Application:
         cpu: bool = False,
         timeout: float | None = None,
         rerun: bool = False,
+        payload: Mapping[str, Any] | None = None,
         **unknown: Any,
     ) -> Callable[[Function], Function]:
         """Make a function a task type: POST /create-NAME, GET /poll-NAME/<id>, POST /cancel-NAME/<id>.
@@ -2094,7 +2135,8 @@ class Application:
         The function gets the posted object and `report(fraction, message=None)`; what it returns is
         the result. It runs in a thread; if it is an `async def`, in the event loop of all such; with
         `cpu`, in a process of its own. `timeout`, for these two, ends it after so many seconds.
-        `rerun`: if the server is ended while it runs, it may run again.
+        `rerun`: if the server is ended while it runs, it may run again. `payload` describes members
+        of the payload by JSON Schemas; they stand in /openapi.json, and are not enforced.
 
         ValueError: a bad or taken name, options that exclude each other, or a function that cannot
         work. What a child cannot import is found when the server starts.
@@ -2113,7 +2155,7 @@ class Application:
                     f"task type {name!r}: a thread cannot be ended, so leave out timeout=, "
                     "or use cpu=True or an `async def` function"
                 )
-            self.types[name] = TaskType(name, function, pool, timeout, rerun)
+            self.types[name] = TaskType(name, function, pool, timeout, rerun, payload or {})
             self._add_routes(self.types[name])
             return function
 
@@ -2215,9 +2257,11 @@ class Application:
             details=inspect.getdoc(_unwrapped(task_type.function)) or "",
             tag=name,
             operation=f"create-{name}",
-            statuses=(201, 200, 400, 401, 408, 409, 411, 413, 415, 421, 422, 501, 503),
+            statuses=(201, 200),
+            refusals=(400, 401, 408, 409, 411, 413, 415, 421, 422, 501, 503),
             answer="TaskRecord",
-            body="Payload",
+            body=_create_schema(task_type),
+            parameters=(IDEMPOTENCY_KEY,),
         )
         self.router.add(
             "GET",
@@ -2227,7 +2271,8 @@ class Application:
             summary=f"Ask how a task of type {name} is, or wait for its end",
             tag=name,
             operation=f"poll-{name}",
-            statuses=(200, 400, 401, 404, 421),
+            details="The answer is the record as it is, at once, unless `wait` says otherwise.",
+            refusals=(400, 401, 404, 421),
             answer="TaskRecord",
             parameters=(WAIT,),
         )
@@ -2240,7 +2285,8 @@ class Application:
             summary=f"Cancel a task of type {name}",
             tag=name,
             operation=f"cancel-{name}",
-            statuses=(200, 400, 401, 403, 404, 421, 503),
+            details=CANCEL_DETAILS,
+            refusals=(400, 401, 403, 404, 421, 503),
             answer="TaskRecord",
         )
 
@@ -3493,7 +3539,7 @@ class Monitoring:
             self.tasks,
             summary="List the newest tasks, without their results",
             operation="list-tasks",
-            statuses=(200, 400, 401, 421),
+            details="All that are held, or those of a status and a type.",
             answer="TaskList",
             parameters=(_LIMIT, _STATUS, _TYPE),
         )
@@ -3507,6 +3553,7 @@ class Monitoring:
             details="Without the server's token, where it has one, only the status is told.",
             operation="health",
             statuses=(200, 503),
+            refusals=(400,),
             answer="Health",
         )
 
@@ -3878,23 +3925,239 @@ def tls_context(certificate: str, key: str) -> ssl.SSLContext:
 # -- 12. OpenAPI -----------------------------------------------------------------------------------
 
 
+# What each refusal means, whatever the endpoint.
+REFUSALS = {
+    400: "The request is malformed, or says something that cannot be; `error` says what to send.",
+    401: "The server asks for a token: send `Authorization: Bearer TOKEN`.",
+    403: "A page of another site has sent this.",
+    404: "No task of this type has this id; it may have been evicted.",
+    408: "The request did not come to its end in time.",
+    409: "The first create with this Idempotency-Key is just being stored; send it again.",
+    411: "Send a Content-Length, or chunks.",
+    413: f"The body is too large; at most {MAX_BODY} bytes are taken.",
+    415: "Send JSON that is not compressed, as `application/json`.",
+    421: "The server does not go by the name in `Host`.",
+    422: "The Idempotency-Key was used for another name or type; choose a new one.",
+    501: "The body has a transfer coding other than chunked.",
+    503: "Not now; try again after as many seconds as `Retry-After` says.",
+}
+
+_MOMENT = {"type": ["string", "null"], "format": "date-time"}
+
+
+def _described(schema: Mapping[str, Any], description: str) -> dict[str, Any]:
+    return {**schema, "description": description}
+
+
+# A record without its result, as it is listed.
+_SUMMARY: dict[str, Any] = {
+    "id": _described({"type": "string", "format": "uuid"}, "The id to poll with."),
+    "name": _described({"type": "string", "maxLength": MAX_NAME}, "The name as it was posted."),
+    "status": _described(
+        {"type": "string", "enum": [PENDING, COMPLETED, FAILED]},
+        "Pending while the task waits or runs; then one of the other two, for good.",
+    ),
+    "type": _described({"type": "string"}, "The type of the task."),
+    "created_at": _described(
+        {"type": "string", "format": "date-time"}, "When the task was created, in UTC."
+    ),
+    "started_at": _described(_MOMENT, "When its function was called; null until then."),
+    "finished_at": _described(_MOMENT, "When it became final; null until then."),
+    "progress": _described(
+        {"type": ["number", "null"], "minimum": 0, "maximum": 1},
+        "How far it is, as reported last; null before the first report.",
+    ),
+    "message": _described(
+        {"type": ["string", "null"], "maxLength": MAX_MESSAGE},
+        "What it has reported last in words.",
+    ),
+    "error": _described({"type": ["string", "null"]}, "Why it failed; null unless it did."),
+}
+
+_COUNT = {"type": "integer", "minimum": 0}
+
+SCHEMAS: dict[str, Any] = {
+    "TaskSummary": {
+        "type": "object",
+        "description": "A task without its result.",
+        "required": list(_SUMMARY),
+        "properties": _SUMMARY,
+    },
+    "TaskRecord": {
+        "description": "All that is known of a task.",
+        "allOf": [
+            {"$ref": "#/components/schemas/TaskSummary"},
+            {
+                "type": "object",
+                "required": ["result"],
+                "properties": {
+                    "result": {"description": "What the function returned, if it is completed."}
+                },
+            },
+        ],
+    },
+    "TaskList": {
+        "type": "object",
+        "description": "Tasks, the newest first.",
+        "required": ["tasks"],
+        "properties": {
+            "tasks": {"type": "array", "items": {"$ref": "#/components/schemas/TaskSummary"}}
+        },
+    },
+    "Health": {
+        "type": "object",
+        "description": "How the server is. All but the status is told to those alone who may know it.",
+        "required": ["status"],
+        "properties": {
+            "status": {"type": "string", "enum": ["ok", "stopping", "journal failing"]},
+            "waiting": _described(_COUNT, "Tasks that wait for a worker."),
+            "running": _described(_COUNT, "Tasks that run."),
+            "completed": _described(_COUNT, "Completed tasks that are held."),
+            "failed": _described(_COUNT, "Failed tasks that are held."),
+            "oldest_waiting": _described(
+                {"type": ["number", "null"]}, "For how many seconds the oldest one has waited."
+            ),
+            "types": {"type": "array", "items": {"type": "string"}},
+            "tasks": {
+                "type": "object",
+                "description": "By type and status, how many tasks are held.",
+                "additionalProperties": {"type": "object", "additionalProperties": _COUNT},
+            },
+        },
+    },
+    "Error": {
+        "type": "object",
+        "description": "A refusal.",
+        "required": ["error"],
+        "properties": {"error": {"type": "string", "description": "What to do, in one sentence."}},
+    },
+    "Document": {"type": "object", "description": "A description in the OpenAPI format."},
+}
+
+_RETRY_AFTER = {"description": "In so many seconds.", "schema": {"type": "integer", "minimum": 1}}
+_LOCATION = {"description": "Where to poll the task.", "schema": {"type": "string"}}
+_ID = {
+    "name": "id",
+    "in": "path",
+    "required": True,
+    "description": "The id that create answered.",
+    "schema": {"type": "string", "format": "uuid"},
+}
+
+
+class Description:
+    """Makes the OpenAPI 3.1 description of all that the router of an application knows."""
+
+    def __init__(self, application: Application) -> None:
+        self._is_secured = application.secured
+        self._routes = application.router.routes
+        self._schemas: dict[str, Any] = {}  # those that are used
+        self._responses: dict[str, Any] = {}  # the same
+        self._operations: set[str] = set()  # names
+
+    def document(self) -> dict[str, Any]:
+        """Return the description."""
+        paths: dict[str, dict[str, Any]] = {}
+        for route in self._routes:
+            paths.setdefault(route.pattern, {})[route.method.lower()] = self._operation(route)
+        components: dict[str, Any] = {"schemas": self._schemas, "responses": self._responses}
+        if self._is_secured:
+            components["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
+        tags = sorted({route.tag for route in self._routes if route.tag})
+        return {
+            "openapi": "3.1.0",
+            "info": {
+                "title": "taskserver",
+                "version": __version__,
+                "description": "A server for long work: create a task, then poll it to its end.",
+                "license": {"name": "MIT", "identifier": "MIT"},
+            },
+            "servers": [{"url": ".", "description": "Where this description was found."}],
+            "security": [{"token": []}] if self._is_secured else [],
+            "tags": [{"name": tag, "description": f"Tasks of type {tag}."} for tag in tags],
+            "paths": paths,
+            "components": components,
+        }
+
+    def _operation(self, route: Route) -> dict[str, Any]:
+        operation: dict[str, Any] = {
+            "operationId": self._name(route),
+            "summary": route.summary or f"{route.method} {route.pattern}",
+            "description": route.details or f"{route.summary or route.pattern}.",
+            "responses": {str(status): self._success(route, status) for status in route.statuses},
+        }
+        for status in route.refusals:
+            if status != 401 or self._is_secured:
+                operation["responses"][str(status)] = self._refusal(status)
+        if self._is_secured and 401 in route.waived:
+            operation["security"] = []
+        if route.tag:
+            operation["tags"] = [route.tag]
+        parameters = [*route.parameters]
+        if route.pattern.endswith("/{id}"):
+            parameters.insert(0, _ID)
+        if parameters:
+            operation["parameters"] = parameters
+        if route.body is not None:
+            operation["requestBody"] = {"required": True, "content": self._json(route.body)}
+        return operation
+
+    def _name(self, route: Route) -> str:
+        """Return a name like createThumbnail that no other operation has."""
+        words = re.findall("[A-Za-z0-9]+", route.operation or f"{route.method} {route.pattern}")
+        first, *others = [word.lower() for word in words]
+        name: str = first + "".join(word.capitalize() for word in others)
+        while name.lower() in self._operations:  # of the types a-b and ab, say
+            name += "2"
+        self._operations.add(name.lower())
+        return name
+
+    def _success(self, route: Route, status: int) -> dict[str, Any]:
+        """Return what is said of a status that bears the answer of a route."""
+        response: dict[str, Any] = {"description": f"{http.HTTPStatus(status).phrase}."}
+        if route.media_type != "application/json":
+            response["content"] = {route.media_type: {"schema": {"type": "string"}}}
+        elif route.answer is not None:
+            response["content"] = self._json(route.answer)
+        if status == 201:
+            response["headers"] = {"Location": _LOCATION}
+        return response
+
+    def _refusal(self, status: int) -> dict[str, Any]:
+        """Return a reference to what is said of a refusal, which is the same for all routes."""
+        name = f"Error{status}"
+        response: dict[str, Any] = {
+            "description": REFUSALS.get(status, f"{http.HTTPStatus(status).phrase}."),
+            "content": self._json("Error"),
+        }
+        if status in (409, 503):
+            response["headers"] = {"Retry-After": _RETRY_AFTER}
+        self._responses[name] = response
+        return {"$ref": f"#/components/responses/{name}"}
+
+    def _json(self, schema: Schema) -> dict[str, Any]:
+        """Return a body of JSON. A schema that has a name or a title is put where all can use it."""
+        return {"application/json": {"schema": self._reference(schema)}}
+
+    def _reference(self, schema: Schema) -> Any:
+        if isinstance(schema, str):
+            name, schema = schema, SCHEMAS[schema]
+        elif schema is not None and "title" in schema:
+            name = schema["title"]
+            while self._schemas.get(name, schema) is not schema:  # of the types a-b and a--b, say
+                name += "2"
+        else:
+            return schema
+        if name not in self._schemas:
+            self._schemas[name] = schema
+            for other in re.findall("#/components/schemas/([A-Za-z]+)", json.dumps(schema)):
+                self._reference(other)
+        return {"$ref": f"#/components/schemas/{name}"}
+
+
 def openapi(application: Application) -> dict[str, Any]:
     """Return the OpenAPI 3.1 description of all that the router of an application knows."""
-    paths: dict[str, Any] = {}
-    for route in application.router.routes:
-        path = paths.setdefault(route.pattern, {})
-        path[route.method.lower()] = _operation(route)
-    return {
-        "openapi": "3.1.0",
-        "info": {"title": "taskserver", "version": __version__},
-        "servers": [{"url": "."}],
-        "paths": paths,
-        "components": {"schemas": {}},
-    }
-
-
-def _operation(route: Route) -> dict[str, Any]:
-    return {"summary": route.summary, "responses": {}}
+    return Description(application).document()
 
 
 # -- 13. Live page ---------------------------------------------------------------------------------
@@ -4138,17 +4401,18 @@ def add_pages(application: Application) -> None:
         blocks=never_blocks,
         waived=(401,),  # it asks for the token itself
         summary="Show the live page",
+        details="For people: it lists tasks, creates and cancels them.",
         operation="page",
-        answer="Page",
+        media_type="text/html",
     )
     application.router.add(
         "GET",
         "/openapi.json",
         describe_all,
         summary="Describe all endpoints",
+        details="For programs: this description.",
         operation="describe",
-        statuses=(200, 401, 421),
-        answer="Description",
+        answer="Document",
     )
 
 
@@ -4195,8 +4459,10 @@ def primes(payload: dict[str, Any], report: Report) -> dict[str, int]:
 def demo() -> Application:
     """Return an application with the two task types that this file brings along."""
     application = Application()
-    application.task("task")(wait)
-    application.task("primes", cpu=True)(primes)
+    seconds = {"type": "number", "minimum": 0, "maximum": 3600, "default": 5}
+    limit = {"type": "integer", "minimum": 0, "maximum": 100_000_000, "default": 400_000}
+    application.task("task", payload={"seconds": seconds})(wait)
+    application.task("primes", cpu=True, payload={"limit": limit})(primes)
     return application
 
 
@@ -4419,8 +4685,8 @@ def _prepare_process(workers: int) -> None:
     make_printing_safe()
 
 
-def _use_token_or_hosts(application: Application, options: argparse.Namespace) -> bool:
-    """Say who may come in; return whether a token is asked for. ValueError: nobody said who may."""
+def _set_access(application: Application, options: argparse.Namespace) -> None:
+    """Say who may come in. ValueError: nobody said who may."""
     token = os.environ.get("TASKSERVER_TOKEN", "")
     if not re.fullmatch("[!-~]*", token):
         raise ValueError("TASKSERVER_TOKEN must consist of visible ASCII characters")
@@ -4435,7 +4701,7 @@ def _use_token_or_hosts(application: Application, options: argparse.Namespace) -
     if token:
         check = check_token(token)
     application.checks.insert(0, check)
-    return bool(token)
+    application.secured = bool(token)
 
 
 def _bind(application: Application, options: argparse.Namespace) -> Server:
@@ -4488,11 +4754,9 @@ def _address(options: argparse.Namespace, port: int) -> str:
     return f"{scheme}://{host}:{port}"
 
 
-def _first_lines(
-    application: Application, options: argparse.Namespace, address: str, has_token: bool
-) -> str:
+def _first_lines(application: Application, options: argparse.Namespace, address: str) -> str:
     """Return what a person is told: the address, how to create a task, where tasks are kept."""
-    token = '-H "Authorization: Bearer $TASKSERVER_TOKEN" ' if has_token else ""
+    token = '-H "Authorization: Bearer $TASKSERVER_TOKEN" ' if application.secured else ""
     kept = "in memory and end with this process; --db FILE keeps them"
     if application.store.journal is not None:
         kept = f"in {options.db or 'a journal'}"
@@ -4563,7 +4827,7 @@ def _start(application: Application, options: argparse.Namespace) -> tuple[Serve
 
     ValueError, OSError: what is wrong.
     """
-    has_token = _use_token_or_hosts(application, options)
+    _set_access(application, options)
     add_monitoring(application)
     add_pages(application)
     _set_bounds(application, options)
@@ -4574,7 +4838,7 @@ def _start(application: Application, options: argparse.Namespace) -> tuple[Serve
     except OSError as error:
         raise _cannot_listen(options, error) from None
     address = _address(options, server.server_port)
-    lines = _first_lines(application, options, address, has_token)
+    lines = _first_lines(application, options, address)
     # A thread writes them, for stdout may be a full pipe.
     threading.Thread(target=write_all, args=(1, lines.encode()), daemon=True).start()
     return server, address
