@@ -4,9 +4,9 @@
 # ///
 r"""An HTTP server for long work, in one file, with the standard library alone.
 
-A client POSTs a task and at once gets a record with an id. A worker runs the task in the background.
-The client polls the record until it is completed. `python3 taskserver.py` serves two task types to
-try that out. Your own are functions:
+A client POSTs a task and at once gets a record with an id. A worker runs the task in the
+background. The client polls the record until it is completed. `python3 taskserver.py` serves two
+task types to try that out. Your own are functions:
 
     import taskserver
 
@@ -43,8 +43,8 @@ The way of a create:
  1. The server's loop hears that a connection has received bytes (7 HTTP, `Server.serve_forever`).
  2. The connection takes a request out of them (7, `parse_request`).
  3. The application judges it by its head: may it come in, and what answers it? (6, `judge`)
- 4. The endpoint reserves a place in a pool of workers (3) and adds a pending record to the store (2),
-    which holds it in a dict behind a lock (1); with a journal (10), once the disk has it.
+ 4. The endpoint reserves a place in a pool of workers (3) and adds a pending record to the store
+    (2), which holds it in a dict behind a lock (1); with a journal (10), once the disk has it.
  5. The connection sends the answer, status 201, and waits for the next request (7).
  6. A worker takes the record and calls its function: in this thread, in the event loop of the
     coroutines (both 3), or in a child process (4).
@@ -59,12 +59,12 @@ The way of a long poll, `GET /poll-TYPE/<id>?wait=30`:
  4. A worker makes the record final; the store calls whoever watches it (2, `Store.finish`).
  5. That puts the connection into a queue and wakes the loop, which has it send the answer (7).
 
-Words: a *task* is one request to run a *task type*, that is, a function and its endpoints. A *record*
-describes a task; it is *pending* (the task waits or runs), then *final*: *completed* or *failed*. The
-*payload* is what was posted, the *result* what the function returned. The *store* holds records, a
-*worker* is a thread that runs tasks, a *pool* owns workers. A *coroutine* and a *child* process are
-the two other places where a function can run. The *journal* is where records outlive the process.
-Durations are in seconds, sizes in bytes.
+Words: a *task* is one request to run a *task type*, that is, a function and its endpoints. A
+*record* describes a task; it is *pending* (the task waits or runs), then *final*: *completed* or
+*failed*. The *payload* is what was posted, the *result* what the function returned. The *store*
+holds records, a *worker* is a thread that runs tasks, a *pool* owns workers. A *coroutine* and a
+*child* process are the two other places where a function can run. The *journal* is where records
+outlive the process. Durations are in seconds, sizes in bytes.
 
 What is used of `http.server.ThreadingHTTPServer`: its socket, its address, how it is bound, closed
 and shut down, and the names of its hooks. What is replaced: its threads, for one loop serves all
@@ -149,7 +149,7 @@ log = logging.getLogger("taskserver")
 
 
 class ReadersWriterLock:
-    """Many readers at once, or one writer alone; a waiting writer goes before readers that come later.
+    """Many readers at once, or one writer alone; a waiting writer goes before later readers.
 
     `with lock.read:` and `with lock.write:` hold one side. A thread that holds a side must ask for
     neither: a writer that comes in between would wait for the first, and the second for the writer.
@@ -238,7 +238,7 @@ _NOT_STARTED = Progress()
 
 
 class Live:
-    """What changes of a task while its record is pending: its progress, and the wish to cancel it."""
+    """What changes of a task while it is pending: its progress, and the wish to cancel it."""
 
     __slots__ = ("cancel_requested", "progress", "withdrawn")
 
@@ -254,7 +254,7 @@ class Live:
         return now
 
     def report(self, fraction: float, message: str | None = None) -> None:
-        """Say how far the task is: from 0 to 1, and in words, or None to leave the words as they are.
+        """Say how far the task is, from 0 to 1, and in words; None leaves the words as they are.
 
         Never blocks. ValueError: no number from 0 to 1, or a message that is no text. Cancelled:
         the task was asked to end.
@@ -295,7 +295,7 @@ def _cut_rounding(fraction: float) -> float:
 
 
 def escape_surrogates(text: str) -> str:
-    """Return a text as UTF-8 can hold it: a lone surrogate, as in a file's name, becomes \\udc80."""
+    """Return a text as UTF-8 can hold it: a lone surrogate, as in a file name, becomes \\udc80."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 
@@ -342,7 +342,7 @@ def _encode_json(value: object) -> str:
 
 
 def encode_record(record: Record, with_result: bool = True) -> bytes:
-    """Return the record as the JSON that a client sees, with what its task has reported until now."""
+    """Return the record as JSON for a client, with what its task has reported until now."""
     started_at, fraction, message = record.started_at, record.progress, record.message
     if record.live is not None:
         started_at, fraction, message = record.live.progress
@@ -367,13 +367,13 @@ _MAX_CACHED = 4096  # bytes of a result; so the cache takes some megabytes at mo
 
 
 def encode_cached(record: Record, with_result: bool = True) -> bytes:
-    """Return the same as `encode_record`, faster for final records: they are asked for repeatedly."""
+    """Return what `encode_record` does; faster for final records, which are polled repeatedly."""
     if record.status == PENDING or len(record.result or b"") > _MAX_CACHED:
         return encode_record(record, with_result)
     return _encode_final_record(record, with_result)
 
 
-# Each escape in a text of JSON that json wrote: a pair of surrogates, a lone one, or another escape.
+# Each escape in a text of JSON: a pair of surrogates, a lone surrogate, or another escape.
 _JSON_ESCAPE = re.compile(r"\\u[dD][89abAB]..\\u[dD][c-fC-F]..|\\(u[dD][89a-fA-F]..)|\\.")
 
 
@@ -461,7 +461,7 @@ class TaskError(Exception):
 
 
 def describe(exception: BaseException) -> str:
-    """Return ValueError("no such host") as "ValueError: no such host", and a TaskError's text alone."""
+    """Return ValueError("no such host") as "ValueError: no such host"; of a TaskError, its text."""
     name = "Exception"
     try:
         name = str(type(exception).__name__) or name
@@ -474,7 +474,7 @@ def describe(exception: BaseException) -> str:
 
 
 def traceback_of(exception: BaseException) -> str:
-    """Return what the log is to say of an exception: its traceback, or what came with a TaskError."""
+    """Return what the log is to say of an exception: its traceback; of a TaskError, its `trace`."""
     try:
         if isinstance(exception, TaskError):
             return exception.trace
@@ -501,7 +501,7 @@ class RecordRefused(Exception):
 
 
 class JournalLost(Exception):
-    """Raised by a journal: it no longer belongs to this server, which must end. The text says why."""
+    """Raised by a journal: it belongs to this server no more, which must end. The text says why."""
 
 
 class Duplicate(Exception):
@@ -575,7 +575,7 @@ class Store:
         return record
 
     def newest(self, limit: int, status: str = "", type: str = "") -> list[Record]:
-        """Return at most so many records, the newest first; all, or those of a status and a type."""
+        """Return at most so many records, the newest first; all, or those of a status and type."""
         with self._lock.read:
             if not status and not type:
                 seen = filter(None, reversed(self._records.values()))
@@ -638,7 +638,7 @@ class Store:
                 time.sleep(next(pauses))  # nothing tells when a disk has room again
 
     def finish(self, record: Record) -> None:
-        """Replace a record by its final successor, once that is saved; then wake who waits for it."""
+        """Replace a record by its final successor, once that is saved; wake who waits for it."""
         try:
             self.save(record)
         except RecordRefused as refusal:
@@ -743,9 +743,9 @@ class Store:
         return Unavailable(f"{sentence} has outlived --keep.", seconds)
 
     def _insert(self, record: Record, seconds_ago: float = 0.0) -> None:
-        """Put a record into its place, which may be that of its predecessor. The write side is held.
+        """Put a record into its place, which may be that of its predecessor.
 
-        If it is final, it has been so since `seconds_ago`.
+        If it is final, it has been so since `seconds_ago`. The write side is held.
         """
         predecessor = self._records.get(record.id)
         if predecessor is not None:
@@ -779,7 +779,7 @@ class Store:
                 self._left.notify_all()
 
     def _await_deletion(self, id: str) -> None:
-        """Wait until an evicted record of this id is deleted, or that would delete its successor."""
+        """Wait until an evicted record of this id is deleted; later, its successor would be."""
         with self._left:
             if not self._left.wait_for(lambda: id not in self._leaving, 5):
                 raise JournalError("The journal is slow; try again later.", 5)
@@ -992,7 +992,7 @@ class WorkerPool(BoundedQueue):
 
 
 class Stopped(Exception):
-    """What an interrupted coroutine is told to have met when the server stops: no end of its own."""
+    """The error of a coroutine that is interrupted because the server stops."""
 
 
 class CoroutineRun:
@@ -1541,8 +1541,9 @@ class Children:
         timeout: float | None,
         default: Default,
     ) -> bytes:
-        """Call a function in the child of this worker, as `Child.run` says. Not for the main thread:
-        this thread is not to be reached by signals from now on.
+        """Call a function in the child of this worker, as `Child.run` says.
+
+        Not for the main thread, because its thread hears no signals from now on.
         """
         if self._closed:
             raise TaskError("the server ended before the task was begun")
@@ -1660,9 +1661,10 @@ class Response(NamedTuple):
 class Later(NamedTuple):
     """What an endpoint returns whose answer comes later. The connection waits, and no thread does.
 
-    `watch(wake)` is called once; from then on any thread may call `wake`, once or more. `unwatch(wake)`
-    is called when nobody waits any more. When `wake` was called, or after `seconds`, or when the
-    server stops or the client has stopped sending, `answer()` is called once; it must not block.
+    `watch(wake)` is called once; from then on any thread may call `wake`, once or more.
+    `unwatch(wake)` is called when nobody waits any more. When `wake` was called, or after
+    `seconds`, or when the server stops or the client has stopped sending, `answer()` is called
+    once; it must not block.
     """
 
     seconds: float
@@ -1741,7 +1743,8 @@ class Router:
         all of them by name:
 
         - `blocks(request)`: whether the endpoint may wait or compute for long; then a thread calls
-          it. It is so unless you say otherwise; the server's loop, which serves all, calls the rest.
+          it. It is so unless you say otherwise. The rest is called by the server's loop, for which
+          all others wait.
         - `check(request)`: a rule for the head of a request; may raise HTTPError; must be quick.
         - `waived`: statuses with which the application's checks do not refuse a request here.
         - `summary`, `details`: what it does, in a line, and more. `tag`: to which group it belongs.
@@ -1889,21 +1892,21 @@ _UUID = re.compile("[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 WAIT = {
     "name": "wait",
     "in": "query",
-    "description": f"Answer once the task is final, or after so many seconds, at most {MAX_WAIT:g}.",
+    "description": f"Answer when the task is final, or after so many seconds (up to {MAX_WAIT:g}).",
     "schema": {"type": "number", "minimum": 0, "default": 0},
 }
 
 IDEMPOTENCY_KEY = {
     "name": "Idempotency-Key",
     "in": "header",
-    "description": "A new UUID for each task. Who sends a create again with the same one, because no "
-    "answer came, gets the record of the first; it becomes the id of the task.",
+    "description": "A new UUID for each task; it becomes its id. Who sends a create again with the "
+    "same one, because no answer came, gets the record of the first.",
     "schema": {"type": "string", "format": "uuid"},
 }
 
 CANCEL_DETAILS = (
-    "A task that waits is final at once; one that runs is asked to end, and its record tells what came "
-    "of it. One that is final stays as it is."
+    "A task that waits is final at once; one that runs is asked to end, and its record tells what "
+    "came of it. One that is final stays as it is."
 )
 
 _SWAPPED = (staticmethod, classmethod, property)  # they belong above the decorator of a task type
@@ -1940,8 +1943,8 @@ def idempotency_key(request: Request) -> str | None:
 def check_origin(request: Request) -> None:
     """See that no page of another site sends this. HTTPError 403.
 
-    Browsers say in Sec-Fetch-Site where a request comes from; older ones, in Origin. Others, such as
-    curl, send neither.
+    Browsers say in Sec-Fetch-Site where a request comes from; older ones, in Origin. Others, such
+    as curl, send neither.
     """
     site = request.header("sec-fetch-site")
     origin = request.header("origin")
@@ -2046,8 +2049,8 @@ def _check_import(name: str, function: Any, default: Default) -> None:
         pickle.dumps((function, default))
     except Exception as error:
         raise ValueError(
-            f"task type {name!r}: a child process cannot get this function ({describe(error)}); with "
-            "cpu=True, put it at the top level of a module, with @application.task above all others"
+            f"task type {name!r}: a child process cannot get this function ({describe(error)}); "
+            "with cpu=True, put it at the top level of a module, @application.task above all others"
         ) from None
 
 
@@ -2090,8 +2093,8 @@ class Application:
     request; the bounds of the store and the pools are the defaults of the options of `main`.
     """
 
-    # A task that waits for a network costs a thread of some 16 KiB, so hundreds fit into the smallest
-    # machine. More of them at once would rather overrun what they wait for than be done earlier.
+    # A task that waits for a network costs a thread of some 16 KiB, so hundreds fit into the
+    # smallest machine. More at once would rather overrun what they wait for than be done earlier.
     WORKERS = 256
     MAX_WAITING = 10_000
 
@@ -2100,7 +2103,7 @@ class Application:
         self.default = default
         self.store = Store()
         self.router = Router()
-        # See the head of each request once, before its endpoint; may raise HTTPError; must be quick.
+        # Each sees the head of a request once, before its endpoint; may raise HTTPError; is quick.
         self.checks: list[Callable[[Request], None]] = []
         self.secured = False  # whether one of the checks asks for a token
         self.types: dict[str, TaskType] = {}
@@ -2113,8 +2116,8 @@ class Application:
             self._begin_coroutine, self._end_coroutine, self.WORKERS, self.MAX_WAITING
         )
         self.pools: list[BoundedQueue] = [self.pool, self.cpu_pool, self.coroutine_pool]
-        # Takes the two lines that the log has for each task. `main` puts something here that costs a
-        # create a quarter of what log.info costs it.
+        # Takes the two lines that the log has for each task. `main` puts something here that costs
+        # a create a quarter of what log.info costs it.
         self.log_task: Callable[..., None] = log.info
         self._savers = WorkerPool("saver", lambda save: save(), 8)  # of cancelled tasks
         # Guards Live.withdrawn, and that it agrees with the pool.
@@ -2130,11 +2133,11 @@ class Application:
         payload: Mapping[str, Any] | None = None,
         **unknown: Any,
     ) -> Callable[[Function], Function]:
-        """Make a function a task type: POST /create-NAME, GET /poll-NAME/<id>, POST /cancel-NAME/<id>.
+        """Make a function a task type: POST /create-NAME, GET /poll-NAME/ID, POST /cancel-NAME/ID.
 
         The function gets the posted object and `report(fraction, message=None)`; what it returns is
-        the result. It runs in a thread; if it is an `async def`, in the event loop of all such; with
-        `cpu`, in a process of its own. `timeout`, for these two, ends it after so many seconds.
+        the result. It runs in a thread; if it is an `async def`, in the event loop of all such;
+        with `cpu`, in a process of its own. `timeout`, for these two, ends it after that time.
         `rerun`: if the server is ended while it runs, it may run again. `payload` describes members
         of the payload by JSON Schemas; they stand in /openapi.json, and are not enforced.
 
@@ -2223,6 +2226,7 @@ class Application:
         """Have the tasks that were created begin. To be called after any answer; does not block."""
         for pool in self.pools:
             pool.wake()
+        self._savers.wake()
 
     def stop(self) -> int:
         """Refuse creates, answer long polls, begin no task any more; return how many wait."""
@@ -2447,7 +2451,7 @@ class Application:
         return call_here(task_type.function, payload, live.report, self.default)
 
     def _begin(self, task_type: TaskType, record: Record) -> Live:
-        """Note that a task starts, in the journal, too. Cancelled: its function is not to be called."""
+        """Note that a task starts, in the journal, too. Cancelled: do not call its function."""
         live = record.live or Live()
         now = live.start()
         if self.store.journal is not None and not task_type.rerun:
@@ -2534,8 +2538,8 @@ _QUOTED = rb'"(?:[\t \x21\x23-\x5b\x5d-\x7e\x80-\xff]|\\[\t\x20-\x7e\x80-\xff])*
 # RFC 3986, 3.2, without user information: an IPv6 address in brackets or a name, and a port.
 _NAME = rb"(?:[A-Za-z0-9\-._~!$&'()*+,;=]|%[0-9A-Fa-f]{2})+"
 _HOST = rb"(?:\[[0-9A-Fa-f]*:[0-9A-Fa-f:.]+\]|" + _NAME + rb")(?::[0-9]*)?"
-# Browsers send more than RFC 3986, 3.3 allows: take all that is printable. A path ends at a question
-# mark, both end at a number sign, and a percent sign begins two hexadecimal digits.
+# Browsers send more than RFC 3986, 3.3 allows: take all that is printable. A path ends at a
+# question mark, both end at a number sign, and a percent sign begins two hexadecimal digits.
 _PATH = rb"(?:[^\x00-\x20\x7f-\xff?#%]|%[0-9A-Fa-f]{2})*"
 _QUERY = rb"(?:[^\x00-\x20\x7f-\xff#%]|%[0-9A-Fa-f]{2})*"
 # RFC 9112, 3. The groups: method, authority, path, query, and the digits of the version. The target
@@ -2567,8 +2571,8 @@ LINGER = "linger"  # it has sent its last answer, and waits for the client to cl
 PHASE_SECONDS = {HEADER: 10, BODY: 20, RUNNING: math.inf, ANSWER: 20, IDLE: 75, LINGER: 5}
 
 
-# Reading a request. A reader is a coroutine: a generator that takes bytes out of a buffer and yields
-# the phase to wait in whenever more have to come.
+# Reading a request. A reader is a coroutine: a generator that takes bytes out of a buffer and
+# yields the phase to wait in whenever more have to come.
 
 
 def take(buffer: bytearray, size: int) -> bytes:
@@ -2579,8 +2583,9 @@ def take(buffer: bytearray, size: int) -> bytes:
 
 
 def read_head(buffer: bytearray, peer: str = "") -> Generator[str, Any, Request]:
-    """Return the next request, without its body. HTTPError: it is refused, and what follows it has no
-    meaning.
+    """Return the next request, without its body.
+
+    HTTPError: it is refused, and what follows it has no meaning.
     """
     if not buffer or buffer.startswith(b"\r"):
         yield from _skip_empty_lines(buffer)
@@ -2790,7 +2795,7 @@ def _split_headers(block: bytes) -> dict[str, str]:
     if len(block) > MAX_HEADERS or len(lines) > MAX_HEADER_COUNT or longest > MAX_LINE:
         raise HTTPError(
             431,
-            f"Send at most {MAX_HEADER_COUNT} headers of {MAX_LINE} bytes, and {MAX_HEADERS} in all.",
+            f"Send at most {MAX_HEADER_COUNT} headers of {MAX_LINE} bytes, in all {MAX_HEADERS}.",
         )
     headers: dict[str, str] = {}
     for line in lines:
@@ -2853,9 +2858,9 @@ if ssl is not None:
 class Connection:
     """One client's socket, what has arrived on it, and the phase that it waits in.
 
-    It belongs to the server's loop, which alone calls it. Nothing here blocks: what may is done by a
-    thread of `server`. Its story is a coroutine, `serve`: a generator that yields the phase to wait
-    in, and is resumed by
+    It belongs to the server's loop, which alone calls it. Nothing here blocks: what may is done by
+    a thread of `server`. Its story is a coroutine, `serve`: a generator that yields the phase to
+    wait in, and is resumed by
 
         HANDSHAKE, ANSWER    ready(): the socket can be read, or takes more
         HEADER, BODY, IDLE   ready(): more has arrived, and is in the buffer
@@ -2928,7 +2933,8 @@ class Connection:
             if data and self.phase == WAITING:  # they belong to the next request
                 return
             # Without data, who waits is gone, or has ended its own side only, and still reads. It
-            # gets its answer now; then the end is met again, and frees the connection (RFC 9112, 9.5).
+            # gets its answer now; then the end is met again, and frees the connection (RFC 9112,
+            # 9.5).
         self.resume()
 
     def resume(self, answer: Any = None) -> None:
@@ -2954,8 +2960,8 @@ class Connection:
             # the connection.
             yield from self.send((yield from self.next_answer()))
             self.phase = ""  # the next one, even if it is called the same, has its own deadline
-        # A plain close would reset the connection, and a client that is still sending would lose the
-        # answer. So end this side only, and drop what still comes (RFC 9112, 9.6).
+        # A plain close would reset the connection, and a client that is still sending would lose
+        # the answer. So end this side only, and drop what still comes (RFC 9112, 9.6).
         self.end_sending()
         while True:
             self.buffer.clear()
@@ -3060,7 +3066,7 @@ class Connection:
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Accepts connections, watches all of them in one loop, and lends a thread to who would block it.
+    """Accepts connections, watches all of them in one loop, lends a thread to who would block it.
 
     The preface says what is used of the base class. `tls`, an `ssl.SSLContext`, makes it HTTPS.
     """
@@ -3083,7 +3089,8 @@ class Server(http.server.ThreadingHTTPServer):
     ) -> None:
         """Bind and listen; who wants to do that later calls `server_bind` and `server_activate`.
 
-        OSError: the address is taken, or is not of this machine. ValueError: a task type cannot work.
+        OSError: the address is taken, or is not of this machine. ValueError: a task type cannot
+        work.
         """
         application.check_types()
         self.application, self.tls = application, tls
@@ -3109,7 +3116,7 @@ class Server(http.server.ThreadingHTTPServer):
         _servers.add(self)
 
     def server_bind(self) -> None:
-        """Bind, without the look-up of the host's name in HTTPServer: it stalls without a resolver."""
+        """Bind, without the look-up of the host in HTTPServer: it stalls without a resolver."""
         if hasattr(socket, "SO_EXCLUSIVEADDRUSE"):  # Windows
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
         socketserver.TCPServer.server_bind(self)
@@ -3129,7 +3136,7 @@ class Server(http.server.ThreadingHTTPServer):
             self._stopped.set()
 
     def shutdown(self, seconds: float = 2.0) -> None:
-        """Have `serve_forever` end once the answers under way are sent, or so many seconds have passed.
+        """Have `serve_forever` end when the answers under way are sent, or after so many seconds.
 
         Waits for that, and so must not be called in its thread.
         """
@@ -3158,12 +3165,12 @@ class Server(http.server.ThreadingHTTPServer):
         self._accept_again()
 
     def lend(self, connection: Connection, work: Callable[[], Any]) -> None:
-        """Have a thread do `work`, which raises nothing; resume the connection with what it returns."""
+        """Have a thread do `work`, which raises nothing; resume the connection with its outcome."""
 
         self._pool.call(lambda: self._put_due(connection, None, work()))
 
     def wake(self, connection: Connection, later: Later) -> None:
-        """Resume a connection, if it still waits for this. May be called by any thread, repeatedly."""
+        """Resume a connection, if it still waits for this. Any thread may call it, repeatedly."""
         self._put_due(connection, later, None)
 
     def _serve_once(self, poll_interval: float) -> None:
@@ -3249,7 +3256,7 @@ class Server(http.server.ThreadingHTTPServer):
         self._connections.remove(connection)
         if connection.watched:
             self._selector.unregister(connection.socket)
-        connection.coroutine.close()  # it also undoes what it waited for, and a circle of references
+        connection.coroutine.close()  # also undoes what it waited for, and a circle of references
         connection.socket.close()
         self._accept_again()
 
@@ -3299,7 +3306,7 @@ class Server(http.server.ThreadingHTTPServer):
             self._is_accepting = True
 
     def _is_answering(self) -> bool:
-        """Close what is at rest, let the others end with their answer; return whether there are any."""
+        """Close what is at rest, let others end with their answer; return whether there are any."""
         for connection in list(self._connections):
             if connection.phase not in (RUNNING, WAITING, ANSWER):
                 self._close(connection)
@@ -3329,7 +3336,7 @@ if hasattr(os, "register_at_fork"):  # Windows does not fork
 
 
 def raise_descriptor_limit() -> int:
-    """Raise the limit of descriptors; return how many connections may be open at once: some fewer."""
+    """Raise the limit of descriptors; return how many connections may be open: some fewer."""
     if issubclass(selectors.DefaultSelector, selectors.SelectSelector):  # Windows: it takes 512
         return 480
     import resource  # POSIX only
@@ -3350,7 +3357,7 @@ def raise_descriptor_limit() -> int:
 
 
 class LogHandler(logging.Handler):
-    """Writes log lines from one daemon thread, so that a stderr which is full or closed stops nobody.
+    """Writes log lines from one daemon thread: a stderr that is full or closed stops nobody.
 
     What does not fit into its queue is dropped, counted, and said later.
     """
@@ -3372,8 +3379,9 @@ class LogHandler(logging.Handler):
         self._thread.start()
 
     def put(self, text: str, *arguments: object) -> None:
-        """Queue a line of level INFO. It costs a fifth of `Logger.info`, which looks for its caller,
-        the thread, the process and the asyncio task.
+        """Queue a line of level INFO.
+
+        It costs a fifth of `Logger.info`, which looks for its caller, thread, process and task.
         """
         self._put((time.time(), "INFO", text, arguments))
 
@@ -3435,9 +3443,9 @@ def write_all(descriptor: int, data: bytes) -> None:
 def run(server: Server, grace: float) -> int:
     """Serve until a signal or `server.shutdown`, then stop in order; return an exit status.
 
-    SIGINT, SIGTERM, SIGBREAK, and SIGHUP unless it is ignored, begin the stop; a second one ends the
-    process at once, with status 128 + its number. In a thread that is not the main one, there are
-    no signals. Status 1: the journal was lost.
+    SIGINT, SIGTERM, SIGBREAK, and SIGHUP unless it is ignored, begin the stop; a second one ends
+    the process at once, with status 128 + its number. In a thread that is not the main one, there
+    are no signals. Status 1: the journal was lost.
     """
     application = server.application
     told = threading.Event()  # to stop
@@ -3637,15 +3645,15 @@ class Journal:
         raise NotImplementedError
 
     def save(self, record: Record) -> None:
-        """Write a record, in the place of one with the same id; return when it would survive a crash.
+        """Write a record, in the place of one with the same id; return when it survives a crash.
 
         Called by many threads at once; but the saves of one record follow each other, and so does a
-        delete. After a crash, a record must be there as one of its saves wrote it that had begun, and
-        not older than the last that had returned.
+        delete. After a crash, a record must be there as one of its saves wrote it that had begun,
+        and not older than the last that had returned.
 
         RecordRefused: this record can never be written, whatever the reason; others are not to
-        suffer from it. Any other exception: it cannot be written now, or nobody knows whether it was;
-        creates are refused for a while, and what must not be lost is saved again until that works.
+        suffer from it. Any other exception: it cannot be written now, or nobody knows whether it
+        was; creates are refused for a while, and what must not be lost is saved until that works.
         """
         raise NotImplementedError
 
@@ -3678,7 +3686,7 @@ JOURNALED = (
 
 
 def recover(application: Application) -> None:
-    """Take over what the last process left: queue what it had not begun, settle what it was running."""
+    """Take over what the last process left: queue what had not begun, settle what was running."""
     for record in application.store.recover():
         task_type = application.types.get(record.type)
         if task_type is None:
@@ -3776,7 +3784,7 @@ class SQLiteJournal(Journal):
         return list(self._database.execute(statement))
 
     def _prepare(self) -> None:
-        """Lock the file, see whose it is, make the table if it is new. A foreign file stays as it is."""
+        """Lock the file, see whose it is, make the table if it is new; spare a foreign file."""
         self._query("PRAGMA locking_mode = EXCLUSIVE")  # what is locked once is locked from then on
         self._query("BEGIN EXCLUSIVE")
         version = self._query("PRAGMA user_version")[0][0]
@@ -3791,7 +3799,7 @@ class SQLiteJournal(Journal):
         self._query("PRAGMA journal_mode = WAL")
         self._query("PRAGMA synchronous = FULL")
         self._query("PRAGMA fullfsync = 1")  # macOS: a plain fsync leaves data in the drive's cache
-        # A huge transaction leaves no huge log behind. The file reuses the pages of deleted records.
+        # A huge transaction leaves no huge log behind. The file reuses pages of deleted records.
         self._query("PRAGMA journal_size_limit = 16777216")
         self._query("SELECT 1 FROM task LIMIT 1")  # makes the log, for _stat
 
@@ -3802,8 +3810,8 @@ class SQLiteJournal(Journal):
 
     def _error(self, verb: str, reason: object) -> OSError:
         return OSError(
-            f"the journal {self._path} cannot be {verb}: {reason}; stop the server that uses it, see "
-            "that this user may write there and that there is space, or choose another file"
+            f"the journal {self._path} cannot be {verb}: {reason}; stop the server that uses it, "
+            "see that this user may write there and that there is space, or choose another file"
         )
 
     def _run(self) -> None:
@@ -3865,10 +3873,10 @@ def parse_address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | 
 
 
 def check_host(names: Iterable[str]) -> Callable[[Request], None]:
-    """Return a check that a request is meant for this server: for an IP address, localhost, or a name.
+    """Return a check that a request is meant for an IP address, localhost, or one of these names.
 
-    A web page can have its own name point here (DNS rebinding) and then talk to this server as if it
-    were its own; it cannot do so with an address. HTTPError 421 (RFC 9110, 15.5.20).
+    A web page can have its own name point here (DNS rebinding) and then talk to this server as if
+    it were its own; it cannot do so with an address. HTTPError 421 (RFC 9110, 15.5.20).
     """
     allowed = {"localhost", *(name.lower().rstrip(".") for name in names)}
 
@@ -4006,7 +4014,7 @@ SCHEMAS: dict[str, Any] = {
     },
     "Health": {
         "type": "object",
-        "description": "How the server is. All but the status is told to those alone who may know it.",
+        "description": "How the server is. Who has no token is told the status alone.",
         "required": ["status"],
         "properties": {
             "status": {"type": "string", "enum": ["ok", "stopping", "journal failing"]},
@@ -4136,7 +4144,7 @@ class Description:
         return {"$ref": f"#/components/responses/{name}"}
 
     def _json(self, schema: Schema) -> dict[str, Any]:
-        """Return a body of JSON. A schema that has a name or a title is put where all can use it."""
+        """Return a body of JSON. A schema with a name or a title is put where all can use it."""
         return {"application/json": {"schema": self._reference(schema)}}
 
     def _reference(self, schema: Schema) -> Any:
@@ -4845,7 +4853,7 @@ def _start(application: Application, options: argparse.Namespace) -> tuple[Serve
 
 
 def _leave(status: int, at_once: bool) -> NoReturn:
-    """End the process, even if a task that hangs, or an executor that waits for one, holds it up."""
+    """End the process, even if a task that hangs, or an executor that waits for it, holds it up."""
     if at_once:
         os._exit(status)
     foreign = [thread for thread in threading.enumerate() if not thread.daemon]
