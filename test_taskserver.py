@@ -14,8 +14,10 @@ from __future__ import annotations
 import ast
 import base64
 import calendar
+import collections
 import concurrent.futures
 import contextlib
+import errno
 import gc
 import hashlib
 import http.client
@@ -41,7 +43,6 @@ import tempfile
 import threading
 import time
 import tokenize
-import tracemalloc
 import uuid
 import warnings
 from typing import Any, NamedTuple
@@ -1713,15 +1714,22 @@ def test_a_task_error_fails_the_task_with_its_text_whatever_it_says(error, text)
 # -- 7. HTTP ---------------------------------------------------------------------------------------
 
 
+def reading(buffer):
+    """Read one request with its body, as a connection does."""
+    request = yield from taskserver.read_head(buffer)
+    body = yield from taskserver.read_body(request.fields, buffer)
+    return request.with_body(body)
+
+
 def parse(*pieces):
-    """Return what comes out when bytes arrive in pieces: requests, then a refusal's status if there is one."""
+    """Return what comes out when bytes arrive in pieces: requests, then the status of a refusal."""
     buffer, out = bytearray(), []
     parsing = None
     try:
         for piece in pieces:
             buffer += piece
             while buffer or parsing:
-                parsing = parsing or taskserver.parse_request(buffer, lambda request: ())
+                parsing = parsing or reading(buffer)
                 try:
                     next(parsing)
                     break
@@ -1749,152 +1757,239 @@ def posted(body, *lines):
 CHUNKED = b"Transfer-Encoding: chunked"
 
 
-@pytest.mark.parametrize("data, expected", [
-    # request line (RFC 9112, 3)
-    (get(), ("GET", "/a", "", "h", b"")),
-    (b"\r\n" + get(), ("GET", "/a", "", "h", b"")),
-    (b"GET /a/b?c=d&e?f/%20 HTTP/1.1\r\nHost: h\r\n\r\n", ("GET", "/a/b", "c=d&e?f/%20", "h", b"")),
-    (b"GET /%C3%A9%2F;a=b,c@:! HTTP/1.1\r\nHost: h\r\n\r\n", ("GET", "/%C3%A9%2F;a=b,c@:!", "", "h", b"")),
-    (b"GET //h/.. HTTP/1.1\r\nHost: h\r\n\r\n", ("GET", "//h/..", "", "h", b"")),
-    (b"get /a HTTP/1.1\r\nHost: h\r\n\r\n", ("get", "/a", "", "h", b"")),
-    (b"M-SEARCH!#$%&'*+.^_`|~ /a HTTP/1.1\r\nHost: h\r\n\r\n", ("M-SEARCH!#$%&'*+.^_`|~", "/a", "", "h", b"")),
-    (b"GET http://g:80/a?b HTTP/1.1\r\nHost: h\r\n\r\n", ("GET", "/a", "b", "g:80", b"")),
-    (b"GET HTTPS://g HTTP/1.1\r\nHost: h\r\n\r\n", ("GET", "/", "", "g", b"")),
-    (b"GET http://g?b HTTP/1.1\r\nHost: h\r\n\r\n", ("GET", "/", "b", "g", b"")),
-    (b"OPTIONS * HTTP/1.1\r\nHost: h\r\n\r\n", ("OPTIONS", "*", "", "h", b"")),
-    (b"GET /a HTTP/1.0\r\n\r\n", ("GET", "/a", "", "", b"")),
-    (b"GET /a HTTP/1.0\r\nHost: h\r\n\r\n", ("GET", "/a", "", "h", b"")),
-    (b"GET /a HTTP/1.2\r\nHost: h\r\n\r\n", ("GET", "/a", "", "h", b"")),
-    (b"GET * HTTP/1.1\r\nHost: h\r\n\r\n", 400),
-    (b"POST /a HTTP/1.1\r\nHost: h\r\n\r\n", 411),
-    (b"CONNECT h:80 HTTP/1.1\r\nHost: h:80\r\n\r\n", 400),
-    (b"GET a HTTP/1.1\r\nHost: h\r\n\r\n", 400),
-    (b"GET ?b HTTP/1.1\r\nHost: h\r\n\r\n", 400),
-    (b"GET ftp://g/ HTTP/1.1\r\nHost: h\r\n\r\n", 400),
-    (b"GET http:///a HTTP/1.1\r\nHost: h\r\n\r\n", 400),
-    (b"GET http://user@g/a HTTP/1.1\r\nHost: h\r\n\r\n", 400),
-    (b"GET /a#b HTTP/1.1\r\nHost: h\r\n\r\n", 400),
-    (b"GET /%zz HTTP/1.1\r\nHost: h\r\n\r\n", 400),
-    (b"GET /%2 HTTP/1.1\r\nHost: h\r\n\r\n", 400),
-    (b"GET /a?%g0 HTTP/1.1\r\nHost: h\r\n\r\n", 400),
-    (b"GET /%ff HTTP/1.1\r\nHost: h\r\n\r\n", 400),
-    (b"GET /a?%C0%80 HTTP/1.1\r\nHost: h\r\n\r\n", 400),
-    (b"GET /\xc3\xa9 HTTP/1.1\r\nHost: h\r\n\r\n", 400),
-    (b"GET  /a HTTP/1.1\r\nHost: h\r\n\r\n", 400),
-    (b"GET /a  HTTP/1.1\r\nHost: h\r\n\r\n", 400),
-    (b"GET /a HTTP/1.1 \r\nHost: h\r\n\r\n", 400),
-    (b" GET /a HTTP/1.1\r\nHost: h\r\n\r\n", 400),
-    (b"GET\t/a\tHTTP/1.1\r\nHost: h\r\n\r\n", 400),
-    (b"GET /a b HTTP/1.1\r\nHost: h\r\n\r\n", 400),
-    (b"GET /a\r\n\r\n", 400),
-    (b"GET /a\r\nHost: h\r\n\r\n", 400),
-    (b"GET /a HTTP/1.1\r\n\r\n", 400),
-    (b"GET /a http/1.1\r\nHost: h\r\n\r\n", 400),
-    (b"GET /a HTTP/1.10\r\nHost: h\r\n\r\n", 400),
-    (b"GET /a HTTP/01.1\r\nHost: h\r\n\r\n", 400),
-    (b"GET /a HTTP/+1.1\r\nHost: h\r\n\r\n", 400),
-    (b"GET /a HTTP/1.\xd9\xa1\r\nHost: h\r\n\r\n", 400),
-    (b"GE(T /a HTTP/1.1\r\nHost: h\r\n\r\n", 400),
-    (b"/a HTTP/1.1\r\nHost: h\r\n\r\n", 400),
-    (b"\r\n\r\n" + get(), 400),
-    (b"\n" + get(), 400),
-    (b"GET /a HTTP/2.0\r\nHost: h\r\n\r\n", 505),
-    (b"GET /a HTTP/0.9\r\nHost: h\r\n\r\n", 505),
-    (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 505),
-    (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", 400),
-    # headers (RFC 9112, 5; RFC 9110, 5.5 and 7.2)
-    (get(b"A:", b"B: \t x \t ", b"A: y", b"C:\xe9\xff"), {"a": ", y", "b": "x", "c": "\xe9\xff", "host": "h"}),
-    (get(b"X-!#$%&'*+.^_`|~0: x"), {"x-!#$%&'*+.^_`|~0": "x", "host": "h"}),
-    (get(b"A : x"), 400),
-    (get(b"A\t: x"), 400),
-    (get(b" A: x"), 400),
-    (get(b"A: x", b" folded"), 400),
-    (get(b"A: x", b"\tfolded"), 400),
-    (get(b": x"), 400),
-    (get(b"no colon"), 400),
-    (get(b"A(b): x"), 400),
-    (get(b"\xe9: x"), 400),
-    (get(b"A: \0"), 400),
-    (get(b"A: \x1f"), 400),
-    (get(b"A: \x7f"), 400),
-    (get(b"A: x\ry"), 400),
-    (get(b"A: x\ny: z"), 400),
-    (get(b"A: x\r"), 400),
-    (b"GET /a HTTP/1.1\nHost: h\n\n", 400),
-    (b"GET /a HTTP/1.1\r\nHost: h\n\n", 400),
-    (b"GET /a HTTP/1.1\r\nHost: h\r\n\n", 400),
-    (b"GET /a HTTP/1.1\r\r\nHost: h\r\n\r\n", 400),
-    (b"GET /a HTTP/1.1\r\nHost: h\r\nHost: h\r\n\r\n", 400),
-    (b"GET /a HTTP/1.1\r\nHost:\r\n\r\n", 400),
-    (b"GET /a HTTP/1.1\r\nHost: a b\r\n\r\n", 400),
-    (b"GET /a HTTP/1.1\r\nHost: a/b\r\n\r\n", 400),
-    (b"GET /a HTTP/1.1\r\nHost: a@b\r\n\r\n", 400),
-    (b"GET /a HTTP/1.1\r\nHost: h:port\r\n\r\n", 400),
-    (b"GET /a HTTP/1.1\r\nHost: h:-1\r\n\r\n", 400),
-    (b"GET /a HTTP/1.1\r\nHost: [::1\r\n\r\n", 400),
-    (b"GET /a HTTP/1.1\r\nHost: h,g\r\n\r\n", ("GET", "/a", "", "h,g", b"")),  # a reg-name may hold commas
-    (b"GET /a HTTP/1.1\r\nHost: [::1]:80\r\n\r\n", ("GET", "/a", "", "[::1]:80", b"")),
-    (b"GET /a HTTP/1.0\r\nHost: a b\r\n\r\n", 400),
-    (b"GET http://g/a HTTP/1.1\r\nHost: a b\r\n\r\n", 400),
-    # bodies by Content-Length (RFC 9112, 6)
-    (posted(b"abcde", b"Content-Length: 5"), ("POST", "/a", "", "h", b"abcde")),
-    (posted(b"abcde", b"content-length:\t005 "), ("POST", "/a", "", "h", b"abcde")),
-    (posted(b"", b"Content-Length: 0"), ("POST", "/a", "", "h", b"")),
-    (b"GET /a HTTP/1.1\r\nHost: h\r\nContent-Length: 5\r\n\r\nGET /", ("GET", "/a", "", "h", b"GET /")),
-    (posted(b"abcde", b"Content-Length: 5", b"Upgrade: h2c", b"Connection: upgrade"), ("POST", "/a", "", "h", b"abcde")),
-    (posted(b"abcde", b"Content-Length: +5"), 400),
-    (posted(b"abcde", b"Content-Length: -5"), 400),
-    (posted(b"abcde", b"Content-Length: -0"), 400),
-    (posted(b"abcde", b"Content-Length:"), 400),
-    (posted(b"abcde", b"Content-Length: 5,5"), 400),
-    (posted(b"abcde", b"Content-Length: 5", b"Content-Length: 5"), 400),
-    (posted(b"abcde", b"Content-Length: 5", b"Content-Length: 6"), 400),
-    (posted(b"abcde", b"Content-Length: 0x5"), 400),
-    (posted(b"abcde", b"Content-Length: 5.0"), 400),
-    (posted(b"abcde", b"Content-Length: 5 5"), 400),
-    (posted(b"abcde", b"Content-Length: 5_0"), 400),
-    (posted(b"abcde", b"Content-Length: \xb2"), 400),
-    (posted(b"abcde", b"Content-Length: " + b"9" * 30), 400),
-    (posted(b"", b"Content-Length: 1048577"), 413),
-    # chunked bodies (RFC 9112, 7.1)
-    (posted(b"3\r\nabc\r\n2\r\nde\r\n0\r\n\r\n", CHUNKED), ("POST", "/a", "", "h", b"abcde")),
-    (posted(b"0\r\n\r\n", CHUNKED), ("POST", "/a", "", "h", b"")),
-    (posted(b"00A;x=y;z=\"q\"\r\n0123456789\r\n000\r\nT: x\r\n\r\n", CHUNKED), ("POST", "/a", "", "h", b"0123456789")),
-    (posted(b"a ;x\r\n0123456789\r\n0\r\n\r\n", b"transfer-encoding:CHUNKED"), ("POST", "/a", "", "h", b"0123456789")),
-    (b"GET /a HTTP/1.1\r\nHost: h\r\n" + CHUNKED + b"\r\n\r\n1\r\nx\r\n0\r\n\r\n", ("GET", "/a", "", "h", b"x")),
-    (posted(b"0\r\nno colon\r\n\r\n", CHUNKED), 400),
-    (posted(b"0\r\nA: x\ny\r\n\r\n", CHUNKED), 400),
-    (posted(b"3\r\nabcd\r\n0\r\n\r\n", CHUNKED), 400),
-    (posted(b"3\nabc\n0\n\n", CHUNKED), 400),
-    (posted(b"3\r\nabc\n\n0\r\n\r\n", CHUNKED), 400),
-    (posted(b"0x3\r\nabc\r\n0\r\n\r\n", CHUNKED), 400),
-    (posted(b"+3\r\nabc\r\n0\r\n\r\n", CHUNKED), 400),
-    (posted(b"-3\r\nabc\r\n0\r\n\r\n", CHUNKED), 400),
-    (posted(b" 3\r\nabc\r\n0\r\n\r\n", CHUNKED), 400),
-    (posted(b"3 \r\nabc\r\n0\r\n\r\n", CHUNKED), 400),
-    (posted(b"\r\nabc\r\n0\r\n\r\n", CHUNKED), 400),
-    (posted(b"1_0\r\nabc\r\n0\r\n\r\n", CHUNKED), 400),
-    (posted(b"3;\0\r\nabc\r\n0\r\n\r\n", CHUNKED), 400),
-    (posted(b"g\r\nabc\r\n0\r\n\r\n", CHUNKED), 400),
-    (posted(b"0000000000000000f\r\nabc\r\n0\r\n\r\n", CHUNKED), 400),
-    (posted(b"ffffffffffffffff\r\nabc", CHUNKED), 413),
-    (posted(b"100001\r\nabc", CHUNKED), 413),
-    (posted(b"0\r\n\r\n", CHUNKED, b"Content-Length: 5"), 400),
-    (posted(b"0\r\n\r\n", b"Content-Length: 5", CHUNKED), 400),
-    (posted(b"0\r\n\r\n", CHUNKED, CHUNKED), 400),
-    (posted(b"0\r\n\r\n", b"Transfer-Encoding: gzip, chunked"), 501),
-    (posted(b"0\r\n\r\n", b"Transfer-Encoding: chunked, gzip"), 400),
-    (posted(b"0\r\n\r\n", b"Transfer-Encoding: xchunked"), 501),
-    (posted(b"0\r\n\r\n", b"Transfer-Encoding:"), 400),
-    (posted(b"0\r\n\r\n", b"Transfer-Encoding: gzip"), 501),
-    (posted(b"0\r\n\r\n", b"Transfer-Encoding: identity"), 501),
-    (b"POST /a HTTP/1.0\r\nHost: h\r\n" + CHUNKED + b"\r\n\r\n0\r\n\r\n", 400),
-    # expectations (RFC 9110, 10.1.1)
-    (posted(b"abcde", b"Content-Length: 5", b"Expect: 100-Continue"), ("POST", "/a", "", "h", b"abcde")),
-    (posted(b"abcde", b"Content-Length: 5", b"Expect: 200-ok"), 417),
-    (posted(b"abcde", b"Content-Length: 5", b"Expect: 100-continue, x"), 417),
-    (b"GET /a HTTP/1.0\r\nExpect: x\r\n\r\n", ("GET", "/a", "", "", b"")),
-], ids=brief)  # fmt: skip
+@pytest.mark.parametrize(
+    "data, expected",
+    [
+        # request line (RFC 9112, 3)
+        (get(), ("GET", "/a", "", "h", b"")),
+        (b"\r\n" + get(), ("GET", "/a", "", "h", b"")),
+        (b"\r\n" * 50 + get(), ("GET", "/a", "", "h", b"")),
+        (
+            b"GET /a/b?c=d&e?f/%20 HTTP/1.1\r\nHost: h\r\n\r\n",
+            ("GET", "/a/b", "c=d&e?f/%20", "h", b""),
+        ),
+        (
+            b"GET /%C3%A9%2F;a=b,c@:! HTTP/1.1\r\nHost: h\r\n\r\n",
+            ("GET", "/%C3%A9%2F;a=b,c@:!", "", "h", b""),
+        ),
+        (b"GET //h/.. HTTP/1.1\r\nHost: h\r\n\r\n", ("GET", "//h/..", "", "h", b"")),
+        (b"get /a HTTP/1.1\r\nHost: h\r\n\r\n", ("get", "/a", "", "h", b"")),
+        (
+            b"M-SEARCH!#$%&'*+.^_`|~ /a HTTP/1.1\r\nHost: h\r\n\r\n",
+            ("M-SEARCH!#$%&'*+.^_`|~", "/a", "", "h", b""),
+        ),
+        (b"GET http://g:80/a?b HTTP/1.1\r\nHost: h\r\n\r\n", ("GET", "/a", "b", "g:80", b"")),
+        (b"GET HTTPS://g HTTP/1.1\r\nHost: h\r\n\r\n", ("GET", "/", "", "g", b"")),
+        (b"GET http://g?b HTTP/1.1\r\nHost: h\r\n\r\n", ("GET", "/", "b", "g", b"")),
+        (b"OPTIONS * HTTP/1.1\r\nHost: h\r\n\r\n", ("OPTIONS", "*", "", "h", b"")),
+        (b"GET /a HTTP/1.0\r\n\r\n", ("GET", "/a", "", "", b"")),
+        (b"GET /a HTTP/1.0\r\nHost: h\r\n\r\n", ("GET", "/a", "", "h", b"")),
+        (b"GET /a HTTP/1.2\r\nHost: h\r\n\r\n", ("GET", "/a", "", "h", b"")),
+        (b"GET * HTTP/1.1\r\nHost: h\r\n\r\n", 400),
+        (b"POST /a HTTP/1.1\r\nHost: h\r\n\r\n", ("POST", "/a", "", "h", b"")),
+        (b"OPTIONS * HTTP/1.1\r\nHost:\r\n\r\n", ("OPTIONS", "*", "", "", b"")),
+        (b"CONNECT h:80 HTTP/1.1\r\nHost: h:80\r\n\r\n", 400),
+        (b"GET a HTTP/1.1\r\nHost: h\r\n\r\n", 400),
+        (b"GET ?b HTTP/1.1\r\nHost: h\r\n\r\n", 400),
+        (b"GET ftp://g/ HTTP/1.1\r\nHost: h\r\n\r\n", 400),
+        (b"GET http:///a HTTP/1.1\r\nHost: h\r\n\r\n", 400),
+        (b"GET http://user@g/a HTTP/1.1\r\nHost: h\r\n\r\n", 400),
+        (b"GET /a#b HTTP/1.1\r\nHost: h\r\n\r\n", 400),
+        (b"GET /%zz HTTP/1.1\r\nHost: h\r\n\r\n", 400),
+        (b"GET /%2 HTTP/1.1\r\nHost: h\r\n\r\n", 400),
+        (b"GET /a?%g0 HTTP/1.1\r\nHost: h\r\n\r\n", 400),
+        (b"GET /%ff HTTP/1.1\r\nHost: h\r\n\r\n", 400),
+        (b"GET /a?%C0%80 HTTP/1.1\r\nHost: h\r\n\r\n", 400),
+        (b"GET /\xc3\xa9 HTTP/1.1\r\nHost: h\r\n\r\n", 400),
+        (b"GET  /a HTTP/1.1\r\nHost: h\r\n\r\n", 400),
+        (b"GET /a  HTTP/1.1\r\nHost: h\r\n\r\n", 400),
+        (b"GET /a HTTP/1.1 \r\nHost: h\r\n\r\n", 400),
+        (b" GET /a HTTP/1.1\r\nHost: h\r\n\r\n", 400),
+        (b"GET\t/a\tHTTP/1.1\r\nHost: h\r\n\r\n", 400),
+        (b"GET /a b HTTP/1.1\r\nHost: h\r\n\r\n", 400),
+        (b"GET /a\r\n\r\n", 400),
+        (b"GET /a\r\nHost: h\r\n\r\n", 400),
+        (b"GET /a HTTP/1.1\r\n\r\n", 400),
+        (b"GET /a http/1.1\r\nHost: h\r\n\r\n", 400),
+        (b"GET /a HTTP/1.10\r\nHost: h\r\n\r\n", 400),
+        (b"GET /a HTTP/01.1\r\nHost: h\r\n\r\n", 400),
+        (b"GET /a HTTP/+1.1\r\nHost: h\r\n\r\n", 400),
+        (b"GET /a HTTP/1.\xd9\xa1\r\nHost: h\r\n\r\n", 400),
+        (b"GE(T /a HTTP/1.1\r\nHost: h\r\n\r\n", 400),
+        (b"/a HTTP/1.1\r\nHost: h\r\n\r\n", 400),
+        (b"\n" + get(), 400),
+        (b"\r" + get(), 400),
+        (b"\r\n\n" + get(), 400),
+        (b"\r\n " + get(), 400),
+        (b"GET /a HTTP/2.0\r\nHost: h\r\n\r\n", 505),
+        (b"GET /a HTTP/0.9\r\nHost: h\r\n\r\n", 505),
+        (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 505),
+        (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", 400),
+        # headers (RFC 9112, 5; RFC 9110, 5.5 and 7.2)
+        (
+            get(b"A:", b"B: \t x \t ", b"A: y", b"C:\xe9\xff"),
+            {"a": ", y", "b": "x", "c": "\xe9\xff", "host": "h"},
+        ),
+        (get(b"X-!#$%&'*+.^_`|~0: x"), {"x-!#$%&'*+.^_`|~0": "x", "host": "h"}),
+        (get(b"A : x"), 400),
+        (get(b"A\t: x"), 400),
+        (get(b" A: x"), 400),
+        (get(b"A: x", b" folded"), 400),
+        (get(b"A: x", b"\tfolded"), 400),
+        (get(b": x"), 400),
+        (get(b"no colon"), 400),
+        (get(b"A(b): x"), 400),
+        (get(b"\xe9: x"), 400),
+        (get(b"A: \0"), 400),
+        (get(b"A: \x1f"), 400),
+        (get(b"A: \x7f"), 400),
+        (get(b"A: x\ry"), 400),
+        (get(b"A: x\ny: z"), 400),
+        (get(b"A: x\r"), 400),
+        (b"GET /a HTTP/1.1\nHost: h\n\n", 400),
+        (b"GET /a HTTP/1.1\r\nHost: h\n\n", 400),
+        (b"GET /a HTTP/1.1\r\nHost: h\r\n\n", 400),
+        (b"GET /a HTTP/1.1\r\r\nHost: h\r\n\r\n", 400),
+        (b"GET /a HTTP/1.1\r\nHost: h\r\nHost: h\r\n\r\n", 400),
+        (b"GET /a HTTP/1.1\r\nHost:\r\n\r\n", 400),
+        (b"GET /a HTTP/1.1\r\nHost: a b\r\n\r\n", 400),
+        (b"GET /a HTTP/1.1\r\nHost: a/b\r\n\r\n", 400),
+        (b"GET /a HTTP/1.1\r\nHost: a@b\r\n\r\n", 400),
+        (b"OPTIONS * HTTP/1.1\r\n\r\n", 400),
+        (b"OPTIONS /a HTTP/1.1\r\nHost:\r\n\r\n", 400),
+        (b"GET http://g/a HTTP/1.1\r\nHost:\r\n\r\n", ("GET", "/a", "", "g", b"")),
+        (b"GET /a HTTP/1.0\r\nHost:\r\n\r\n", ("GET", "/a", "", "", b"")),
+        (b"GET /a HTTP/1.1\r\nHost: h:\r\n\r\n", ("GET", "/a", "", "h:", b"")),
+        (b"GET /a HTTP/1.1\r\nHost: h:0000080\r\n\r\n", ("GET", "/a", "", "h:0000080", b"")),
+        (
+            b"GET /a HTTP/1.1\r\nHost: h:" + b"1" * 40 + b"\r\n\r\n",
+            ("GET", "/a", "", "h:" + "1" * 40, b""),
+        ),
+        (b"GET http://[::1]:0080 HTTP/1.1\r\nHost: h\r\n\r\n", ("GET", "/", "", "[::1]:0080", b"")),
+        (b"GET /a HTTP/1.1\r\nHost: :80\r\n\r\n", 400),
+        (b"GET /a HTTP/1.1\r\nHost: h:\xb2\r\n\r\n", 400),
+        (b"GET /a HTTP/1.1\r\nHost: h:port\r\n\r\n", 400),
+        (b"GET /a HTTP/1.1\r\nHost: h:-1\r\n\r\n", 400),
+        (b"GET /a HTTP/1.1\r\nHost: [::1\r\n\r\n", 400),
+        (
+            b"GET /a HTTP/1.1\r\nHost: h,g\r\n\r\n",
+            ("GET", "/a", "", "h,g", b""),
+        ),  # a reg-name may hold commas
+        (b"GET /a HTTP/1.1\r\nHost: [::1]:80\r\n\r\n", ("GET", "/a", "", "[::1]:80", b"")),
+        (b"GET /a HTTP/1.0\r\nHost: a b\r\n\r\n", 400),
+        (b"GET http://g/a HTTP/1.1\r\nHost: a b\r\n\r\n", 400),
+        # bodies by Content-Length (RFC 9112, 6)
+        (posted(b"abcde", b"Content-Length: 5"), ("POST", "/a", "", "h", b"abcde")),
+        (posted(b"abcde", b"content-length:\t005 "), ("POST", "/a", "", "h", b"abcde")),
+        (posted(b"", b"Content-Length: 0"), ("POST", "/a", "", "h", b"")),
+        (
+            b"GET /a HTTP/1.1\r\nHost: h\r\nContent-Length: 5\r\n\r\nGET /",
+            ("GET", "/a", "", "h", b"GET /"),
+        ),
+        (
+            posted(b"abcde", b"Content-Length: 5", b"Upgrade: h2c", b"Connection: upgrade"),
+            ("POST", "/a", "", "h", b"abcde"),
+        ),
+        (posted(b"abcde", b"Content-Length: +5"), 400),
+        (posted(b"abcde", b"Content-Length: -5"), 400),
+        (posted(b"abcde", b"Content-Length: -0"), 400),
+        (posted(b"abcde", b"Content-Length:"), 400),
+        (posted(b"abcde", b"Content-Length: 5,5"), 400),
+        (posted(b"abcde", b"Content-Length: 5", b"Content-Length: 5"), 400),
+        (posted(b"abcde", b"Content-Length: 5", b"Content-Length: 6"), 400),
+        (posted(b"abcde", b"Content-Length: 0x5"), 400),
+        (posted(b"abcde", b"Content-Length: 5.0"), 400),
+        (posted(b"abcde", b"Content-Length: 5 5"), 400),
+        (posted(b"abcde", b"Content-Length: 5_0"), 400),
+        (posted(b"abcde", b"Content-Length: \xb2"), 400),
+        (
+            posted(b"abcde", b"Content-Length: " + b"0" * 5000 + b"5"),
+            ("POST", "/a", "", "h", b"abcde"),
+        ),
+        (posted(b"", b"Content-Length: " + b"0" * 30), ("POST", "/a", "", "h", b"")),
+        (posted(b"abcde", b"Content-Length: " + b"9" * 19), 413),
+        (posted(b"abcde", b"Content-Length: " + b"9" * 5000), 413),
+        (posted(b"abcde", b"Content-Length: 00001048577"), 413),
+        (posted(b"", b"Content-Length: 1048577"), 413),
+        # chunked bodies (RFC 9112, 7.1)
+        (posted(b"3\r\nabc\r\n2\r\nde\r\n0\r\n\r\n", CHUNKED), ("POST", "/a", "", "h", b"abcde")),
+        (posted(b"0\r\n\r\n", CHUNKED), ("POST", "/a", "", "h", b"")),
+        (
+            posted(b'00A;x=y;z="q"\r\n0123456789\r\n000\r\nT: x\r\n\r\n', CHUNKED),
+            ("POST", "/a", "", "h", b"0123456789"),
+        ),
+        (
+            posted(b"a ;x\r\n0123456789\r\n0\r\n\r\n", b"transfer-encoding:CHUNKED"),
+            ("POST", "/a", "", "h", b"0123456789"),
+        ),
+        (
+            b"GET /a HTTP/1.1\r\nHost: h\r\n" + CHUNKED + b"\r\n\r\n1\r\nx\r\n0\r\n\r\n",
+            ("GET", "/a", "", "h", b"x"),
+        ),
+        (posted(b"0\r\nno colon\r\n\r\n", CHUNKED), 400),
+        (posted(b"0\r\nA: x\ny\r\n\r\n", CHUNKED), 400),
+        (posted(b"3\r\nabcd\r\n0\r\n\r\n", CHUNKED), 400),
+        (posted(b"3\nabc\n0\n\n", CHUNKED), 400),
+        (posted(b"3\r\nabc\n\n0\r\n\r\n", CHUNKED), 400),
+        (posted(b"0x3\r\nabc\r\n0\r\n\r\n", CHUNKED), 400),
+        (posted(b"+3\r\nabc\r\n0\r\n\r\n", CHUNKED), 400),
+        (posted(b"-3\r\nabc\r\n0\r\n\r\n", CHUNKED), 400),
+        (posted(b" 3\r\nabc\r\n0\r\n\r\n", CHUNKED), 400),
+        (posted(b"3 \r\nabc\r\n0\r\n\r\n", CHUNKED), 400),
+        (posted(b"\r\nabc\r\n0\r\n\r\n", CHUNKED), 400),
+        (posted(b"1_0\r\nabc\r\n0\r\n\r\n", CHUNKED), 400),
+        (posted(b"3;\0\r\nabc\r\n0\r\n\r\n", CHUNKED), 400),
+        (posted(b"g\r\nabc\r\n0\r\n\r\n", CHUNKED), 400),
+        (
+            posted(b"0" * 900 + b"3\r\nabc\r\n" + b"0" * 30 + b"\r\n\r\n", CHUNKED),
+            ("POST", "/a", "", "h", b"abc"),
+        ),
+        (posted(b"0" * 30 + b"100001\r\nabc", CHUNKED), 413),
+        (posted(b"f" * 900 + b"\r\nabc", CHUNKED), 413),
+        (
+            posted(b'3; x = y ;z;q="a;\\"\\\\ b"\r\nabc\r\n0;end\r\n\r\n', CHUNKED),
+            ("POST", "/a", "", "h", b"abc"),
+        ),
+        (posted(b"3;\r\nabc\r\n0\r\n\r\n", CHUNKED), 400),
+        (posted(b"3;x;\r\nabc\r\n0\r\n\r\n", CHUNKED), 400),
+        (posted(b"3;bad[=x\r\nabc\r\n0\r\n\r\n", CHUNKED), 400),
+        (posted(b"3;x=\r\nabc\r\n0\r\n\r\n", CHUNKED), 400),
+        (posted(b"3;=y\r\nabc\r\n0\r\n\r\n", CHUNKED), 400),
+        (posted(b"3;x y\r\nabc\r\n0\r\n\r\n", CHUNKED), 400),
+        (posted(b'3;x="y\r\nabc\r\n0\r\n\r\n', CHUNKED), 400),
+        (posted(b'3;x="y"z\r\nabc\r\n0\r\n\r\n', CHUNKED), 400),
+        (posted(b'3;x="y\\"\r\nabc\r\n0\r\n\r\n', CHUNKED), 400),
+        (posted(b"3,x\r\nabc\r\n0\r\n\r\n", CHUNKED), 400),
+        (posted(b"0;\r\n\r\n", CHUNKED), 400),
+        (posted(b"ffffffffffffffff\r\nabc", CHUNKED), 413),
+        (posted(b"100001\r\nabc", CHUNKED), 413),
+        (posted(b"0\r\n\r\n", CHUNKED, b"Content-Length: 5"), 400),
+        (posted(b"0\r\n\r\n", b"Content-Length: 5", CHUNKED), 400),
+        (posted(b"0\r\n\r\n", CHUNKED, CHUNKED), 400),
+        (posted(b"0\r\n\r\n", b"Transfer-Encoding: gzip, chunked"), 501),
+        (posted(b"0\r\n\r\n", b"Transfer-Encoding: chunked, gzip"), 400),
+        (posted(b"0\r\n\r\n", b"Transfer-Encoding: xchunked"), 400),
+        (posted(b"0\r\n\r\n", b"Transfer-Encoding:"), 400),
+        (posted(b"0\r\n\r\n", b"Transfer-Encoding: gzip"), 400),
+        (posted(b"0\r\n\r\n", b"Transfer-Encoding: gzip", CHUNKED), 501),
+        (posted(b"0\r\n\r\n", b"Transfer-Encoding: identity, chunked"), 501),
+        (posted(b"0\r\n\r\n", b"Transfer-Encoding: gzip,, chunked"), 400),
+        (posted(b"0\r\n\r\n", b"Transfer-Encoding: chunked, chunked"), 400),
+        (posted(b"0\r\n\r\n", b"Transfer-Encoding: chunked;q=1"), 400),
+        (get(b"Transfer-Encoding: gzip"), 400),
+        (posted(b"0\r\n\r\n", b"Transfer-Encoding: identity"), 400),
+        (b"POST /a HTTP/1.0\r\nHost: h\r\n" + CHUNKED + b"\r\n\r\n0\r\n\r\n", 400),
+        # expectations (RFC 9110, 10.1.1)
+        (
+            posted(b"abcde", b"Content-Length: 5", b"Expect: 100-Continue"),
+            ("POST", "/a", "", "h", b"abcde"),
+        ),
+        (posted(b"abcde", b"Content-Length: 5", b"Expect: 200-ok"), 417),
+        (posted(b"abcde", b"Content-Length: 5", b"Expect: 100-continue, x"), 417),
+        (b"GET /a HTTP/1.0\r\nExpect: x\r\n\r\n", ("GET", "/a", "", "", b"")),
+    ],
+    ids=brief,
+)
 def test_bytes_become_a_request_or_a_refusal_however_they_arrive(data, expected):
     whole = parse(data)
     assert parse(*bytewise(data)) == whole
@@ -1907,14 +2002,96 @@ def test_bytes_become_a_request_or_a_refusal_however_they_arrive(data, expected)
         assert got == expected
 
 
-@pytest.mark.parametrize("data", [
-    get(), posted(b"abcde", b"Content-Length: 5"), posted(b"3;x\r\nabc\r\n0\r\nT: x\r\n\r\n", CHUNKED), b"\r\n" + get(),
-], ids=brief)  # fmt: skip
+@pytest.mark.parametrize(
+    "data",
+    [
+        get(),
+        posted(b"abcde", b"Content-Length: 5"),
+        posted(b"3;x\r\nabc\r\n0\r\nT: x\r\n\r\n", CHUNKED),
+        b"\r\n" + get(),
+    ],
+    ids=brief,
+)
 def test_no_beginning_of_a_request_is_a_request_or_refused(data):
     for size in range(len(data)):
         assert parse(data[:size]) == []
     assert [request.path for request in parse(data * 3)] == ["/a"] * 3
     assert parse(*bytewise(data * 3)) == parse(data * 3)
+
+
+@pytest.mark.parametrize(
+    "line, words",
+    [
+        (b"CONNECT h:80 HTTP/1.1", "no proxy"),
+        (b"CONNECT http://h HTTP/1.1", "no proxy"),
+        (b"GET http://user@g/a HTTP/1.1", "well-formed host"),
+        (b"GET http:///a HTTP/1.1", "well-formed host"),
+        (b"GET http://a b/ HTTP/1.1", "well-formed host"),
+        (b"GET http://[::1/a HTTP/1.1", "well-formed host"),
+        (b"GET ftp://g/a HTTP/1.1", "well-formed host"),
+        (b"GET a HTTP/1.1", "slash"),
+        (b"GET * HTTP/1.1", "slash"),
+        (b"GET /%zz HTTP/1.1", "percent-encoding"),
+        (b"GET /%ff HTTP/1.1", "percent-encoded"),
+        (b"hello", "GET /healthz HTTP/1.1"),
+    ],
+    ids=brief,
+)
+def test_a_request_line_is_refused_with_a_sentence_that_fits(line, words):
+    with pytest.raises(HTTPError) as refusal:
+        taskserver.parse_head(line + b"\r\nHost: h")
+    assert refusal.value.status == 400
+    assert words in json.loads(refusal.value.response.body.decode())["error"]
+
+
+class Scanned(bytearray):
+    """A buffer that counts the bytes which are looked at in it."""
+
+    looked_at = 0
+
+    def find(self, what, start=0, end=None):
+        self.looked_at += max(0, min(len(self), len(self) if end is None else end) - start)
+        return super().find(what, start, len(self) if end is None else end)
+
+    def __getitem__(self, index):
+        taken = super().__getitem__(index)
+        self.looked_at += len(taken) if isinstance(index, slice) else 1
+        return taken
+
+
+class ScannedPattern:
+    """A regular expression that adds to the same count."""
+
+    def __init__(self, pattern):
+        self.pattern = pattern
+
+    def search(self, buffer, start=0):
+        buffer.looked_at += len(buffer) - start
+        return self.pattern.search(buffer, start)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        get(*[b"A: x" + b"x" * 150] * 95),
+        b"GET /" + b"x" * 8000 + b" HTTP/1.1\r\nHost: h\r\n\r\n",
+        posted(b"0\r\n" + b"\r\n".join([b"A: x" + b"x" * 150] * 95) + b"\r\n\r\n", CHUNKED),
+        posted(b"0\r\nA: " + b"x" * 8000 + b"\r\n\r\n", CHUNKED),
+        posted(b"0" * 1000 + b"\r\n\r\n", CHUNKED),
+        b"\r\n" * 8000 + get(),
+    ],
+    ids=["headers", "request line", "trailers", "long trailer", "chunk line", "empty lines"],
+)
+def test_what_comes_byte_by_byte_is_looked_at_once(data, monkeypatch):
+    monkeypatch.setattr(taskserver, "_FORBIDDEN", ScannedPattern(taskserver._FORBIDDEN))
+    buffer = Scanned()
+    coroutine = reading(buffer)
+    with pytest.raises(StopIteration) as end:
+        for piece in bytewise(data):
+            buffer += piece
+            next(coroutine)
+    assert end.value.value.path.startswith("/")
+    assert buffer.looked_at < 20 * len(data)  # not half its square
 
 
 def test_what_follows_a_refusal_has_no_meaning():
@@ -1933,56 +2110,125 @@ def many_headers(size):
     return [*lines, sized(size - 4002 * len(lines) - 2, b"B: ")]
 
 
-@pytest.mark.parametrize("make, limit, status", [
-    (lambda n: sized(n, b"GET /", b" HTTP/1.1") + b"\r\nHost: h\r\n\r\n", 8192, 414),
-    (lambda n: sized(n, b"GET /", b"") + b"\r\nHost: h\r\n\r\n" if n > 8192 else get(), 8192, 414),
-    (lambda n: get(sized(n, b"A: ")), 8192, 431),
-    (lambda n: get(*many_headers(n)), 16_384, 431),
-    (lambda n: b"GET /" + b"x" * 8178 + get(*many_headers(n))[6:], 16_384, 431),
-    (lambda n: get(*[b"A: x"] * (n - 1)), 100, 431),
-    (lambda n: posted(b"x" * n, b"Content-Length: %d" % n), MIB, 413),
-    (lambda n: posted(b"%x\r\n" % n + b"x" * n + b"\r\n0\r\n\r\n", CHUNKED), MIB, 413),
-    (lambda n: posted(b"8\r\n12345678\r\n%x\r\n" % (n - 8) + b"x" * (n - 8) + b"\r\n0\r\n\r\n", CHUNKED), MIB, 413),
-    (lambda n: posted(sized(n, b"1;") + b"\r\nx\r\n0\r\n\r\n", CHUNKED), 1022, 400),
-    (lambda n: posted(b"0\r\n" + b"\r\n".join([b"A: x"] * n) + b"\r\n\r\n", CHUNKED), 100, 431),
-    (lambda n: posted(b"0\r\n" + sized(n, b"A: ") + b"\r\n\r\n", CHUNKED), 8192, 431),
-], ids=["request line", "request line without end", "header", "headers", "headers after the longest line", "count",
-        "body", "chunk", "chunks", "chunk line", "count of trailers", "trailer"])  # fmt: skip
+@pytest.mark.parametrize(
+    "make, limit, status",
+    [
+        (lambda n: sized(n, b"GET /", b" HTTP/1.1") + b"\r\nHost: h\r\n\r\n", 8192, 414),
+        (
+            lambda n: sized(n, b"GET /", b"") + b"\r\nHost: h\r\n\r\n" if n > 8192 else get(),
+            8192,
+            414,
+        ),
+        (lambda n: b"\r\n" * n + get(), 8192, 431),
+        (lambda n: get(sized(n, b"A: ")), 8192, 431),
+        (lambda n: get(*many_headers(n)), 16_384, 431),
+        (lambda n: b"GET /" + b"x" * 8178 + get(*many_headers(n))[6:], 16_384, 431),
+        (lambda n: get(*[b"A: x"] * (n - 1)), 100, 431),
+        (lambda n: posted(b"x" * n, b"Content-Length: %d" % n), MIB, 413),
+        (lambda n: posted(b"%x\r\n" % n + b"x" * n + b"\r\n0\r\n\r\n", CHUNKED), MIB, 413),
+        (
+            lambda n: posted(
+                b"8\r\n12345678\r\n%x\r\n" % (n - 8) + b"x" * (n - 8) + b"\r\n0\r\n\r\n", CHUNKED
+            ),
+            MIB,
+            413,
+        ),
+        (lambda n: posted(sized(n, b"1;") + b"\r\nx\r\n0\r\n\r\n", CHUNKED), 1022, 400),
+        (lambda n: posted(b"0\r\n" + b"\r\n".join([b"A: x"] * n) + b"\r\n\r\n", CHUNKED), 100, 431),
+        (lambda n: posted(b"0\r\n" + sized(n, b"A: ") + b"\r\n\r\n", CHUNKED), 8192, 431),
+    ],
+    ids=[
+        "request line",
+        "request line without end",
+        "empty lines",
+        "header",
+        "headers",
+        "headers after the longest line",
+        "count",
+        "body",
+        "chunk",
+        "chunks",
+        "chunk line",
+        "count of trailers",
+        "trailer",
+    ],
+)
 def test_each_limit_is_kept_to_the_byte_however_the_bytes_arrive(make, limit, status):
     for n, expected in (limit, "request"), (limit + 1, status):
         data = make(n)
         head, tail = data[:-40], data[-40:]
-        for pieces in [data], [head, *bytewise(tail)], [data[i : i + 997] for i in range(0, len(data), 997)]:
+        for pieces in (
+            [data],
+            [head, *bytewise(tail)],
+            [data[i : i + 997] for i in range(0, len(data), 997)],
+        ):
             (got,) = parse(*pieces)
             assert ("request" if isinstance(got, Request) else got) == expected, (n, len(pieces))
 
 
-@pytest.mark.parametrize("data, status", [
-    (b"G" * 8193, 414),
-    (b"GET /a HTTP/2.0\r\n", 505),
-    (b"GET /a\r\n", 400),
-    (b"GET /a HTTP/1.1\r\n" + b"A: x\r\n" * 3000, 431),
-    (b"GET /a HTTP/1.1\r\nA:" + b"x" * 17_000, 431),
-    (b"GET /\0", 400),
-    (posted(b"", b"Content-Length: 1048577", b"Expect: 100-continue"), 413),
-    (posted(b"1;" + b"x" * 1100, CHUNKED), 400),
-    (posted(b"0\r\nA:" + b"x" * 17_000, CHUNKED), 431),
-], ids=brief)  # fmt: skip
+@pytest.mark.parametrize(
+    "data, status",
+    [
+        (b"G" * 8193, 414),
+        (b"GET /a HTTP/2.0\r\n", 505),
+        (b"GET /a\r\n", 400),
+        (b"GET /a HTTP/1.1\r\n" + b"A: x\r\n" * 3000, 431),
+        (b"GET /a HTTP/1.1\r\nA:" + b"x" * 17_000, 431),
+        (b"GET /\0", 400),
+        (posted(b"", b"Content-Length: 1048577", b"Expect: 100-continue"), 413),
+        (posted(b"1;" + b"x" * 1100, CHUNKED), 400),
+        (posted(b"0\r\nA:" + b"x" * 17_000, CHUNKED), 431),
+    ],
+    ids=brief,
+)
 def test_what_is_wrong_already_is_refused_before_its_end(data, status):
     assert parse(data) == [status]
 
 
 SEEDS = [
-    get(b"Accept: */*"), get(b"Connection: close"), b"GET http://h:80/%41?a=%42 HTTP/1.1\r\nHost: [::1]\r\n\r\n",
+    get(b"Accept: */*"),
+    get(b"Connection: close"),
+    b"GET http://h:80/%41?a=%42 HTTP/1.1\r\nHost: [::1]\r\n\r\n",
     posted(b'{"name": "x"}', b"Content-Length: 13", b"Content-Type: application/json"),
-    posted(b"3;a=b\r\nabc\r\n0\r\nT: x\r\n\r\n", CHUNKED), posted(b"", b"Content-Length: 0", b"Expect: 100-continue"),
-    b"GET /a HTTP/1.0\r\nConnection: keep-alive\r\n\r\n", b"OPTIONS * HTTP/1.1\r\nHost: h\r\n\r\n",
-]  # fmt: skip
+    posted(b"3;a=b\r\nabc\r\n0\r\nT: x\r\n\r\n", CHUNKED),
+    posted(b"", b"Content-Length: 0", b"Expect: 100-continue"),
+    b"GET /a HTTP/1.0\r\nConnection: keep-alive\r\n\r\n",
+    b"OPTIONS * HTTP/1.1\r\nHost: h\r\n\r\n",
+]
 GRAINS = [
-    b"\r", b"\n", b"\r\n", b"\r\n\r\n", b"\0", b" ", b"\t", b":", b";", b",", b"%", b"%00", b"/", b"?", b"#", b"*", b"0", b"9" * 20,
-    b"-1", b"\xff", b"\x80", b"HTTP/1.1", b"HTTP/9.9", b"Host: h\r\n", b"Content-Length: 5\r\n", b"Content-Length: 99999999\r\n",
-    CHUNKED + b"\r\n", b"Transfer-Encoding: gzip\r\n", b"Expect: x\r\n", b"x" * 9000, b"A: x\r\n" * 120, b"0\r\n\r\n",
-]  # fmt: skip
+    b"\r",
+    b"\n",
+    b"\r\n",
+    b"\r\n\r\n",
+    b"\0",
+    b" ",
+    b"\t",
+    b":",
+    b";",
+    b",",
+    b"%",
+    b"%00",
+    b"/",
+    b"?",
+    b"#",
+    b"*",
+    b"0",
+    b"9" * 20,
+    b"-1",
+    b"\xff",
+    b"\x80",
+    b"HTTP/1.1",
+    b"HTTP/9.9",
+    b"Host: h\r\n",
+    b"Content-Length: 5\r\n",
+    b"Content-Length: 99999999\r\n",
+    CHUNKED + b"\r\n",
+    b"Transfer-Encoding: gzip\r\n",
+    b"Expect: x\r\n",
+    b"x" * 9000,
+    b"A: x\r\n" * 120,
+    b"0\r\n\r\n",
+]
 REFUSALS = {400, 411, 413, 414, 417, 431, 501, 505}
 
 
@@ -1992,7 +2238,11 @@ def mutated(seed):
     for _ in range(chance.randint(1, 4)):
         i = chance.randrange(len(data) + 1)
         k = i + chance.choice([0, 0, 1, 2, 10])
-        data = data[:i] + chance.choice([*GRAINS, b"", data[i:k] * 2, bytes([chance.randrange(256)])]) + data[k:]
+        data = (
+            data[:i]
+            + chance.choice([*GRAINS, b"", data[i:k] * 2, bytes([chance.randrange(256)])])
+            + data[k:]
+        )
     return data
 
 
@@ -2004,11 +2254,15 @@ def test_mutated_requests_are_taken_or_refused_the_same_however_they_arrive():
         cuts = sorted(chance.sample(range(len(data) + 1), min(len(data), chance.randint(1, 30))))
         pieces = [data[i:k] for i, k in zip([0, *cuts], [*cuts, len(data)])]
         again = parse(*pieces)
-        assert [r for r in whole if isinstance(r, Request)] == [r for r in again if isinstance(r, Request)], data
+        assert [r for r in whole if isinstance(r, Request)] == [
+            r for r in again if isinstance(r, Request)
+        ], data
         for out in whole, again:
             assert all(isinstance(r, Request) for r in out[:-1]), data
             assert all(isinstance(r, Request) or r in REFUSALS for r in out), (data, out)
-        assert whole[-1:] == again[-1:] or {*map(type, (whole + [0])[-1:] + (again + [0])[-1:])} == {int}, data
+        assert whole[-1:] == again[-1:] or {
+            *map(type, (whole + [0])[-1:] + (again + [0])[-1:])
+        } == {int}, data
         refused += bool(whole) and not isinstance(whole[-1], Request)
     assert 1000 < refused < 3900
 
@@ -2018,9 +2272,12 @@ class WatchedServer(taskserver.Server):
 
     def __init__(self, application, tls=None):
         self.sockets = []
+        self.errors = []  # raised in their turn instead of accepting
         super().__init__(("127.0.0.1", 0), application, tls)
 
     def get_request(self):
+        if self.errors:
+            raise self.errors.pop(0)
         sock, address = super().get_request()
         self.sockets.append(sock)
         return sock, address
@@ -2033,12 +2290,10 @@ class WatchedServer(taskserver.Server):
 
 
 @contextlib.contextmanager
-def serving(application, certificate=None):
+def serving(application, tls=None, poll_interval=0.02):
     """Serve an application in a thread of this process."""
-    server = WatchedServer(application)
-    if certificate:
-        taskserver.use_tls(server, *certificate)
-    thread = threading.Thread(target=server.serve_forever, args=(0.02,), name="serve", daemon=True)
+    server = WatchedServer(application, tls)
+    thread = threading.Thread(target=server.serve_forever, args=(poll_interval,), daemon=True)
     thread.start()
     try:
         yield server
@@ -2135,24 +2390,48 @@ def test_a_task_is_created_and_polled_to_its_end(server):
 
 def test_every_answer_bears_the_headers_that_all_bear(server):
     with server.client() as client:
-        for method, target, body in [("GET", "/healthz", b""), ("POST", "/create-echo", {"name": "x"}), ("PUT", "/", b""),
-                                     ("GET", "/x", b""), ("OPTIONS", "/", b""), ("HEAD", "/", b""), ("POST", "/create-echo", b""),
-                                     ("GET", "/%zz", b"")]:  # fmt: skip
+        for method, target, body in [
+            ("GET", "/healthz", b""),
+            ("POST", "/create-echo", {"name": "x"}),
+            ("PUT", "/", b""),
+            ("GET", "/x", b""),
+            ("OPTIONS", "/", b""),
+            ("HEAD", "/", b""),
+            ("POST", "/create-echo", b""),
+            ("GET", "/%zz", b""),
+        ]:
             answer = client.ask(method, target, body)
-            assert answer.headers["Cache-Control"] == "no-store" and answer.headers["X-Content-Type-Options"] == "nosniff"
-            assert re.fullmatch(r"\w{3}, \d\d \w{3} \d{4} \d\d:\d\d:\d\d GMT", answer.headers["Date"])
+            assert (
+                answer.headers["Cache-Control"] == "no-store"
+                and answer.headers["X-Content-Type-Options"] == "nosniff"
+            )
+            assert re.fullmatch(
+                r"\w{3}, \d\d \w{3} \d{4} \d\d:\d\d:\d\d GMT", answer.headers["Date"]
+            )
             assert (answer.headers["Content-Length"] is None) == (answer.status == 204)
             if answer.status >= 400:
-                assert list(answer.json) == ["error"] and answer.headers["Content-Type"] == "application/json"
+                assert (
+                    list(answer.json) == ["error"]
+                    and answer.headers["Content-Type"] == "application/json"
+                )
         assert answer.status == 400 and answer.headers["Connection"] == "close" and client.ended()
 
 
 def test_head_is_answered_like_get_without_the_body(server):
     with server.client() as client:
-        for target in "/", "/healthz", "/openapi.json", "/tasks", f"/poll-echo/{uuid.uuid4()}", "/x":
+        for target in (
+            "/",
+            "/healthz",
+            "/openapi.json",
+            "/tasks",
+            f"/poll-echo/{uuid.uuid4()}",
+            "/x",
+        ):
             got, head = client.ask("GET", target), client.ask("HEAD", target)
             assert head.status == got.status
-            assert {k: v for k, v in head.headers.items() if k != "Date"} == {k: v for k, v in got.headers.items() if k != "Date"}
+            assert {k: v for k, v in head.headers.items() if k != "Date"} == {
+                k: v for k, v in got.headers.items() if k != "Date"
+            }
 
 
 def test_pipelined_requests_are_answered_in_their_order(server, gate):
@@ -2161,7 +2440,11 @@ def test_pipelined_requests_are_answered_in_their_order(server, gate):
         path = f"/poll-gate/{first['id']}"
         sent = [raw("GET", path + "?wait=30")]
         for n in range(30):
-            sent += [raw("POST", "/create-echo", {"name": str(n)}), raw("GET", "/tasks?limit=1"), raw("GET", f"/{n}")]
+            sent += [
+                raw("POST", "/create-echo", {"name": str(n)}),
+                raw("GET", "/tasks?limit=1"),
+                raw("GET", f"/{n}"),
+            ]
         client.send(b"".join(sent))
         gate.wait_for()
         assert other.ask("GET", "/healthz").status == 200
@@ -2174,11 +2457,19 @@ def test_pipelined_requests_are_answered_in_their_order(server, gate):
             assert refused.status == 404
 
 
-@pytest.mark.parametrize("version, lines, stays", [
-    ("1.1", [], True), ("1.1", ["Connection: keep-alive"], True), ("1.1", ["Connection: x, CLOSE"], False),
-    ("1.1", ["Connection: x", "Connection: close"], False), ("1.1", ["Connection: closed"], True),
-    ("1.0", [], False), ("1.0", ["Connection: Keep-Alive"], True), ("1.0", ["Connection: keep-alive, close"], False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "version, lines, stays",
+    [
+        ("1.1", [], True),
+        ("1.1", ["Connection: keep-alive"], True),
+        ("1.1", ["Connection: x, CLOSE"], False),
+        ("1.1", ["Connection: x", "Connection: close"], False),
+        ("1.1", ["Connection: closed"], True),
+        ("1.0", [], False),
+        ("1.0", ["Connection: Keep-Alive"], True),
+        ("1.0", ["Connection: keep-alive, close"], False),
+    ],
+)
 def test_a_connection_stays_or_ends_as_its_client_wishes(server, version, lines, stays):
     with server.client() as client:
         answer = client.ask("GET", "/healthz", b"", *lines, version=version)
@@ -2204,20 +2495,34 @@ def test_100_continue_is_said_when_the_request_is_accepted_and_its_body_awaited(
         client.send(head + body)
         assert client.answer().status == 201  # no 100: the body was there
     with server.client() as client:
-        client.send(raw("POST", "/create-echo", b"", "Expect: 100-continue", CHUNKED.decode()).replace(b"Content-Length: 0\r\n", b""))
+        client.send(
+            raw("POST", "/create-echo", b"", "Expect: 100-continue", CHUNKED.decode()).replace(
+                b"Content-Length: 0\r\n", b""
+            )
+        )
         assert client.answer().status == 100
         client.send(b"d\r\n" + body + b"\r\n0\r\n\r\n")
         assert client.answer().status == 201
 
 
-@pytest.mark.parametrize("target, lines, version, status", [
-    ("/nowhere", [], "1.1", 404), ("/healthz", [], "1.1", 405), ("/create-echo", ["Content-Encoding: gzip"], "1.1", 415),
-    ("/create-echo", ["Content-Length: 9"], "1.1", 400), ("/create-echo", [], "1.0", None),
-])  # fmt: skip
-def test_no_100_continue_for_what_is_refused_nor_to_http_1_0(server, target, lines, version, status):
+@pytest.mark.parametrize(
+    "target, lines, version, status",
+    [
+        ("/nowhere", [], "1.1", 404),
+        ("/healthz", [], "1.1", 405),
+        ("/create-echo", ["Content-Encoding: gzip"], "1.1", 415),
+        ("/create-echo", ["Content-Length: 9"], "1.1", 400),
+        ("/create-echo", [], "1.0", None),
+    ],
+)
+def test_no_100_continue_for_what_is_refused_nor_to_http_1_0(
+    server, target, lines, version, status
+):
     body = b'{"name": "x"}'
     with server.client() as client:
-        client.send(raw("POST", target, body, "Expect: 100-continue", *lines, version=version)[: -len(body)])
+        client.send(
+            raw("POST", target, body, "Expect: 100-continue", *lines, version=version)[: -len(body)]
+        )
         if status is None:
             assert not client.says(0.1)
             client.send(body)
@@ -2228,11 +2533,19 @@ def test_no_100_continue_for_what_is_refused_nor_to_http_1_0(server, target, lin
 def test_a_body_is_never_taken_for_a_request(server):
     inner = raw("POST", "/create-echo", {"name": "smuggled"})
     with server.client() as client:
-        for method, target, status in ("GET", "/healthz", 200), ("PUT", "/nowhere", 404), ("DELETE", "/healthz", 405):
+        for method, target, status in (
+            ("GET", "/healthz", 200),
+            ("PUT", "/nowhere", 404),
+            ("DELETE", "/healthz", 405),
+        ):
             client.send(raw(method, target, b"", f"Content-Length: {len(inner)}") + inner)
             assert client.answer().status == status
         assert client.ask("GET", "/tasks").json == {"tasks": []}
-    for lines in ["Transfer-Encoding: chunked", "Content-Length: 5"], ["Content-Length: 0", "Content-Length: 5"], ["Transfer-Encoding: x"]:
+    for lines in (
+        ["Transfer-Encoding: chunked", "Content-Length: 5"],
+        ["Content-Length: 0", "Content-Length: 5"],
+        ["Transfer-Encoding: x"],
+    ):
         with server.client() as client:
             client.send(raw("PUT", "/healthz", b"", *lines) + b"0\r\n\r\n" + inner)
             assert client.answer().status in (400, 501)
@@ -2251,12 +2564,16 @@ def test_a_body_cut_short_makes_no_task(server):
         assert client.ask("GET", "/tasks").json == {"tasks": []}
 
 
-@pytest.mark.parametrize("head, status", [
-    (b"POST /create-echo HTTP/1.1\r\nHost: h\r\nContent-Length: 50000000\r\n\r\n", 413),
-    (b"POST /create-echo HTTP/1.1\r\nHost: h\r\n" + CHUNKED + b"\r\n\r\n2faf080\r\n", 413),
-    (b"GET /" + b"x" * 9000 + b" HTTP/1.1\r\n", 414),
-    (b"nonsense\r\n\r\n", 400),
-], ids=brief)  # fmt: skip
+@pytest.mark.parametrize(
+    "head, status",
+    [
+        (b"POST /create-echo HTTP/1.1\r\nHost: h\r\nContent-Length: 50000000\r\n\r\n", 413),
+        (b"POST /create-echo HTTP/1.1\r\nHost: h\r\n" + CHUNKED + b"\r\n\r\n2faf080\r\n", 413),
+        (b"GET /" + b"x" * 9000 + b" HTTP/1.1\r\n", 414),
+        (b"nonsense\r\n\r\n", 400),
+    ],
+    ids=brief,
+)
 def test_a_client_gets_its_refusal_even_when_it_is_still_sending(server, head, status):
     with server.client() as client:
         client.send(head)
@@ -2279,11 +2596,18 @@ def test_the_phases_have_the_agreed_seconds():
     assert {phase: taskserver.PHASE_SECONDS[phase] for phase in agreed} == agreed
 
 
-@pytest.mark.parametrize("begin", [
-    b"GET /healthz HTTP/1.1\r\nA: ",
-    b"POST /create-echo HTTP/1.1\r\nHost: h\r\nContent-Type: application/json\r\nContent-Length: 100000\r\n\r\n",
-    b"POST /create-echo HTTP/1.1\r\nHost: h\r\nContent-Type: application/json\r\n" + CHUNKED + b"\r\n\r\n5000\r\n",
-], ids=["header", "body", "chunked body"])  # fmt: skip
+@pytest.mark.parametrize(
+    "begin",
+    [
+        b"GET /healthz HTTP/1.1\r\nA: ",
+        b"POST /create-echo HTTP/1.1\r\nHost: h\r\nContent-Type: application/json\r\n"
+        b"Content-Length: 100000\r\n\r\n",
+        b"POST /create-echo HTTP/1.1\r\nHost: h\r\nContent-Type: application/json\r\n"
+        + CHUNKED
+        + b"\r\n\r\n5000\r\n",
+    ],
+    ids=["header", "body", "chunked body"],
+)
 def test_a_client_that_drips_is_cut_after_one_deadline_over_the_whole(server, monkeypatch, begin):
     patient(monkeypatch, header=0.3, body=0.3)
     with server.client() as client:
@@ -2322,7 +2646,9 @@ def test_a_client_that_never_reads_is_cut(server, monkeypatch, application):
     request = raw("GET", f"/poll-{record['type']}/{record['id']}")
     with server.client(receive_buffer=4096) as client:
         client.send(request * 20)
-        assert eventually(lambda: server.open_connections() == 1) and eventually(lambda: server.open_connections() == 0)
+        assert eventually(lambda: server.open_connections() == 1) and eventually(
+            lambda: server.open_connections() == 0
+        )
         received = 0
         with contextlib.suppress(ConnectionError):
             while True:
@@ -2350,7 +2676,11 @@ def test_a_slow_reader_gets_a_result_of_1_mib_whole(server, application):
 
 def test_clients_that_vanish_leave_nothing_behind(server, application, gate, caplog):
     record = create(application, "gate")
-    whole = [raw("GET", f"/poll-gate/{record['id']}?wait=30"), raw("POST", "/create-echo", {"name": "x"}), raw("GET", "/") * 50]
+    whole = [
+        raw("GET", f"/poll-gate/{record['id']}?wait=30"),
+        raw("POST", "/create-echo", {"name": "x"}),
+        raw("GET", "/") * 50,
+    ]
     chance = random.Random(5)
     for n in range(150):
         client = server.client()
@@ -2365,13 +2695,20 @@ def test_clients_that_vanish_leave_nothing_behind(server, application, gate, cap
 
 
 def test_a_connection_that_waits_keeps_no_answer_and_no_request(server, application):
+    tracemalloc = pytest.importorskip("tracemalloc")
     record = final(application, create(application, "echo", result="x" * (MIB - 2)))
-    asked = raw("GET", f"/poll-echo/{record['id']}"), raw("POST", "/create-echo", {"name": "x", "more": "x" * (MIB - 100)})
+    asked = (
+        raw("GET", f"/poll-echo/{record['id']}"),
+        raw("POST", "/create-echo", {"name": "x", "more": "x" * (MIB - 100)}),
+    )
     tracemalloc.start()
     try:
         with contextlib.ExitStack() as stack:
             for n in range(20):
-                assert stack.enter_context(server.client()).send(asked[n % 2]).answer().status in (200, 201)
+                assert stack.enter_context(server.client()).send(asked[n % 2]).answer().status in (
+                    200,
+                    201,
+                )
             assert eventually(lambda: tracemalloc.get_traced_memory()[0] < 5 * MIB)
     finally:
         tracemalloc.stop()
@@ -2411,6 +2748,529 @@ def test_long_polls_hold_up_nobody(server, gate):
         assert {poll.answer().json["status"] for poll in polls} == {"completed"}
 
 
+class Bell:
+    """An endpoint whose answer comes later: when it is rung, or after some seconds."""
+
+    def __init__(self, seconds=LONG):
+        self.seconds = seconds
+        self.wakes = []  # what rings, of each that has waited
+        self.waiting = threading.Semaphore(0)  # released when one waits
+        self.left = threading.Semaphore(0)  # released when one waits no more
+
+    def __call__(self, request):
+        return taskserver.Later(self.seconds, self.watch, self.unwatch, self.answer)
+
+    def watch(self, wake):
+        self.wakes.append(wake)
+        self.waiting.release()
+
+    def unwatch(self, wake):
+        assert wake in self.wakes
+        self.left.release()
+
+    def answer(self):
+        return Response(200, b'"rung"')
+
+    def await_waiting(self, n=1):
+        """Wait until so many more wait."""
+        for _ in range(n):
+            assert self.waiting.acquire(timeout=LONG)
+
+    def await_left(self, n=1):
+        """Wait until so many more wait no longer."""
+        for _ in range(n):
+            assert self.left.acquire(timeout=LONG)
+
+
+@pytest.fixture
+def bell(application):
+    """What GET /bell waits for."""
+    bell = Bell()
+    application.router.add("GET", "/bell", bell, blocks=taskserver.never_blocks)
+    return bell
+
+
+@pytest.fixture(params=["plain", "TLS"])
+def either(request, application):
+    """A server with or without TLS; `connect()` makes a client of it."""
+    if request.param == "plain":
+        with serving(application) as server:
+            server.connect = server.client
+            yield server
+    else:
+        tls = request.getfixturevalue("tls")
+        tls.connect = tls.tls_client
+        yield tls
+
+
+def pass_through_the_loop(client):
+    """Return when the server has done all that was to do before."""
+    for _ in range(2):  # the first may be answered in the round that has yet to do it
+        assert client.ask("OPTIONS", "/").status == 204
+
+
+def test_an_answer_that_comes_later_comes_once_however_often_it_is_rung(either, bell):
+    with either.connect() as client, either.connect() as other:
+        client.send(raw("GET", "/bell"))
+        bell.await_waiting()
+        pass_through_the_loop(other)
+        assert not client.says(0)
+        in_threads(5, lambda n: bell.wakes[0]())
+        assert client.answer().json == "rung"
+        bell.await_left()
+        pass_through_the_loop(other)
+        assert not client.says(0)
+        assert client.ask("GET", "/healthz").status == 200
+
+
+def test_a_wake_that_comes_late_wakes_no_later_wait(either, bell):
+    with either.connect() as client, either.connect() as other:
+        client.send(raw("GET", "/bell"))
+        bell.await_waiting()
+        bell.wakes[0]()
+        assert client.answer().json == "rung"
+        client.send(raw("GET", "/bell"))
+        bell.await_waiting()
+        bell.wakes[0]()
+        pass_through_the_loop(other)
+        assert not client.says(0)
+        bell.wakes[1]()
+        assert client.answer().json == "rung"
+
+
+def test_what_is_due_at_once_or_after_its_seconds_is_not_rung(server, bell, monkeypatch):
+    monkeypatch.setattr(bell, "watch", lambda wake: (bell.wakes.append(wake), wake(), wake()))
+    with server.client() as client:
+        assert [client.ask("GET", "/bell").json for _ in range(3)] == ["rung"] * 3
+    monkeypatch.undo()
+    bell.seconds = 0.01
+    with server.client() as client:
+        assert [client.ask("GET", "/bell").json for _ in range(3)] == ["rung"] * 3
+    bell.await_left(6)
+
+
+def test_requests_behind_one_that_waits_are_answered_after_it(either, bell):
+    with either.connect() as client, either.connect() as other:
+        client.send(raw("GET", "/bell") + raw("GET", "/healthz") + raw("GET", "/bell")[:9])
+        bell.await_waiting()
+        client.send(raw("GET", "/bell")[9:] + raw("GET", "/nowhere"))
+        pass_through_the_loop(other)
+        assert not client.says(0)
+        bell.wakes[0]()
+        assert client.answer().json == "rung"
+        assert client.answer().json["status"] == "ok"
+        bell.await_waiting()
+        pass_through_the_loop(other)
+        assert not client.says(0)
+        bell.wakes[1]()
+        assert [client.answer().status for _ in range(2)] == [200, 404]
+
+
+def test_more_than_is_read_ahead_behind_one_that_waits_is_answered_too(either, bell):
+    sent = raw("POST", "/create-echo", {"name": "x", "more": "x" * 900_000})
+    with either.connect() as client:
+        client.send(raw("GET", "/bell"))
+        bell.await_waiting()
+        sender = threading.Thread(target=client.send, args=(sent * 3,), daemon=True)
+        sender.start()
+        bell.wakes[0]()
+        assert [client.answer().status for _ in range(4)] == [200, 201, 201, 201]
+        sender.join(LONG)
+
+
+@pytest.mark.parametrize("how", ["closes", "vanishes"])
+def test_who_waits_is_freed_at_once_when_its_client_goes(either, bell, how):
+    clients = [either.connect() for _ in range(5)]
+    for client in clients:
+        client.send(raw("GET", "/bell"))
+    bell.await_waiting(5)
+    for client in clients:
+        client.vanish() if how == "vanishes" else client.__exit__()
+    bell.await_left(5)
+    assert eventually(lambda: either.open_connections() == 0)
+
+
+def test_who_ends_its_sending_side_gets_the_record_as_it_is_now(server, bell, gate):
+    with server.client() as client:
+        record = client.ask("POST", "/create-gate", {"name": "x"}).json
+        gate.wait_for()
+        client.send(raw("GET", f"/poll-gate/{record['id']}?wait=30") + raw("GET", "/bell"))
+        client.send(raw("GET", "/nowhere"))
+        client.socket.shutdown(socket.SHUT_WR)
+        assert client.answer().json["status"] == "pending"
+        assert client.answer().json == "rung"
+        assert client.answer().status == 404
+        assert client.ended()
+    bell.await_left()
+    assert eventually(lambda: server.open_connections() == 0)
+
+
+def test_over_tls_who_ends_its_sending_side_gets_the_answer_as_it_is_now(tls, bell):
+    import ssl
+
+    with tls.client() as client:
+        incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        session = tls.client_context.wrap_bio(incoming, outgoing, server_hostname="localhost")
+
+        def do(step, *arguments):
+            """Take a step of TLS, whose bytes go over the socket."""
+            while True:
+                try:
+                    result = step(*arguments)
+                    break
+                except ssl.SSLWantReadError:
+                    client.send(outgoing.read())
+                    incoming.write(client.socket.recv(65_536))
+            client.send(outgoing.read())
+            return result
+
+        do(session.do_handshake)
+        do(session.write, raw("GET", "/bell"))
+        bell.await_waiting()
+        with contextlib.suppress(ssl.SSLWantReadError):
+            session.unwrap()  # says that nothing more comes, and would wait for the same
+        client.send(outgoing.read())
+        received = b""
+        while b'"rung"' not in received:
+            received += do(session.read, 65_536)
+        bell.await_left()
+        while client.socket.recv(65_536):  # the connection ends, though this side is open
+            pass
+    assert eventually(lambda: tls.open_connections() == 0)
+
+
+def test_who_waits_is_answered_when_the_server_shuts_down(application, bell):
+    with serving(application) as server, server.client() as client:
+        client.send(raw("GET", "/bell") + raw("GET", "/bell"))
+        bell.await_waiting()
+        server.shutdown(LONG)
+        answer = client.answer()
+        assert answer.json == "rung"
+        assert answer.headers["Connection"] == "close"
+        assert client.ended()
+        bell.await_left()
+
+
+def test_two_hundred_that_wait_have_no_thread_and_all_are_woken(server, application, gate):
+    waiting = threading.Semaphore(0)
+    watch = application.store.watch
+
+    def watch_and_tell(id, wake):
+        watch(id, wake)
+        waiting.release()
+
+    application.store.watch = watch_and_tell
+    with contextlib.ExitStack() as stack:
+        client = stack.enter_context(server.client())
+        record = client.ask("POST", "/create-gate", {"name": "x"}).json
+        gate.wait_for()
+        polls = [stack.enter_context(server.client()) for _ in range(200)]
+        threads = set(threading.enumerate())
+        for poll in polls:
+            poll.send(raw("GET", f"/poll-gate/{record['id']}?wait=30"))
+        for _ in polls:
+            assert waiting.acquire(timeout=LONG)
+        assert set(threading.enumerate()) <= threads
+        gate.opened.set()
+        assert {poll.answer().json["status"] for poll in polls} == {"completed"}
+
+
+def test_others_are_answered_while_many_are_woken(server, application, bell, monkeypatch):
+    monkeypatch.setattr(taskserver.Server, "MAX_RESUMED", 5)
+    order = []
+    rung, asked = threading.Event(), threading.Event()
+
+    def ring(request):
+        for wake in bell.wakes:
+            wake()
+        rung.set()
+        assert asked.wait(LONG)  # the loop is held up until another has asked something
+        return Response(200)
+
+    def note(request):
+        order.append("asked")
+        return Response(200)
+
+    monkeypatch.setattr(bell, "answer", lambda: (order.append("rung"), Response(200))[1])
+    application.router.add("GET", "/ring", ring, blocks=taskserver.never_blocks)
+    application.router.add("GET", "/note", note, blocks=taskserver.never_blocks)
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(server.client()) for _ in range(50)]
+        for client in clients:
+            client.send(raw("GET", "/bell"))
+        bell.await_waiting(50)
+        ringer, other = [stack.enter_context(server.client()) for _ in range(2)]
+        pass_through_the_loop(other)
+        ringer.send(raw("GET", "/ring"))
+        assert rung.wait(LONG)
+        other.send(raw("GET", "/note"))
+        asked.set()
+        assert {client.answer().status for client in [*clients, ringer, other]} == {200}
+    assert order.count("rung") == 50
+    assert order.index("asked") <= 10
+
+
+@pytest.mark.parametrize("faulty", ["watch", "unwatch", "answer"])
+def test_a_fault_of_what_waits_harms_that_connection_alone(server, bell, faulty, caplog):
+    def fail_at_once(*arguments):
+        bell.waiting.release()
+        raise ValueError("a fault of the endpoint's")
+
+    setattr(bell, faulty, fail_at_once)
+    bell.seconds = 0.01
+    with server.client() as client, server.client() as other:
+        client.send(raw("GET", "/bell"))
+        if faulty == "answer":
+            assert client.answer().status == 500
+        else:
+            assert client.ended()
+        leaving = server.client()
+        bell.seconds = LONG
+        leaving.send(raw("GET", "/bell"))
+        bell.await_waiting()
+        leaving.__exit__()
+        assert other.ask("GET", "/healthz").status == 200
+    assert eventually(lambda: server.open_connections() == 0)
+    assert "a fault of the endpoint's" in caplog.text
+
+
+def test_a_refusal_that_comes_later_is_a_refusal(server, bell):
+    def refuse():
+        raise HTTPError(503, "Try again.", ("Retry-After", "5"))
+
+    bell.seconds, bell.answer = 0.01, refuse
+    with server.client() as client:
+        answer = client.ask("GET", "/bell")
+        assert (answer.status, answer.headers["Retry-After"]) == (503, "5")
+        assert client.ask("GET", "/healthz").status == 200
+
+
+class MetTwice(collections.deque):
+    """A queue in which two threads are always together before one goes on."""
+
+    def __init__(self):
+        super().__init__()
+        self.barrier = threading.Barrier(2)
+
+    def append(self, item):
+        super().append(item)
+        with contextlib.suppress(threading.BrokenBarrierError):
+            self.barrier.wait(LONG)
+            self.barrier.abort()  # the two have met; nobody waits from now on
+
+
+def test_two_answers_that_are_ready_in_one_moment_wake_the_loop(application, bell):
+    with serving(application, poll_interval=10 * LONG) as server, contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(server.client()) for _ in range(2)]
+        for client in clients:
+            client.send(raw("GET", "/bell"))
+        bell.await_waiting(2)
+        pass_through_the_loop(stack.enter_context(server.client()))
+        server._due = MetTwice()
+        in_threads(2, lambda n: bell.wakes[n]())
+        assert [client.answer().json for client in clients] == ["rung"] * 2
+
+
+def test_a_request_is_judged_once_however_it_is_answered(server, application, bell):
+    seen, routed = [], []
+    bell.seconds = 0.01
+    application.checks.append(lambda request: seen.append(request.path))
+    application.router.add(
+        "POST",
+        "/odd",
+        lambda request: Response(200),
+        check=lambda request: routed.append(request.path),
+    )
+    body = b'{"name": "x"}'
+    awaited = raw("POST", "/create-echo", body, "Expect: 100-continue")[: -len(body)]
+    asked = 0
+    with server.client() as client:
+        for method, target, sent in [
+            ("GET", "/healthz", b""),
+            ("HEAD", "/healthz", b""),
+            ("OPTIONS", "/", b""),
+            ("GET", "/tasks", b""),  # in a thread
+            ("GET", "/bell", b""),  # later
+            ("POST", "/create-echo", body),
+            ("POST", "/create-echo", b'{"name": "x", "more": "%s"}' % (b"x" * 100_000)),
+            ("POST", "/odd", body),
+            ("GET", "/nowhere", b""),
+            ("PUT", "/healthz", b""),
+        ]:
+            client.ask(method, target, sent)
+            asked += 1
+            assert len(seen) == asked, (method, target)
+        client.send(awaited)
+        assert client.answer().status == 100
+        client.send(body)
+        assert client.answer().status == 201
+        assert len(seen) == asked + 1
+        for byte in bytewise(raw("POST", "/odd", body)):
+            client.send(byte)
+        assert client.answer().status == 200
+        assert len(seen) == asked + 2
+    assert routed == ["/odd"] * 2
+
+
+def test_a_length_is_asked_for_by_create_alone(server):
+    with server.client() as client:
+        for target, status in [
+            ("/nowhere", 404),
+            ("/healthz", 405),
+            (f"/cancel-echo/{uuid.uuid4()}", 404),
+        ]:
+            client.send(f"POST {target} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+            assert client.answer().status == status
+        client.send(b"POST /create-echo HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert client.answer().status == 411
+        assert client.ended()
+
+
+def test_empty_lines_between_requests_leave_a_connection_idle(server, monkeypatch):
+    patient(monkeypatch, header=0.05)
+    with server.client() as client, server.client() as other:
+        client.send(b"\r\n")
+        other.send(raw("GET", "/healthz") + b"\r")
+        assert other.answer().status == 200
+        assert not client.says(0.3)  # no 408
+        assert not other.says(0)
+        client.send(b"\r\n\r\n" + raw("GET", "/healthz") + b"\r\n\r\n")
+        other.send(b"\n\r\n" + raw("GET", "/healthz"))
+        assert client.answer().status == other.answer().status == 200
+        assert not client.says(0.3)
+        client.send(b"G")
+        assert client.answer().status == 408
+
+
+def test_who_sends_nothing_but_empty_lines_is_closed_as_idle_ones_are(server, monkeypatch):
+    patient(monkeypatch, idle=0.3)
+    with server.client() as client:
+        begun = time.monotonic()
+        with contextlib.suppress(ConnectionError):
+            while not client.says(0.02):
+                client.send(b"\r\n")
+                assert time.monotonic() - begun < LONG
+        assert client.ended()
+
+
+class Broken(Exception):
+    """What leaves the loop of a server in a test."""
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_a_server_whose_loop_fails_can_be_shut_down(application, bell, waits):
+    server = WatchedServer(application)
+    if waits:
+        bell.unwatch = lambda wake: fail({}, None)
+    failed = threading.Event()
+
+    def serve():
+        try:
+            server.serve_forever(0.02)
+        except Broken:
+            failed.set()
+
+    serving_thread = threading.Thread(target=serve, daemon=True)
+    serving_thread.start()
+    try:
+        with server.client() as client:
+            client.send(raw("GET", "/bell"))
+            bell.await_waiting()
+            server.errors.append(Broken())
+            with server.client():
+                assert failed.wait(LONG)
+            stopper = threading.Thread(target=server.shutdown, daemon=True)
+            stopper.start()
+            stopper.join(LONG)
+            assert not stopper.is_alive()
+            assert client.ended()
+    finally:
+        serving_thread.join(LONG)
+        server.server_close()
+
+
+def test_a_server_that_does_not_serve_is_shut_down_at_once(application):
+    server = WatchedServer(application)
+    server.shutdown()
+    server.serve_forever()
+    server.server_close()
+
+
+WANT = ["EMFILE", "ENFILE", "ENOBUFS", "ENOMEM"]
+GONE = ["ECONNABORTED", "ECONNRESET", "EPROTO", "ENETDOWN", "EHOSTUNREACH", "EPERM", "EINVAL"]
+
+
+@pytest.mark.parametrize("name", [name for name in GONE if hasattr(errno, name)])
+def test_a_client_that_goes_before_it_is_accepted_holds_up_nobody(application, caplog, name):
+    with serving(application, poll_interval=10 * LONG) as server:
+        with server.client() as idle, server.client() as client:
+            assert idle.ask("GET", "/healthz").status == 200
+            server.errors += [OSError(getattr(errno, name), "gone")] * 3
+            assert client.ask("GET", "/healthz").status == 200
+            with server.client() as other:
+                assert other.ask("GET", "/healthz").status == 200
+            assert not server.errors
+            assert idle.ask("GET", "/healthz").status == 200
+    assert "have to wait" not in caplog.text
+
+
+@pytest.mark.parametrize("name", [name for name in WANT if hasattr(errno, name)])
+def test_want_of_descriptors_or_memory_pauses_accepting_until_one_is_free(
+    application, caplog, name
+):
+    with serving(application, poll_interval=10 * LONG) as server:
+        with server.client() as client, server.client() as leaving:
+            assert client.ask("GET", "/healthz").status == 200
+            assert leaving.ask("GET", "/healthz").status == 200
+            server.errors += [OSError(getattr(errno, name), "no more")] * 2
+            with server.client() as late:
+                late.send(raw("GET", "/healthz"))
+                assert eventually(lambda: len(server.errors) == 1)
+                pass_through_the_loop(client)
+                assert len(server.errors) == 1  # it does not try again and again
+                server.errors.clear()
+                leaving.__exit__()
+                assert late.answer().status == 200
+    assert caplog.text.count("have to wait") == 1
+
+
+@pytest.mark.skipif(not hasattr(os, "register_at_fork"), reason="needs a system that forks")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_copy_that_a_task_forks_does_not_keep_the_sockets(application, bell):
+    mine, its = socket.socketpair()
+
+    def fork(payload, report):
+        """Leave a copy of this process behind, which ends when the test lets it."""
+        pid = os.fork()
+        if pid == 0:
+            mine.close()
+            its.recv(1)
+            os._exit(0)
+        return pid
+
+    application.task("fork")(fork)
+    try:
+        with serving(application) as server:
+            port = server.server_port
+            client, waiting = server.client(), server.client()
+            waiting.send(raw("GET", "/bell"))
+            bell.await_waiting()
+            created = client.ask("POST", "/create-fork", {"name": "x"}).json
+            record = client.ask("GET", f"/poll-fork/{created['id']}?wait=30").json
+            assert record["status"] == "completed"
+            assert client.ask("GET", "/healthz").status == 200  # the server has its sockets still
+        with client, waiting:
+            assert client.ended()
+            assert waiting.answer().json == "rung"
+            assert waiting.ended()
+        assert os.waitpid(record["result"], os.WNOHANG) == (0, 0)  # it lives
+        taskserver.Server(("127.0.0.1", port), application).server_close()
+    finally:
+        its.close()
+        mine.close()
+    os.waitpid(record["result"], 0)
+
+
 def test_a_server_that_shuts_down_sends_the_answers_under_way(application, gate):
     with serving(application) as server:
         client, idle = server.client(), server.client()
@@ -2442,16 +3302,17 @@ def test_a_burst_of_300_clients_is_answered(server):
     assert eventually(lambda: server.open_connections() == 0)
 
 
-def test_no_thread_for_a_request_delays_it_and_harms_nobody(server, application, gate, monkeypatch):
-    record = create(application, "gate")
-    gate.wait_for()
+def test_no_thread_for_a_request_delays_it_and_harms_nobody(server, monkeypatch):
+    def refuse(thread):
+        raise RuntimeError("can't start new thread")
+
     with server.client() as client, server.client() as other:
         with monkeypatch.context() as patch:
-            patch.setattr(threading.Thread, "start", lambda thread: (_ for _ in ()).throw(RuntimeError("no thread")))
-            client.send(raw("GET", f"/poll-gate/{record['id']}?wait=0.01"))
-            assert not client.says(0.1)
-            assert other.ask("GET", "/healthz").status == 200
-        assert client.answer().json["status"] == "pending"
+            patch.setattr(threading.Thread, "start", refuse)
+            client.send(raw("GET", "/tasks"))
+            pass_through_the_loop(other)
+            assert not client.says(0)
+        assert client.answer().json == {"tasks": []}
 
 
 def test_mutated_requests_over_a_socket_get_an_answer_or_nothing(server):
@@ -2491,11 +3352,18 @@ def test_more_clients_than_descriptors_make_no_busy_loop_and_it_recovers():
         assert "new connections have to wait" in program.log(wait_for="have to wait")
 
         def burnt():
-            fields = pathlib.Path(f"/proc/{program.process.pid}/stat").read_text().rsplit(")", 1)[1].split()
+            fields = (
+                pathlib.Path(f"/proc/{program.process.pid}/stat")
+                .read_text()
+                .rsplit(")", 1)[1]
+                .split()
+            )
             return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
         before = burnt()
-        assert not select.select([client.socket for client in clients if client not in served], [], [], 0.7)[0]
+        assert not select.select(
+            [client.socket for client in clients if client not in served], [], [], 0.7
+        )[0]
         assert burnt() - before < 0.2
         for client in served:
             client.__exit__()
@@ -3330,27 +4198,71 @@ def test_a_database_of_another_program_stays_as_it_is_whatever_its_version(tmp_p
 # -- 11. Access ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("host, status", [
-    ("localhost", 200), ("LocalHost:8000", 200), ("127.0.0.1", 200), ("127.0.0.1:80", 200), ("10.1.2.3", 200), ("[::1]:8000", 200),
-    ("[fe80::1]", 200), ("tasks.example:8000", 200), ("TASKS.example", 200), ("", 200),
-    ("evil.example", 421), ("localhost.evil.example", 421), ("127.0.0.1.evil.example", 421), ("tasks.example.", 421), ("1.2.3", 421),
-    ("localhost,evil.example", 421), ("127.0.0.1evil", 421), ("0x7f000001", 421),
-])  # fmt: skip
-def test_a_host_that_is_no_address_nor_allowed_is_421_and_the_flag_is_named(application, host, status):
-    application.before_request.append(taskserver.check_host(["Tasks.example"]))
-    for target in "/healthz", "/":
+@pytest.mark.parametrize(
+    "host, status",
+    [
+        ("localhost", 200),
+        ("LocalHost:8000", 200),
+        ("127.0.0.1", 200),
+        ("127.0.0.1:80", 200),
+        ("10.1.2.3", 200),
+        ("[::1]:8000", 200),
+        ("[fe80::1]", 200),
+        ("tasks.example:8000", 200),
+        ("TASKS.example", 200),
+        ("localhost.", 200),
+        ("Localhost.:0008000", 200),
+        ("tasks.example.", 200),
+        ("", 200),
+        ("evil.example", 421),
+        ("localhost.evil.example", 421),
+        ("127.0.0.1.evil.example", 421),
+        ("localhost..", 421),
+        ("localhost.evil.example.", 421),
+        ("1.2.3", 421),
+        ("localhost,evil.example", 421),
+        ("127.0.0.1evil", 421),
+        ("0x7f000001", 421),
+    ],
+)
+def test_a_host_that_is_no_address_nor_allowed_is_421_and_the_flag_is_named(
+    application, host, status
+):
+    application.checks.append(taskserver.check_host(["Tasks.example"]))
+    for target in "/tasks", "/":
         answer = ask(application, "GET", target, host=host)
         assert answer.status == status
         assert status == 200 or "--allow-host" in answer.json["error"]
 
 
-@pytest.mark.parametrize("authorization, status", [
-    ("Bearer s3cret", 201), ("bearer s3cret", 201), ("BEARER  s3cret ", 201),
-    (None, 401), ("", 401), ("Bearer", 401), ("Bearer ", 401), ("Bearer s3cre", 401), ("Bearer s3crets", 401), ("Basic s3cret", 401),
-    ("s3cret", 401), ("Bearer s3cr\xe9t", 401), ("Bearer s3cret, Bearer s3cret", 401), ("Bearer S3CRET", 401),
-], ids=brief)  # fmt: skip
+def test_a_name_may_be_allowed_with_the_dot_that_ends_all_names(application):
+    application.checks.append(taskserver.check_host(["tasks.example."]))
+    for host in "tasks.example", "tasks.example.:80":
+        assert ask(application, "GET", "/tasks", host=host).status == 200
+
+
+@pytest.mark.parametrize(
+    "authorization, status",
+    [
+        ("Bearer s3cret", 201),
+        ("bearer s3cret", 201),
+        ("BEARER  s3cret ", 201),
+        (None, 401),
+        ("", 401),
+        ("Bearer", 401),
+        ("Bearer ", 401),
+        ("Bearer s3cre", 401),
+        ("Bearer s3crets", 401),
+        ("Basic s3cret", 401),
+        ("s3cret", 401),
+        ("Bearer s3cr\xe9t", 401),
+        ("Bearer s3cret, Bearer s3cret", 401),
+        ("Bearer S3CRET", 401),
+    ],
+    ids=brief,
+)
 def test_a_token_is_asked_for(application, authorization, status):
-    application.before_request.append(taskserver.check_token("s3cret"))
+    application.checks.append(taskserver.check_token("s3cret"))
     answer = ask(application, "POST", "/create-echo", {"name": "x"}, authorization=authorization)
     assert answer.status == status
     if status == 401:
@@ -3358,52 +4270,125 @@ def test_a_token_is_asked_for(application, authorization, status):
         assert "s3cr" not in answer.json["error"]
 
 
-def test_health_and_page_are_open_and_nothing_else(application):
-    application.before_request.append(taskserver.check_token("s3cret"))
-    statuses = {(method, target): ask(application, method, target).status
-                for method in ("GET", "HEAD", "POST", "OPTIONS", "PUT")
-                for target in ("/", "/healthz", "/tasks", "/openapi.json", "/nowhere", "/create-echo", "/poll-echo/1", "//", "/%68ealthz")}  # fmt: skip
-    assert [key for key, status in statuses.items() if status != 401] == [
-        (method, target) for method in ("GET", "HEAD") for target in ("/", "/healthz")]  # fmt: skip
+OPEN = ["/", "/healthz", "/tasks", "/openapi.json", "/create-echo", "/poll-echo/1"]
+CLOSED = ["/nowhere", "//", "/healthz/"]
+
+
+@pytest.mark.parametrize("target", [*OPEN, *CLOSED])
+def test_health_page_and_options_are_open_and_nothing_else(application, target):
+    application.checks.append(taskserver.check_token("s3cret"))
+    statuses = {
+        method: ask(application, method, target).status
+        for method in ("GET", "HEAD", "POST", "OPTIONS", "PUT")
+    }
+    refused = dict.fromkeys(statuses, 401)
+    if target in OPEN:
+        refused.pop("OPTIONS")
+    if target in ("/", "/healthz"):
+        refused.pop("GET")
+        refused.pop("HEAD")
+    assert refused == {method: status for method, status in statuses.items() if status == 401}
+    assert {statuses[method] for method in statuses if method not in refused} <= {200, 204}
+
+
+@pytest.mark.parametrize("checks", ["token", "host", "both"])
+def test_what_a_balancer_asks_is_answered_and_tells_it_the_status_alone(application, checks):
+    if checks != "host":
+        application.checks.append(taskserver.check_token("s3cret"))
+    if checks != "token":
+        application.checks.append(taskserver.check_host([]))
+    foreign = b"GET /healthz HTTP/1.1\r\nHost: evil.example\r\n\r\n"
+    with serving(application) as server, server.client() as client:
+        client.send(foreign.replace(b"evil.example", b"localhost"))
+        known = client.answer()
+        assert (known.json == {"status": "ok"}) == (checks != "host")
+        client.send(foreign + foreign.replace(b"GET", b"HEAD"))
+        stranger = client.answer()
+        assert (stranger.status, client.answer("HEAD").status) == (200, 200)
+        assert (stranger.json == {"status": "ok"}) == (
+            checks != "token" or known.json == stranger.json
+        )
+        client.send(
+            foreign.replace(b"evil.example\r\n", b"localhost\r\nAuthorization: Bearer s3cret\r\n")
+        )
+        assert {"waiting", "running", "oldest_waiting"} <= set(client.answer().json)
+        for path in b"/tasks", b"*":
+            client.send(b"OPTIONS %s HTTP/1.1\r\nHost: evil.example\r\n\r\n" % path)
+            answer = client.answer()
+            assert answer.status == 204
+            assert "OPTIONS" in answer.headers["Allow"]
+        client.send(b"GET /healthz HTTP/1.0\r\n\r\n")
+        assert client.answer().status == 200
+        assert client.ended()
+    with serving(application) as server, server.client() as client:
+        client.send(b"GET /healthz HTTP/1.1\r\n\r\n")
+        assert client.answer().status == 400
+        assert client.ended()
 
 
 @pytest.fixture(scope="session")
 def certificate(tmp_path_factory):
-    """A self-signed certificate and its key."""
+    """A file with a self-signed certificate for localhost, and with its key: twice its path."""
     pytest.importorskip("ssl")
-    if not shutil.which("openssl"):
-        pytest.skip("needs openssl to make a certificate")
-    folder = tmp_path_factory.mktemp("tls")
-    subprocess.check_call(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=localhost", "-days", "2",
-                           "-keyout", str(folder / "key"), "-out", str(folder / "cert")],
-                          stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
-    return str(folder / "cert"), str(folder / "key")
+    path = tmp_path_factory.mktemp("tls") / "certificate.pem"
+    path.write_text(taskserver.SELF_CHECK_PEM, encoding="ascii")
+    return str(path), str(path)
 
 
 @pytest.fixture
 def tls(application, certificate):
-    """A server that speaks TLS."""
+    """A server that speaks TLS; `tls_client()` makes a client of it."""
     import ssl
 
     context = ssl.create_default_context(cafile=certificate[0])
-    context.check_hostname = False
 
     class TLSClient(Client):
         def __init__(self, port):
             super().__init__(port)
             self.file.close()
-            self.socket = context.wrap_socket(self.socket)
+            self.socket = context.wrap_socket(self.socket, server_hostname="localhost")
             self.file = self.socket.makefile("rb")
 
-    with serving(application, certificate) as server:
+    with serving(application, taskserver.tls_context(*certificate)) as server:
+        server.client_context = context
         server.tls_client = lambda: TLSClient(server.server_port)
         yield server
+
+
+@pytest.mark.parametrize(
+    "ciphers", [None, "ECDHE-ECDSA-CHACHA20-POLY1305", "ECDHE+AES:!AESGCM:!AESCCM"]
+)
+def test_tls_1_2_has_forward_secrecy_and_authenticated_encryption_or_is_not_spoken(tls, ciphers):
+    import ssl
+
+    tls.client_context.maximum_version = ssl.TLSVersion.TLSv1_2
+    if ciphers:
+        tls.client_context.set_ciphers(ciphers)
+    if ciphers and "!" in ciphers:
+        with pytest.raises(ssl.SSLError):
+            tls.tls_client()
+        return
+    with tls.tls_client() as client:
+        assert client.ask("GET", "/healthz").status == 200
+        name, version, _ = client.socket.cipher()
+        assert re.match("ECDHE-ECDSA-(CHACHA20-POLY1305|AES(128|256)-GCM-)", name)
+        assert version == "TLSv1.2"
+
+
+def test_tls_offers_nothing_else(certificate):
+    for cipher in taskserver.tls_context(*certificate).get_ciphers():
+        if cipher["protocol"] == "TLSv1.2":
+            assert re.match(
+                "ECDHE-(RSA|ECDSA)-(CHACHA20-POLY1305|AES(128|256)-GCM-)", cipher["name"]
+            )
 
 
 def test_tls_carries_what_plain_connections_carry(tls, application, gate):
     record = outcome(application, lambda payload, report: "x" * (MIB - 2))
     with tls.tls_client() as client:
-        assert client.ask("POST", "/create-echo", {"name": "x", "more": "y" * 300_000}).status == 201
+        assert (
+            client.ask("POST", "/create-echo", {"name": "x", "more": "y" * 300_000}).status == 201
+        )
         client.send(raw("GET", "/healthz") * 20)
         assert {client.answer().status for _ in range(20)} == {200}
         for _ in range(3):
@@ -3418,7 +4403,11 @@ def test_tls_carries_what_plain_connections_carry(tls, application, gate):
 
 def test_a_client_of_tls_gets_its_refusal_even_when_it_is_still_sending(tls):
     with tls.tls_client() as client:
-        client.send(raw("POST", "/create-echo", b"", "Content-Length: 50000000").replace(b"Content-Length: 0\r\n", b""))
+        client.send(
+            raw("POST", "/create-echo", b"", "Content-Length: 50000000").replace(
+                b"Content-Length: 0\r\n", b""
+            )
+        )
         with contextlib.suppress(OSError):
             for _ in range(20):
                 client.send(b"x" * 65_536)
