@@ -2710,7 +2710,8 @@ def parse_request_line(line: bytes) -> tuple[str, str, str, str, int]:
         raise HTTPError(414, f"Send a request line of at most {MAX_LINE} bytes.")
     match = _REQUEST_LINE.fullmatch(line)
     if not match:
-        raise HTTPError(400, _advice_for(line))
+        sentence = "Send a request line such as GET /healthz HTTP/1.1, correctly percent-encoded."
+        raise HTTPError(400, _advice_for(line, sentence))
     method, authority, path, query, major, minor = [
         (group or b"").decode() for group in match.groups()
     ]
@@ -2720,7 +2721,7 @@ def parse_request_line(line: bytes) -> tuple[str, str, str, str, int]:
         path = "/"
     is_asterisk = path == "*" and method == "OPTIONS" and not authority
     if not path.startswith("/") and not is_asterisk:
-        raise HTTPError(400, "Send a path that begins with a slash.")
+        raise HTTPError(400, _advice_for(line, "Send a path that begins with a slash."))
     if "%" in line.decode():
         try:
             urllib.parse.unquote(f"{path}?{query}", errors="strict")
@@ -2730,13 +2731,13 @@ def parse_request_line(line: bytes) -> tuple[str, str, str, str, int]:
     return method, authority, path, query, int(minor)
 
 
-def _advice_for(line: bytes) -> str:
-    """Return what to say of a request line that is not well-formed."""
+def _advice_for(line: bytes, otherwise: str) -> str:
+    """Return what to say of a request line that is refused, if it is none of two known kinds."""
     if line.startswith(b"CONNECT "):
         return "This server is no proxy: send GET or POST with a path, not CONNECT."
     if _ABSOLUTE_FORM.match(line):
         return "Send a path, or a URL of http or https with a well-formed host."
-    return "Send a request line such as GET /healthz HTTP/1.1, with correct percent-encoding."
+    return otherwise
 
 
 @functools.lru_cache(maxsize=512)  # or the same headers with another path
