@@ -3111,6 +3111,7 @@ class Server(http.server.ThreadingHTTPServer):
         self._next_check = -math.inf  # when the first of all deadlines may pass
         # Filled by any thread: what goes on, the Later that it waited for, and its answer.
         self._due: collections.deque[tuple[Connection, Later | None, Any]] = collections.deque()
+        self._is_woken = False  # whether the loop will look at these before it sleeps
         self._end = math.inf  # when answers under way are given up; set by any thread
         self._is_evicting = False
         self._stopped = threading.Event()  # clear while serve_forever runs
@@ -3229,7 +3230,8 @@ class Server(http.server.ThreadingHTTPServer):
 
     def _put_due(self, connection: Connection, later: Later | None, answer: Any) -> None:
         self._due.append((connection, later, answer))
-        if len(self._due) == 1:  # else the loop is awake, and looks here before it sleeps
+        if not self._is_woken:
+            self._is_woken = True
             self._wake_loop()
 
     def _wake_loop(self) -> None:
@@ -3239,6 +3241,7 @@ class Server(http.server.ThreadingHTTPServer):
     def _forget_wakes(self) -> None:
         with contextlib.suppress(BlockingIOError):
             self._woken.recv(4096)
+        self._is_woken = False  # who puts something from now on wakes anew
 
     def _act(self, connection: Connection, act: Callable[[], None]) -> None:
         """Have a connection do something; then have the selector wait for what it waits for now."""
