@@ -587,8 +587,8 @@ class Store:
         )
         return list(itertools.islice(matching, limit))
 
-    def add(self, record: Record) -> None:
-        """Put in a new record.
+    def add(self, record: Record) -> Record:
+        """Put in a new record; return it as it is held.
 
         Unavailable: the store is full, or a JournalError. RecordRefused: the journal cannot take
         it. Duplicate: its id is taken. Each leaves nothing behind.
@@ -605,7 +605,7 @@ class Store:
                 raise self._is_full("bytes of payloads and results", "--max-memory")
             if self.journal is None:
                 self._insert(record)
-                return
+                return record
             self._sequence += 1
             record = record._replace(sequence=self._sequence)
             self._bytes += size
@@ -622,6 +622,7 @@ class Store:
                     self._insert(record)
                 else:
                     del self._records[record.id]
+        return record
 
     def save(self, record: Record) -> None:
         """Have a record outlive a crash, if there is a journal; nobody sees it yet.
@@ -2337,7 +2338,7 @@ class Application:
                 raise Unavailable("The server is stopping; try again when it is back.", 5)
             task_type.pool.reserve(live)
             try:
-                self.store.add(record)
+                record = self.store.add(record)
             except BaseException:
                 task_type.pool.release(live)
                 raise
