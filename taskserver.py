@@ -542,6 +542,7 @@ class Store:
         self._counts: collections.Counter[tuple[str, str]] = collections.Counter()
         self._finished: collections.deque[tuple[float, str]] = collections.deque()  # oldest first
         self._watchers: dict[str, set[Callable[[], None]]] = {}
+        self._deleting = threading.Lock()  # held by the one thread that has the journal delete
         self._left = threading.Condition()  # guards the next; notified when something leaves it
         self._leaving: set[str] = set()  # ids that were evicted, but may still be in the journal
 
@@ -587,15 +588,15 @@ class Store:
         )
         return list(itertools.islice(matching, limit))
 
-    def add(self, record: Record) -> None:
-        """Put in a new record.
+    def add(self, record: Record) -> Record:
+        """Put in a new record; return it as it is held.
 
         Unavailable: the store is full, or a JournalError. RecordRefused: the journal cannot take
         it. Duplicate: its id is taken. Each leaves nothing behind.
         """
-        if len(self._records) >= self.max_tasks:  # a glance; it is judged below
-            self.evict()
         size = record.size()
+        while self._has_no_room(size) and self.evict():  # a glance; it is judged below
+            pass
         with self._lock.write:
             if record.id in self._records:
                 raise Duplicate(record.id)
@@ -605,7 +606,7 @@ class Store:
                 raise self._is_full("bytes of payloads and results", "--max-memory")
             if self.journal is None:
                 self._insert(record)
-                return
+                return record
             self._sequence += 1
             record = record._replace(sequence=self._sequence)
             self._bytes += size
@@ -622,6 +623,7 @@ class Store:
                     self._insert(record)
                 else:
                     del self._records[record.id]
+        return record
 
     def save(self, record: Record) -> None:
         """Have a record outlive a crash, if there is a journal; nobody sees it yet.
@@ -735,6 +737,10 @@ class Store:
             self._finished = collections.deque(sorted(self._finished))
         return pending
 
+    def _has_no_room(self, size: int) -> bool:
+        """Return whether a record of so many bytes would be one too many."""
+        return len(self._records) >= self.max_tasks or self._bytes + size > self.max_memory
+
     def _is_full(self, what: str, flag: str) -> Unavailable:
         """Return the refusal of one record too many. The write side is held."""
         seconds = self.keep
@@ -769,7 +775,8 @@ class Store:
     def _delete(self, ids: list[str]) -> None:
         """Delete evicted records from the journal."""
         try:
-            self.journal.delete(ids)
+            with self._deleting:
+                self.journal.delete(ids)
         except BaseException as error:  # then they are evicted once more after the next start
             if isinstance(error, JournalLost):
                 self.journal_lost(describe(error))
@@ -1948,6 +1955,11 @@ def idempotency_key(request: Request) -> str | None:
     return key
 
 
+def _still_being_stored() -> HTTPError:
+    sentence = "The first create with this Idempotency-Key is being stored; try again."
+    return HTTPError(409, sentence, ("Retry-After", "1"))
+
+
 def check_origin(request: Request) -> None:
     """See that no page of another site sends this. HTTPError 403.
 
@@ -1959,7 +1971,8 @@ def check_origin(request: Request) -> None:
     if site:
         is_own = site in ("same-origin", "none")
     else:
-        is_own = not origin or origin.lower().partition("://")[2] == request.host.lower()
+        scheme, _, host = origin.lower().rpartition("://")
+        is_own = not origin or (scheme != "" and host == request.host.lower())
     if not is_own:
         raise HTTPError(403, "Send this from a page of this server, or without a browser.")
 
@@ -1976,12 +1989,15 @@ def _unwrapped(function: Any) -> Any:
     return function
 
 
+def _is_a(kind: Callable[[Any], bool], function: Any) -> bool:
+    """Return whether what is called, a function or the `__call__` of an object, is of this kind."""
+    function = _unwrapped(function)
+    return kind(function) or (callable(function) and kind(type(function).__call__))
+
+
 def is_coroutine_function(function: Any) -> bool:
     """Return whether calling something gives a coroutine: an `async def`, or an object's."""
-    function = _unwrapped(function)
-    if inspect.iscoroutinefunction(function):
-        return True
-    return callable(function) and inspect.iscoroutinefunction(type(function).__call__)
+    return _is_a(inspect.iscoroutinefunction, function)
 
 
 def _check_options(name: Any, cpu: bool, timeout: Any, unknown: Mapping[str, Any]) -> None:
@@ -1999,8 +2015,10 @@ def _check_options(name: Any, cpu: bool, timeout: Any, unknown: Mapping[str, Any
         raise ValueError(
             f"task type {name!r}: choose a name of lower-case letters, digits and hyphens"
         )
-    if timeout is not None and not 0 < timeout <= 1e6:
-        raise ValueError(f"task type {name!r}: use a timeout= of at most a million seconds")
+    if timeout is not None and not (isinstance(timeout, (int, float)) and 0 < timeout <= 1e6):
+        raise ValueError(
+            f"task type {name!r}: use a timeout= of more than 0 and at most a million seconds"
+        )
 
 
 def _check_function(name: str, function: Any, cpu: bool) -> None:
@@ -2019,10 +2037,11 @@ def _problem_of(function: Any) -> str:
     if isinstance(function, type) or not callable(function):
         return "decorate a function that takes (payload, report)"
     for kind in inspect.isgeneratorfunction, inspect.isasyncgenfunction:
-        if kind(_unwrapped(function)):
+        if _is_a(kind, function):
             return "a generator cannot be a task: return the result instead of yielding"
     try:
-        inspect.signature(function).bind({}, None)
+        # Its own: what a decorator has made may take other arguments than what it was made of.
+        inspect.signature(function, follow_wrapped=False).bind({}, None)
     except TypeError:
         return "the function must take two arguments, (payload, report)"
     except ValueError:  # written in C, it does not tell
@@ -2181,18 +2200,23 @@ class Application:
     def judge(self, request: Request) -> Call:
         """Return what answers a request, judged by its head, once. Raises nothing."""
         try:
-            refusal = self._refusal_by_checks(request) if self.checks else None
             try:
                 call = self.router.match(request.method, request.path)
-                if call.route.check is not None:
+            except HTTPError as error:  # which only those learn who may come in
+                call = Call(_NO_ROUTE, (), error.response)
+            for check in self.checks:
+                try:
+                    check(request)
+                except HTTPError as refusal:
+                    if refusal.status not in call.route.waived:
+                        return Call(call.route, (), refusal.response)
+                    call = call._replace(trusted=False)
+            if call.refusal is None and call.route.check is not None:
+                try:
                     call.route.check(request)
-            except HTTPError as error:
-                return Call(_NO_ROUTE, (), (refusal or error).response)
-            if refusal is None:
-                return call
-            if refusal.status in call.route.waived:
-                return call._replace(trusted=False)
-            return Call(call.route, (), refusal.response)
+                except HTTPError as refusal:
+                    return Call(call.route, (), refusal.response)
+            return call
         except BaseException as error:
             return Call(_NO_ROUTE, (), self._fault(request, error))
 
@@ -2240,15 +2264,6 @@ class Application:
         """Refuse creates, answer long polls, begin no task any more; return how many wait."""
         self.store.stop()
         return sum(pool.stop() for pool in self.pools)
-
-    def _refusal_by_checks(self, request: Request) -> HTTPError | None:
-        """Return why the checks refuse a request, None if they do not."""
-        try:
-            for check in self.checks:
-                check(request)
-        except HTTPError as refusal:
-            return refusal
-        return None
 
     def _fault(self, request: Request, error: BaseException) -> Response:
         path = ascii(request.path)
@@ -2324,8 +2339,8 @@ class Application:
             self._add(task_type, record, live)
         except Duplicate:  # another client with this key was faster
             repeated = self._repeat(task_type, id, name)
-            if repeated is None:
-                raise
+            if repeated is None:  # and was refused since
+                raise _still_being_stored() from None
             return repeated
         self.log_task("task %s created: type %s, name %s", id, record.type, ascii(name))
         return Response(201, encode_record(record), (location(record),))
@@ -2337,7 +2352,7 @@ class Application:
                 raise Unavailable("The server is stopping; try again when it is back.", 5)
             task_type.pool.reserve(live)
             try:
-                self.store.add(record)
+                record = self.store.add(record)
             except BaseException:
                 task_type.pool.release(live)
                 raise
@@ -2355,8 +2370,7 @@ class Application:
         try:
             record = self.store.find(id)
         except Duplicate:
-            sentence = "The first create with this Idempotency-Key is being stored; try again."
-            raise HTTPError(409, sentence, ("Retry-After", "1")) from None
+            raise _still_being_stored() from None
         if record is None:
             return None
         if (record.type, record.name) != (task_type.name, name):
@@ -2430,7 +2444,7 @@ class Application:
     def _answer_cancel(self, task_type: TaskType, id: str) -> Response:
         record = self._find(task_type, id)
         if record.status == PENDING:
-            sentence = "The journal cannot be written; the task will not begin, but ask again."
+            sentence = "The task will not begin, but the journal does not say so yet; ask again."
             raise HTTPError(503, sentence, ("Retry-After", "5"))
         return Response(200, encode_cached(record))
 
