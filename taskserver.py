@@ -2609,7 +2609,7 @@ def read_head(buffer: bytearray, peer: str = "") -> Generator[str, Any, Request]
 
     HTTPError: it is refused, and what follows it has no meaning.
     """
-    if not buffer or buffer.startswith(b"\r"):
+    if buffer.startswith(b"\r"):
         yield from _skip_empty_lines(buffer)
     seen = 0  # bytes that were looked at
     line_is_checked = False
@@ -2995,6 +2995,8 @@ class Connection:
         application = self.server.application
         request = None
         try:
+            while not self.buffer:
+                yield IDLE
             request = yield from read_head(self.buffer, self.peer)
             call = application.judge(request)
             if request.fields.has_body():
