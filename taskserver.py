@@ -3155,9 +3155,11 @@ class Server(http.server.ThreadingHTTPServer):
             while self._end == math.inf or self._is_answering():
                 self._serve_once(poll_interval)
         finally:
-            for connection in list(self._connections):
-                self._close(connection)
-            self._stopped.set()
+            try:
+                for connection in list(self._connections):
+                    self._close(connection)
+            finally:
+                self._stopped.set()
 
     def shutdown(self, seconds: float = 2.0) -> None:
         """Have `serve_forever` end when the answers under way are sent, or after so many seconds.
@@ -3263,18 +3265,19 @@ class Server(http.server.ThreadingHTTPServer):
             return
         try:
             act()
+            events = connection.events()
+            if events != connection.watched:
+                if connection.watched:
+                    self._selector.unregister(connection.socket)
+                connection.watched = 0  # the next line may fail: a selector can be full
+                if events:
+                    self._selector.register(connection.socket, events, connection)
+                connection.watched = events
         except BaseException as error:
             if not isinstance(error, OSError):
                 log.error("a connection failed: %s", traceback_of(error))
             self._close(connection)
             return
-        events = connection.events()
-        if events != connection.watched:
-            if connection.watched:
-                self._selector.unregister(connection.socket)
-            if events:
-                self._selector.register(connection.socket, events, connection)
-            connection.watched = events
         if connection.deadline < self._next_check:
             self._check_at(connection.deadline)
 
@@ -3282,7 +3285,10 @@ class Server(http.server.ThreadingHTTPServer):
         self._connections.remove(connection)
         if connection.watched:
             self._selector.unregister(connection.socket)
-        connection.coroutine.close()  # also undoes what it waited for, and a circle of references
+        try:
+            connection.coroutine.close()  # undoes what it waited for, and a circle of references
+        except Exception as error:
+            log.error("a connection failed: %s", traceback_of(error))
         connection.socket.close()
         self._accept_again()
 
