@@ -2900,6 +2900,7 @@ class Connection:
         "closing",
         "coroutine",
         "deadline",
+        "ended",
         "later",
         "peer",
         "phase",
@@ -2912,6 +2913,7 @@ class Connection:
         self.socket, self.peer, self.server = sock, peer, server
         self.buffer = bytearray()  # what belongs to no request yet
         self.closing = False  # the answer under way is the last
+        self.ended = False  # the client sends no more
         self.watched = 0  # the events that the selector waits for
         self.later: Later | None = None  # what it waits for
         self.deadline = time.monotonic() + PHASE_SECONDS[HEADER]
@@ -2925,6 +2927,8 @@ class Connection:
 
     def enter(self, phase: str) -> None:
         """Wait in a phase. One that is new begins its deadline."""
+        if self.ended and phase in (HEADER, BODY, IDLE, LINGER):
+            raise ConnectionError
         if phase == self.phase:
             return
         self.phase = phase
@@ -2956,8 +2960,8 @@ class Connection:
             if data and self.phase == WAITING:  # they belong to the next request
                 return
             # Without data, who waits is gone, or has ended its own side only, and still reads. It
-            # gets its answer now; then the end is met again, and frees the connection (RFC 9112,
-            # 9.5).
+            # gets its answers now; then the connection ends (RFC 9112, 9.5). TLS tells it only once.
+            self.ended = not data
         self.resume()
 
     def resume(self, answer: Any = None) -> None:
@@ -3033,6 +3037,8 @@ class Connection:
 
     def wait_for(self, later: Later) -> Generator[str, Any, None]:
         """Wait until an answer is due."""
+        if self.ended:
+            return
         wake = functools.partial(self.server.wake, self, later)
         self.later = later
         self.phase = WAITING
