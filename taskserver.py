@@ -2900,6 +2900,7 @@ class Connection:
         "closing",
         "coroutine",
         "deadline",
+        "ended",
         "later",
         "peer",
         "phase",
@@ -2912,6 +2913,7 @@ class Connection:
         self.socket, self.peer, self.server = sock, peer, server
         self.buffer = bytearray()  # what belongs to no request yet
         self.closing = False  # the answer under way is the last
+        self.ended = False  # the client sends no more
         self.watched = 0  # the events that the selector waits for
         self.later: Later | None = None  # what it waits for
         self.deadline = time.monotonic() + PHASE_SECONDS[HEADER]
@@ -2925,6 +2927,8 @@ class Connection:
 
     def enter(self, phase: str) -> None:
         """Wait in a phase. One that is new begins its deadline."""
+        if self.ended and phase in (HEADER, BODY, IDLE, LINGER):
+            raise ConnectionError
         if phase == self.phase:
             return
         self.phase = phase
@@ -2956,8 +2960,8 @@ class Connection:
             if data and self.phase == WAITING:  # they belong to the next request
                 return
             # Without data, who waits is gone, or has ended its own side only, and still reads. It
-            # gets its answer now; then the end is met again, and frees the connection (RFC 9112,
-            # 9.5).
+            # gets its answers now; then the connection ends (RFC 9112, 9.5). TLS tells it only once.
+            self.ended = not data
         self.resume()
 
     def resume(self, answer: Any = None) -> None:
@@ -3035,6 +3039,8 @@ class Connection:
 
     def wait_for(self, later: Later) -> Generator[str, Any, None]:
         """Wait until an answer is due."""
+        if self.ended:
+            return
         wake = functools.partial(self.server.wake, self, later)
         self.later = later
         self.phase = WAITING
@@ -3157,9 +3163,11 @@ class Server(http.server.ThreadingHTTPServer):
             while self._end == math.inf or self._is_answering():
                 self._serve_once(poll_interval)
         finally:
-            for connection in list(self._connections):
-                self._close(connection)
-            self._stopped.set()
+            try:
+                for connection in list(self._connections):
+                    self._close(connection)
+            finally:
+                self._stopped.set()
 
     def shutdown(self, seconds: float = 2.0) -> None:
         """Have `serve_forever` end when the answers under way are sent, or after so many seconds.
@@ -3265,18 +3273,19 @@ class Server(http.server.ThreadingHTTPServer):
             return
         try:
             act()
+            events = connection.events()
+            if events != connection.watched:
+                if connection.watched:
+                    self._selector.unregister(connection.socket)
+                connection.watched = 0  # the next line may fail: a selector can be full
+                if events:
+                    self._selector.register(connection.socket, events, connection)
+                connection.watched = events
         except BaseException as error:
             if not isinstance(error, OSError):
                 log.error("a connection failed: %s", traceback_of(error))
             self._close(connection)
             return
-        events = connection.events()
-        if events != connection.watched:
-            if connection.watched:
-                self._selector.unregister(connection.socket)
-            if events:
-                self._selector.register(connection.socket, events, connection)
-            connection.watched = events
         if connection.deadline < self._next_check:
             self._check_at(connection.deadline)
 
@@ -3284,7 +3293,10 @@ class Server(http.server.ThreadingHTTPServer):
         self._connections.remove(connection)
         if connection.watched:
             self._selector.unregister(connection.socket)
-        connection.coroutine.close()  # also undoes what it waited for, and a circle of references
+        try:
+            connection.coroutine.close()  # undoes what it waited for, and a circle of references
+        except Exception as error:
+            log.error("a connection failed: %s", traceback_of(error))
         connection.socket.close()
         self._accept_again()
 
