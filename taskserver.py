@@ -1971,8 +1971,8 @@ def check_origin(request: Request) -> None:
     if site:
         is_own = site in ("same-origin", "none")
     else:
-        scheme, _, host = origin.lower().rpartition("://")
-        is_own = not origin or (scheme != "" and host == request.host.lower())
+        _, separator, host = origin.lower().partition("://")
+        is_own = not origin or (separator != "" and host == request.host.lower())
     if not is_own:
         raise HTTPError(403, "Send this from a page of this server, or without a browser.")
 
