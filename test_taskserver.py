@@ -948,7 +948,7 @@ def test_eviction_drops_any_number_but_nothing_pending(store):
 
 @pytest.fixture
 def watch(store):
-    """Return a function that watches a record, and returns the event that is set when it is woken."""
+    """Return a function that watches a record; it returns the event that a wake sets."""
 
     def watch(id):
         woken = threading.Event()
@@ -3144,7 +3144,7 @@ def test_what_may_block_is_known_before_it_is_called(application, gate):
     assert blocks("POST", "/create-gate", {"name": "x"})
 
 
-class Bell:
+class Doorbell:
     """Something for which an endpoint may wait."""
 
     def __init__(self, answer=lambda: Response(200, b'"rung"')):
@@ -3174,7 +3174,7 @@ def ring(bell):
 
 
 def test_an_endpoint_may_answer_later_whatever_it_waits_for(application):
-    bell = Bell()
+    bell = Doorbell()
     application.router.add("GET", "/bell", lambda request: bell.later())
     with concurrent.futures.ThreadPoolExecutor(1) as executor:
         answer = executor.submit(ask, application, "GET", "/bell")
@@ -3185,7 +3185,7 @@ def test_an_endpoint_may_answer_later_whatever_it_waits_for(application):
 
 
 def test_an_answer_that_comes_later_comes_when_its_time_is_over(application):
-    bell = Bell()
+    bell = Doorbell()
     application.router.add("GET", "/bell", lambda request: bell.later(0.01))
     assert ask(application, "GET", "/bell").json == "rung"
     assert [what for what, _ in bell.calls] == ["watch", "unwatch", "answer"]
@@ -3196,7 +3196,7 @@ def test_an_answer_that_comes_later_may_be_a_refusal_or_a_fault(application, cap
         raise HTTPError(410, "It is gone.")
 
     for answer, status in (refuse, 410), (lambda: 1 / 0, 500):
-        bell = Bell(answer)
+        bell = Doorbell(answer)
         application.router.add("GET", f"/bell-{status}", lambda request, b=bell: b.later(0.01))
         assert ask(application, "GET", f"/bell-{status}").status == status
     assert "ZeroDivisionError" in caplog.text
