@@ -3367,16 +3367,38 @@ def test_health_and_page_are_open_and_nothing_else(application):
         (method, target) for method in ("GET", "HEAD") for target in ("/", "/healthz")]  # fmt: skip
 
 
+# Test data, no secret: a self-signed certificate for localhost, 127.0.0.1 and ::1, which is valid
+# until 2126, and its key. Everybody can read the key here, so nothing but these tests may trust it.
+CERTIFICATE = """\
+-----BEGIN CERTIFICATE-----
+MIIB1zCCAX2gAwIBAgIUeGiTU2tBRQFcomK9aEgjYXGetTMwCgYIKoZIzj0EAwIw
+FDESMBAGA1UEAwwJbG9jYWxob3N0MCAXDTI1MDEwMTAwMDAwMFoYDzIxMjYxMjMx
+MDAwMDAwWjAUMRIwEAYDVQQDDAlsb2NhbGhvc3QwWTATBgcqhkjOPQIBBggqhkjO
+PQMBBwNCAATvC1kM54mCsL1LNnPn/fmxk9YnOyLAngxePEWdsTdvwXn2rl29Iq/8
+ba3qAEKZ4j6baaAoUk+S2mnzvn0MV+pCo4GqMIGnMCwGA1UdEQQlMCOCCWxvY2Fs
+aG9zdIcEfwAAAYcQAAAAAAAAAAAAAAAAAAAAATASBgNVHRMBAf8ECDAGAQH/AgEA
+MA4GA1UdDwEB/wQEAwIChDATBgNVHSUEDDAKBggrBgEFBQcDATAdBgNVHQ4EFgQU
+ZpAAtK/1Tgkd1+klOMF0oTr7UmowHwYDVR0jBBgwFoAUZpAAtK/1Tgkd1+klOMF0
+oTr7UmowCgYIKoZIzj0EAwIDSAAwRQIgeOLBurgCAzTD2B/vsSlXbfrwn5dJi6cg
+y4e4FeEQ2EkCIQCk4w/ChYyY0y9qY6L0APMAmVg2TwkEO3U2pc0zhPlc5w==
+-----END CERTIFICATE-----
+"""
+KEY = """\
+-----BEGIN PRIVATE KEY-----
+MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQgpQe2YfygUTVrE+4i
+WdIXgYkJIDgld0XNgZPowkExKfyhRANCAATvC1kM54mCsL1LNnPn/fmxk9YnOyLA
+ngxePEWdsTdvwXn2rl29Iq/8ba3qAEKZ4j6baaAoUk+S2mnzvn0MV+pC
+-----END PRIVATE KEY-----
+"""
+
+
 @pytest.fixture(scope="session")
 def certificate(tmp_path_factory):
-    """A self-signed certificate and its key."""
+    """The files of a self-signed certificate and of its key."""
     pytest.importorskip("ssl")
-    if not shutil.which("openssl"):
-        pytest.skip("needs openssl to make a certificate")
     folder = tmp_path_factory.mktemp("tls")
-    subprocess.check_call(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=localhost", "-days", "2",
-                           "-keyout", str(folder / "key"), "-out", str(folder / "cert")],
-                          stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+    (folder / "cert").write_text(CERTIFICATE)
+    (folder / "key").write_text(KEY)
     return str(folder / "cert"), str(folder / "key")
 
 
@@ -3386,13 +3408,12 @@ def tls(application, certificate):
     import ssl
 
     context = ssl.create_default_context(cafile=certificate[0])
-    context.check_hostname = False
 
     class TLSClient(Client):
         def __init__(self, port):
             super().__init__(port)
             self.file.close()
-            self.socket = context.wrap_socket(self.socket)
+            self.socket = context.wrap_socket(self.socket, server_hostname="127.0.0.1")
             self.file = self.socket.makefile("rb")
 
     with serving(application, certificate) as server:
@@ -3727,7 +3748,6 @@ def test_tls_is_spoken_on_request(certificate):
     with Program("--tls-cert", certificate[0], "--tls-key", certificate[1]) as program:
         assert " on https://127.0.0.1:" in program.hello[0]
         context = ssl.create_default_context(cafile=certificate[0])
-        context.check_hostname = False
         connection = http.client.HTTPSConnection("127.0.0.1", program.port, timeout=LONG, context=context)
         connection.request("GET", "/healthz")
         assert json.loads(connection.getresponse().read().decode())["status"] == "ok"
