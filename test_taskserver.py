@@ -41,7 +41,6 @@ import tempfile
 import threading
 import time
 import tokenize
-import tracemalloc
 import uuid
 import warnings
 from typing import Any, NamedTuple
@@ -2365,6 +2364,7 @@ def test_clients_that_vanish_leave_nothing_behind(server, application, gate, cap
 
 
 def test_a_connection_that_waits_keeps_no_answer_and_no_request(server, application):
+    tracemalloc = pytest.importorskip("tracemalloc")
     record = final(application, create(application, "echo", result="x" * (MIB - 2)))
     asked = raw("GET", f"/poll-echo/{record['id']}"), raw("POST", "/create-echo", {"name": "x", "more": "x" * (MIB - 100)})
     tracemalloc.start()
