@@ -1098,10 +1098,11 @@ def burning(program):
 
 
 @posix
-@pytest.mark.parametrize("number, grace, status", [
-    (signal.SIGKILL, "1", -9), (signal.SIGTERM, "0.2", 0), (signal.SIGINT, "0.2", 0), (signal.SIGTERM, "1000", 143),
+@pytest.mark.parametrize("name, grace, status", [
+    ("SIGKILL", "1", -9), ("SIGTERM", "0.2", 0), ("SIGINT", "0.2", 0), ("SIGTERM", "1000", 143),
 ])  # fmt: skip
-def test_children_end_with_their_server_however_it_ends(tmp_path, number, grace, status):
+def test_children_end_with_their_server_however_it_ends(tmp_path, name, grace, status):
+    number = getattr(signal, name)
     file = tmp_path / "mine.py"
     file.write_text(MAIN.format(guard="if __name__ == '__main__': "))
     with Program("--cpu-workers", "2", "--grace", grace, file=file) as program:
