@@ -3058,12 +3058,13 @@ def test_every_journal_gives_back_what_was_saved_in_the_order_of_creation(kind, 
     final = [record._replace(status="completed", started_at=1.5, finished_at=2.25, progress=1.0, message="Zoë\0\n",
                              result=b'"\\ud800 ' + record.id.encode() + b'"', error="'; DROP TABLE task; --", payload=None)
              for record in random.Random(2).sample(records, 100)]  # fmt: skip
-    code = JOURNALS[kind]() + ("\nsaved, deleted = eval(sys.argv[2])\nfor row in saved: journal.save(Record(*row))\n"
+    code = JOURNALS[kind]() + ("\nsaved, deleted = eval(sys.stdin.read())\nfor row in saved: journal.save(Record(*row))\n"
                              "journal.delete(deleted)\njournal.save(Record(*saved[-1]))")  # fmt: skip
     deleted = {record.id for record in records[::7]} - {final[-1].id} | {"unknown"}
-    python(code, tmp_path / "tasks", repr(([tuple(record) for record in records + final], sorted(deleted))))
+    told = ascii(([tuple(record) for record in records + final], sorted(deleted)))  # too long for a command line of Windows
+    python(code, tmp_path / "tasks", input=told.encode())
     latest = {record.id: record for record in records + final}
-    loaded = eval(python(JOURNALS[kind]() + "\nprint([tuple(record) for record in journal.load()])", tmp_path / "tasks"))
+    loaded = eval(python(JOURNALS[kind]() + "\nprint(ascii([tuple(record) for record in journal.load()]))", tmp_path / "tasks"))
     assert [Record(*row) for row in loaded] == [latest[record.id] for record in records if record.id not in deleted]
 
 
