@@ -3159,8 +3159,8 @@ def refusal(path):
 def test_a_file_that_cannot_be_a_journal_is_refused_with_advice(path, tmp_path):
     import sqlite3
 
-    assert "unable to open" in refusal(tmp_path / "none" / "tasks.db")
-    assert "unable to open" in refusal(tmp_path)
+    for path in tmp_path / "none" / "tasks.db", tmp_path:
+        assert re.search("unable to open|[Cc]ould not open", refusal(path))  # SQLite's words, PyPy's
     text = tmp_path / "text"
     text.write_text("hello " * 1000)
     assert "not a database" in refusal(text)
