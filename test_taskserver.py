@@ -1270,7 +1270,8 @@ def test_a_string_full_of_brackets_is_not_nested():
 def test_building_an_application_starts_nothing():
     code = ("import threading, multiprocessing, taskserver as t; a = t.demo(); t.add_monitoring(a); t.add_pages(a); "
             "print(threading.active_count(), multiprocessing.active_children(), len(a.types))")  # fmt: skip
-    assert subprocess.check_output([sys.executable, "-c", code], cwd=str(PROGRAM.parent)).split() == [b"1", b"[]", b"2"]
+    out = subprocess.check_output([sys.executable, "-c", code], cwd=str(PROGRAM.parent))
+    assert out.split() == [b"1", b"[]", b"2"]
 
 
 def test_the_decorator_returns_the_function_unchanged():
@@ -2364,7 +2365,7 @@ def test_clients_that_vanish_leave_nothing_behind(server, application, gate, cap
     application.store.stop()
     with server.client() as client:
         assert client.ask("GET", "/healthz").status == 503
-    # A system may drop a connection that is reset before it is accepted, so only the rest are sure to be seen.
+    # A system may drop a connection that is reset before it is accepted; the others are seen.
     assert eventually(lambda: len(server.sockets) > 75 and server.open_connections() == 0)
     assert "Traceback" not in caplog.text
 
@@ -3063,13 +3064,16 @@ def test_every_journal_gives_back_what_was_saved_in_the_order_of_creation(kind, 
     final = [record._replace(status="completed", started_at=1.5, finished_at=2.25, progress=1.0, message="Zoë\0\n",
                              result=b'"\\ud800 ' + record.id.encode() + b'"', error="'; DROP TABLE task; --", payload=None)
              for record in random.Random(2).sample(records, 100)]  # fmt: skip
-    code = JOURNALS[kind]() + ("\nsaved, deleted = eval(sys.stdin.read())\nfor row in saved: journal.save(Record(*row))\n"
+    code = JOURNALS[kind]() + ("\nsaved, deleted = eval(sys.stdin.read())\n"
+                             "for row in saved: journal.save(Record(*row))\n"
                              "journal.delete(deleted)\njournal.save(Record(*saved[-1]))")  # fmt: skip
     deleted = {record.id for record in records[::7]} - {final[-1].id} | {"unknown"}
-    told = ascii(([tuple(record) for record in records + final], sorted(deleted)))  # too long for a command line of Windows
+    # Through stdin, because it is too long for a command line of Windows.
+    told = ascii(([tuple(record) for record in records + final], sorted(deleted)))
     python(code, tmp_path / "tasks", input=told.encode())
     latest = {record.id: record for record in records + final}
-    loaded = eval(python(JOURNALS[kind]() + "\nprint(ascii([tuple(record) for record in journal.load()]))", tmp_path / "tasks"))
+    code = JOURNALS[kind]() + "\nprint(ascii([tuple(record) for record in journal.load()]))"
+    loaded = eval(python(code, tmp_path / "tasks"))
     assert [Record(*row) for row in loaded] == [latest[record.id] for record in records if record.id not in deleted]
 
 
@@ -3160,7 +3164,8 @@ def test_a_file_that_cannot_be_a_journal_is_refused_with_advice(path, tmp_path):
     import sqlite3
 
     for path in tmp_path / "none" / "tasks.db", tmp_path:
-        assert re.search("unable to open|[Cc]ould not open", refusal(path))  # SQLite's words, PyPy's
+        # SQLite's words or PyPy's
+        assert re.search("unable to open|[Cc]ould not open", refusal(path))
     text = tmp_path / "text"
     text.write_text("hello " * 1000)
     assert "not a database" in refusal(text)
@@ -3643,7 +3648,8 @@ def command(*flags, file=PROGRAM, **environment):
     """Return the status of a run that ends by itself, and what it printed."""
     environment = {**os.environ, "TASKSERVER_TOKEN": "", "COLUMNS": "200", **environment}
     done = subprocess.run([sys.executable, str(file), *flags], capture_output=True, timeout=LONG, env=environment, check=False)
-    return (done.returncode, *(text.decode().replace(os.linesep, "\n") for text in (done.stdout, done.stderr)))
+    out, err = (text.decode().replace(os.linesep, "\n") for text in (done.stdout, done.stderr))
+    return done.returncode, out, err
 
 
 def refused(*flags, status=1, **environment):
