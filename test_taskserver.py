@@ -3163,9 +3163,9 @@ def refusal(path):
 def test_a_file_that_cannot_be_a_journal_is_refused_with_advice(path, tmp_path):
     import sqlite3
 
-    for path in tmp_path / "none" / "tasks.db", tmp_path:
+    for nowhere in tmp_path / "none" / "tasks.db", tmp_path:
         # SQLite's words or PyPy's
-        assert re.search("unable to open|[Cc]ould not open", refusal(path))
+        assert re.search("unable to open|[Cc]ould not open", refusal(nowhere))
     text = tmp_path / "text"
     text.write_text("hello " * 1000)
     assert "not a database" in refusal(text)
