@@ -4101,7 +4101,8 @@ class Description:
         self._routes = application.router.routes
         self._schemas: dict[str, Any] = {}  # those that are used
         self._responses: dict[str, Any] = {}  # the same
-        self._operations: set[str] = set()  # names
+        self._operations: set[str] = set()  # names, in lower case
+        self._titles: dict[str, Any] = {}  # schemas that have one, by it, in lower case
 
     def document(self) -> dict[str, Any]:
         """Return the description."""
@@ -4191,9 +4192,7 @@ class Description:
         if isinstance(schema, str):
             name, schema = schema, SCHEMAS[schema]
         elif schema is not None and "title" in schema:
-            name = schema["title"]
-            while self._schemas.get(name, schema) is not schema:  # of the types a-b and a--b, say
-                name += "2"
+            name = self._unique_title(schema)
         else:
             return schema
         if name not in self._schemas:
@@ -4201,6 +4200,13 @@ class Description:
             for other in re.findall("#/components/schemas/([A-Za-z]+)", json.dumps(schema)):
                 self._reference(other)
         return {"$ref": f"#/components/schemas/{name}"}
+
+    def _unique_title(self, schema: Mapping[str, Any]) -> str:
+        """Return the title of a schema, changed if another one has it, of types a-b and ab, say."""
+        name: str = schema["title"]
+        while self._titles.setdefault(name.lower(), schema) is not schema:
+            name += "2"
+        return name
 
 
 def openapi(application: Application) -> dict[str, Any]:

@@ -245,7 +245,19 @@ def consistent(record):
     assert moments == sorted(moments)
 
 
-KEYS = ["id", "name", "status", "type", "created_at", "started_at", "finished_at", "progress", "message", "result", "error"]
+KEYS = [
+    "id",
+    "name",
+    "status",
+    "type",
+    "created_at",
+    "started_at",
+    "finished_at",
+    "progress",
+    "message",
+    "result",
+    "error",
+]
 
 
 # -- 1. Lock ---------------------------------------------------------------------------------------
@@ -1738,7 +1750,9 @@ def fail_as_told(payload, report):
     if payload["how"] == "report":
         report(math.nan)
     if payload["how"] in ("nan", "cycle", "object", "large"):
-        return {"nan": math.nan, "cycle": cycle(), "object": object(), "large": "x" * MIB}[payload["how"]]
+        return {"nan": math.nan, "cycle": cycle(), "object": object(), "large": "x" * MIB}[
+            payload["how"]
+        ]
     raise {"exit": SystemExit(3), "interrupt": KeyboardInterrupt(), "memory": MemoryError(), "unpicklable": Unpicklable("text"),
            "speechless": Speechless(), "surrogate": ValueError("\ud800 ü")}[payload["how"]]  # fmt: skip
 
@@ -1784,7 +1798,9 @@ def child():
     child = taskserver.Child()
     yield child
     child.end()
-    if hasattr(signal, "pthread_sigmask"):  # run() blocks it in its thread, which here is the main one
+    if hasattr(
+        signal, "pthread_sigmask"
+    ):  # run() blocks it in its thread, which here is the main one
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
@@ -1835,7 +1851,9 @@ def test_what_a_child_has_not_told_to_the_end_is_no_answer_to_the_next_task(chil
     def report(*_):
         raise MemoryError
 
-    assert error_of(child, fail_as_told, report=report, how="exit").startswith("the child process died")
+    assert error_of(child, fail_as_told, report=report, how="exit").startswith(
+        "the child process died"
+    )
     assert run(child, echo, result=5) == 5
 
 
@@ -1879,7 +1897,11 @@ def test_what_a_child_prints_to_nobody_is_lost_and_no_more():
 
 @posix
 def test_a_dead_child_fails_its_task_alone_says_how_it_died_and_is_replaced(child):
-    for how, status in ("exit", "exit status 3"), ("SIGKILL", "killed by signal 9"), ("SIGABRT", "killed by signal 6"):
+    for how, status in (
+        ("exit", "exit status 3"),
+        ("SIGKILL", "killed by signal 9"),
+        ("SIGABRT", "killed by signal 6"),
+    ):
         before = run(child, pid)
         assert error_of(child, end_itself, how=how) == f"the child process died ({status})"
         assert is_gone(before)
@@ -1936,10 +1958,20 @@ def test_reports_of_a_stray_thread_are_ignored_after_the_end(child):
     assert got == []
 
 
-@pytest.mark.parametrize("error", [BlockingIOError(11, "no process"), OSError(24, "no descriptor"), MemoryError()], ids=brief)
-def test_no_process_to_be_had_fails_the_task_and_the_next_one_tries_again(child, monkeypatch, error):
+@pytest.mark.parametrize(
+    "error",
+    [BlockingIOError(11, "no process"), OSError(24, "no descriptor"), MemoryError()],
+    ids=brief,
+)
+def test_no_process_to_be_had_fails_the_task_and_the_next_one_tries_again(
+    child, monkeypatch, error
+):
     with monkeypatch.context() as patch:
-        patch.setattr(multiprocessing.get_context("spawn").Process, "start", lambda process: (_ for _ in ()).throw(error))
+        patch.setattr(
+            multiprocessing.get_context("spawn").Process,
+            "start",
+            lambda process: (_ for _ in ()).throw(error),
+        )
         assert "no child process can take the task: " in error_of(child, echo)
     if isinstance(error, MemoryError):
         assert run(child, echo, result=1) == 1
@@ -1977,7 +2009,10 @@ def burning(program):
     """Have two children compute for ever; return their ids."""
     numbers = []
     for _ in range(2):
-        path = "/poll-mine/" + program.ask("POST", "/create-mine", {"name": "x", "burn": True}).json["id"]
+        path = (
+            "/poll-mine/"
+            + program.ask("POST", "/create-mine", {"name": "x", "burn": True}).json["id"]
+        )
         assert eventually(lambda path=path: program.ask("GET", path).json["message"])
         numbers.append(int(program.ask("GET", path).json["message"]))
     assert not any(map(is_gone, numbers)) and len(set(numbers)) == 2
@@ -1994,7 +2029,9 @@ def test_children_end_with_their_server_however_it_ends(tmp_path, name, grace, s
     file.write_text(MAIN.format(guard="if __name__ == '__main__': "))
     with Program("--cpu-workers", "2", "--grace", grace, file=file) as program:
         record = program.ask("POST", "/create-mine", {"name": "x"}).json
-        assert program.ask("GET", f"/poll-mine/{record['id']}?wait=30").json["result"] == "__mp_main__"
+        assert (
+            program.ask("GET", f"/poll-mine/{record['id']}?wait=30").json["result"] == "__mp_main__"
+        )
         numbers = burning(program)
         if status == 143:  # a second signal follows
             program.process.send_signal(number)
@@ -5664,8 +5701,16 @@ def test_the_log_escapes_what_came_from_outside():
     lines = text.splitlines()
     assert re.match(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ WARNING task 1: a", lines[0])
     assert not set(text) - set(map(chr, range(32, 127))) - {"\n"}
-    assert [line for line in lines if not line.startswith("    ")] == [lines[0], next(line for line in lines if "ERROR" in line)]
-    assert "\\x1b[2J" in text and "\\xe9\\ud800\\U0001f600" in text and "it said" in text and "Traceback" in text
+    assert [line for line in lines if not line.startswith("    ")] == [
+        lines[0],
+        next(line for line in lines if "ERROR" in line),
+    ]
+    assert (
+        "\\x1b[2J" in text
+        and "\\xe9\\ud800\\U0001f600" in text
+        and "it said" in text
+        and "Traceback" in text
+    )
 
 
 def test_a_line_that_cannot_be_composed_does_not_end_the_log():
@@ -5683,7 +5728,10 @@ def test_a_line_that_cannot_be_composed_does_not_end_the_log():
 
 
 def test_a_log_that_nobody_reads_blocks_nobody_and_says_what_it_dropped():
-    with pipe() as (far, end), logging_to(end) as (logger, handler), concurrent.futures.ThreadPoolExecutor(1) as pool:
+    with pipe() as (far, end), logging_to(end) as (
+        logger,
+        handler,
+    ), concurrent.futures.ThreadPoolExecutor(1) as pool:
         lines = taskserver.LogHandler.MAX_LINES * 2
         in_threads(1, lambda _: [logger.warning("%d %s", n, "x" * 50) for n in range(lines)])
         in_threads(1, lambda _: handler.finish(0.1))  # in vain, yet it returns
@@ -5710,7 +5758,13 @@ class Program:
         environment = dict(os.environ, PYTHONPATH=str(PROGRAM.parent), TASKSERVER_TOKEN=token or "")
         self.stderr = tempfile.TemporaryFile()  # noqa: SIM115
         command = [sys.executable, str(file), "--port", str(port), *flags]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr or self.stderr, env=environment, **options)
+        self.process = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=stderr or self.stderr,
+            env=environment,
+            **options,
+        )
         self.hello = [self.process.stdout.readline().decode() for _ in range(3)]
         found = re.search(r" on https?://\S+:(\d+)\b", self.hello[0])
         self.port = int(found.group(1)) if found else None
@@ -5791,7 +5845,10 @@ def test_a_signal_drains_running_tasks_and_drops_waiting_ones(waiting, tmp_path,
     program = waiting("--workers", "1")
     running = begin(program, tmp_path / "go")
     for name in "two", "three":
-        assert program.ask("POST", "/create-wait", {"name": name, "path": str(tmp_path / "go")}).status == 201
+        assert (
+            program.ask("POST", "/create-wait", {"name": name, "path": str(tmp_path / "go")}).status
+            == 201
+        )
     with program.client() as poll, program.client() as client:
         poll.send(raw("GET", running + "?wait=30"))
         assert not poll.says(0.1)
@@ -5806,7 +5863,9 @@ def test_a_signal_drains_running_tasks_and_drops_waiting_ones(waiting, tmp_path,
         assert program.process.wait(LONG) == 0
     assert (tmp_path / "go.one").exists() and not (tmp_path / "go.two").exists()
     assert "2 waiting tasks" in program.log() and "Traceback" not in program.log()
-    assert taskserver.Server(("127.0.0.1", program.port), Application()).server_close() is None  # the port is free
+    assert (
+        taskserver.Server(("127.0.0.1", program.port), Application()).server_close() is None
+    )  # the port is free
 
 
 @posix
@@ -5820,7 +5879,10 @@ def test_a_task_that_hangs_is_left_after_the_grace(waiting, tmp_path):
 
 
 @posix
-@pytest.mark.parametrize("first, second, status", [(signal.SIGTERM, signal.SIGTERM, 143), (signal.SIGINT, signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    "first, second, status",
+    [(signal.SIGTERM, signal.SIGTERM, 143), (signal.SIGINT, signal.SIGINT, 130)],
+)
 def test_a_second_signal_leaves_at_once(waiting, tmp_path, first, second, status):
     program = waiting("--grace", "1000")
     begin(program, tmp_path / "never")
@@ -5835,7 +5897,9 @@ def test_a_second_signal_leaves_at_once(waiting, tmp_path, first, second, status
 def test_with_a_journal_waiting_tasks_stay_for_the_next_start(waiting, tmp_path, path):
     program = waiting("--workers", "1", "--db", path, "--grace", "0.2")
     running = begin(program, tmp_path / "go")
-    later = program.ask("POST", "/create-wait", {"name": "two", "path": str(tmp_path / "go")}).headers["Location"]
+    later = program.ask(
+        "POST", "/create-wait", {"name": "two", "path": str(tmp_path / "go")}
+    ).headers["Location"]
     assert program.stops(signal.SIGTERM) == 0
     assert "1 waiting tasks stay" in program.log() and "memory" not in program.hello[2]
     (tmp_path / "go").write_text("")
@@ -5853,7 +5917,11 @@ def test_a_signal_under_load_tears_no_answer():
     def load(program, begun, i):
         with contextlib.suppress(ConnectionError), program.client() as client:
             while True:
-                answer = client.ask(*[("GET", "/tasks"), ("POST", "/create-task", {"name": "x", "seconds": 0})][i % 2])
+                answer = client.ask(
+                    *[("GET", "/tasks"), ("POST", "/create-task", {"name": "x", "seconds": 0})][
+                        i % 2
+                    ]
+                )
                 if answer is None:
                     return
                 statuses.append(answer.status)
@@ -5879,7 +5947,10 @@ def test_a_closed_stderr_stops_nobody():
     with Program(preexec_fn=close) as program:
         for _ in range(3):
             record = program.ask("POST", "/create-task", {"name": "x", "seconds": 0}).json
-            assert program.ask("GET", f"/poll-task/{record['id']}?wait=30").json["status"] == "completed"
+            assert (
+                program.ask("GET", f"/poll-task/{record['id']}?wait=30").json["status"]
+                == "completed"
+            )
         assert program.stops(signal.SIGTERM) == 0
 
 
@@ -5888,9 +5959,13 @@ def test_a_stdout_that_nobody_reads_stops_nobody(tmp_path):
     log = tmp_path / "log"
     with pipe() as (far, end), log.open("wb") as stderr:
         os.close(far)
-        process = subprocess.Popen([sys.executable, str(PROGRAM), "--port", "0"], stdout=end, stderr=stderr)
+        process = subprocess.Popen(
+            [sys.executable, str(PROGRAM), "--port", "0"], stdout=end, stderr=stderr
+        )
     try:
-        assert eventually(lambda: re.search(r"serving http://\S+:\d+", log.read_text()), 10), log.read_text()
+        assert eventually(lambda: re.search(r"serving http://\S+:\d+", log.read_text()), 10), (
+            log.read_text()
+        )
         with Client(int(re.findall(r"serving http://\S+:(\d+)", log.read_text())[0])) as client:
             assert client.ask("GET", "/healthz").status == 200
         process.send_signal(signal.SIGTERM)
@@ -5946,13 +6021,17 @@ def test_healthz_says_when_the_server_stops(application):
 ])  # fmt: skip
 def test_tasks_lists_the_newest_without_results(application, query, count):
     for n in range(502):
-        application.store.add(RECORD._replace(id=str(n), status="completed", finished_at=1700000001.0, result=b"[1]"))
+        application.store.add(
+            RECORD._replace(id=str(n), status="completed", finished_at=1700000001.0, result=b"[1]")
+        )
     listed = ask(application, "GET", "/tasks" + query).json["tasks"]
     assert [record["id"] for record in listed] == [str(501 - n) for n in range(count)]
     assert all(list(record) == [key for key in KEYS if key != "result"] for record in listed)
 
 
-@pytest.mark.parametrize("limit", ["", "-1", "%2B1", "1.5", "x", "1_0", "%D9%A1", "1&limit=1", "%201", "1e2"])
+@pytest.mark.parametrize(
+    "limit", ["", "-1", "%2B1", "1.5", "x", "1_0", "%D9%A1", "1&limit=1", "%201", "1e2"]
+)
 def test_a_limit_that_is_no_plain_number_is_400(application, limit):
     assert ask(application, "GET", "/tasks?limit=" + limit).status == 400
 
@@ -5994,7 +6073,9 @@ def journal(application):
     application.store.stop()
 
 
-def test_a_create_is_answered_once_its_record_is_on_disk_and_nobody_else_waits(application, journal, gate):
+def test_a_create_is_answered_once_its_record_is_on_disk_and_nobody_else_waits(
+    application, journal, gate
+):
     before = create(application, "gate")
     gate.wait_for()
     journal.writable.clear()
@@ -6002,7 +6083,9 @@ def test_a_create_is_answered_once_its_record_is_on_disk_and_nobody_else_waits(a
         creating = pool.submit(create, application, "echo")
         assert journal.asked.acquire(timeout=LONG) and not creating.done()
         assert poll(application, before)["status"] == "pending"
-        assert [record["id"] for record in ask(application, "GET", "/tasks").json["tasks"]] == [before["id"]]
+        assert [record["id"] for record in ask(application, "GET", "/tasks").json["tasks"]] == [
+            before["id"]
+        ]
         assert ask(application, "GET", "/healthz").status == 200
         application.store.evict()
         assert not creating.done()
@@ -6010,11 +6093,15 @@ def test_a_create_is_answered_once_its_record_is_on_disk_and_nobody_else_waits(a
         assert creating.result(LONG)["id"] in journal.records
 
 
-def test_the_start_of_a_task_is_on_disk_before_it_runs_unless_it_may_run_again(application, journal):
+def test_the_start_of_a_task_is_on_disk_before_it_runs_unless_it_may_run_again(
+    application, journal
+):
     seen = {}
 
     def look(payload, report):
-        (record,) = [record for record in journal.records.values() if record.name == payload["name"]]
+        (record,) = [
+            record for record in journal.records.values() if record.name == payload["name"]
+        ]
         seen[record.name] = record.started_at
 
     application.task("once")(look)
@@ -6038,16 +6125,28 @@ def test_a_final_state_is_seen_once_it_is_on_disk(application, journal, gate):
     assert final(application, record)["result"] == 5
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left"), taskserver.JournalError("broken", 5), RuntimeError()], ids=brief)
-def test_a_journal_that_fails_refuses_creates_and_loses_no_final_state(application, journal, gate, caplog, error):
+@pytest.mark.parametrize(
+    "error",
+    [OSError(28, "No space left"), taskserver.JournalError("broken", 5), RuntimeError()],
+    ids=brief,
+)
+def test_a_journal_that_fails_refuses_creates_and_loses_no_final_state(
+    application, journal, gate, caplog, error
+):
     record = create(application, "gate", result=5)
     gate.wait_for()
     journal.error = error
     refused = ask(application, "POST", "/create-echo", {"name": "x"})
-    assert refused.status == 503 and refused.headers["Retry-After"] and "journal" in refused.json["error"]
+    assert (
+        refused.status == 503
+        and refused.headers["Retry-After"]
+        and "journal" in refused.json["error"]
+    )
     health = ask(application, "GET", "/healthz")
     assert (health.status, health.json) == (503, {"status": "journal failing"})
-    assert len(ask(application, "GET", "/tasks").json["tasks"]) == 1 and application.pool.counts() == (0, 1)
+    assert len(
+        ask(application, "GET", "/tasks").json["tasks"]
+    ) == 1 and application.pool.counts() == (0, 1)
     while journal.asked.acquire(blocking=False):
         pass
     gate.opened.set()
@@ -6061,7 +6160,9 @@ def test_a_journal_that_fails_refuses_creates_and_loses_no_final_state(applicati
     assert "Traceback" not in caplog.text and caplog.text.count("the journal fails") == 1
 
 
-def test_a_final_state_that_cannot_be_saved_is_tried_on_while_the_server_stops(application, journal, gate):
+def test_a_final_state_that_cannot_be_saved_is_tried_on_while_the_server_stops(
+    application, journal, gate
+):
     record = create(application, "gate", result=5)
     gate.wait_for()
     journal.error = OSError()
@@ -6100,14 +6201,23 @@ def left_by_a_process():
     """Return what is in a journal after a process has ended while it had much to do."""
     ids = [str(uuid.UUID(int=n, version=4)) for n in range(7)]
     now = time.time()
-    records = [RECORD._replace(id=id, name=id, created_at=now - 100, payload=b'{"name": "x", "result": [7]}') for id in ids]
+    records = [
+        RECORD._replace(
+            id=id, name=id, created_at=now - 100, payload=b'{"name": "x", "result": [7]}'
+        )
+        for id in ids
+    ]
     records[0] = records[0]._replace(status="completed", started_at=now - 90, finished_at=now - 50, progress=1.0, result=b"[1]",
                                      payload=None)  # fmt: skip
-    records[1] = records[1]._replace(status="failed", started_at=now - 90, finished_at=now + 1e6, error="E", payload=None)
+    records[1] = records[1]._replace(
+        status="failed", started_at=now - 90, finished_at=now + 1e6, error="E", payload=None
+    )
     records[2] = records[2]._replace(started_at=now - 90)
     records[3] = records[3]._replace(started_at=now - 90, type="again")
     records[5] = records[5]._replace(type="gone")
-    records[6] = records[6]._replace(status="completed", started_at=now - 90, finished_at=now - 80, result=b"[6]", payload=None)
+    records[6] = records[6]._replace(
+        status="completed", started_at=now - 90, finished_at=now - 80, result=b"[6]", payload=None
+    )
     return ids, records
 
 
@@ -6120,10 +6230,20 @@ def test_the_next_start_settles_what_the_last_process_left(application, gate):
     taskserver.recover(application)
     types = ["echo", "echo", "echo", "again", "echo", "gone"]
     got = [poll(application, {"type": t, "id": id}, LONG) for t, id in zip(types[:5], ids)]
-    assert [record["status"] for record in got] == ["completed", "failed", "failed", "completed", "completed"]
+    assert [record["status"] for record in got] == [
+        "completed",
+        "failed",
+        "failed",
+        "completed",
+        "completed",
+    ]
     assert [record["result"] for record in got] == [[1], None, None, [7], [7]]
     assert got[2]["error"].startswith("interrupted: ") and got[1]["error"] == "E"
-    (gone,) = [record for record in ask(application, "GET", "/tasks").json["tasks"] if record["id"] == ids[5]]
+    (gone,) = [
+        record
+        for record in ask(application, "GET", "/tasks").json["tasks"]
+        if record["id"] == ids[5]
+    ]
     assert gone["status"] == "failed" and gone["error"].startswith("interrupted: ")
     for record in got[2:]:
         consistent(record)
@@ -6173,7 +6293,9 @@ def test_every_journal_gives_back_what_was_saved_in_the_order_of_creation(kind, 
     latest = {record.id: record for record in records + final}
     code = JOURNALS[kind]() + "\nprint(ascii([tuple(record) for record in journal.load()]))"
     loaded = eval(python(code, tmp_path / "tasks"))
-    assert [Record(*row) for row in loaded] == [latest[record.id] for record in records if record.id not in deleted]
+    assert [Record(*row) for row in loaded] == [
+        latest[record.id] for record in records if record.id not in deleted
+    ]
 
 
 @pytest.fixture
@@ -6211,7 +6333,9 @@ def test_threads_that_save_at_once_share_commits(path, commits):
     del commits[:]
     in_threads(40, lambda i: [journal.save(RECORD._replace(id=f"{i}-{n}")) for n in range(10)])
     assert 10 <= len(commits) <= 40 * 10 / 5
-    assert {record.id for record in journal.load()} == {f"{i}-{n}" for i in range(40) for n in range(10)}
+    assert {record.id for record in journal.load()} == {
+        f"{i}-{n}" for i in range(40) for n in range(10)
+    }
 
 
 def test_a_failed_commit_fails_all_who_wait_for_it_and_the_next_one_works(path, commits):
@@ -6237,7 +6361,12 @@ def test_the_file_does_not_grow_without_bound(path):
     journal, sizes = taskserver.SQLiteJournal(path), []
     for n in range(6):
         ids = [f"{n}-{i}" for i in range(200)]
-        in_threads(20, lambda i, ids=ids: [journal.save(RECORD._replace(id=id, payload=b"x" * 2000)) for id in ids[i::20]])
+        in_threads(
+            20,
+            lambda i, ids=ids: [
+                journal.save(RECORD._replace(id=id, payload=b"x" * 2000)) for id in ids[i::20]
+            ],
+        )
         journal.delete(ids)
         sizes.append(os.path.getsize(path))
     assert sizes[-1] <= 2 * 200 * 4000
@@ -6268,7 +6397,10 @@ def test_a_file_that_cannot_be_a_journal_is_refused_with_advice(path, tmp_path):
     text = tmp_path / "text"
     text.write_text("hello " * 1000)
     assert "not a database" in refusal(text)
-    for name, statement, reason in ("theirs", "CREATE TABLE theirs (x)", "another program"), ("newer", None, "newer server"):
+    for name, statement, reason in (
+        ("theirs", "CREATE TABLE theirs (x)", "another program"),
+        ("newer", None, "newer server"),
+    ):
         if name == "newer":
             python("SQLiteJournal(sys.argv[1])", tmp_path / name)
         with contextlib.closing(sqlite3.connect(str(tmp_path / name))) as database:
@@ -6292,8 +6424,10 @@ def test_a_file_without_rights_is_refused_with_advice(path, tmp_path, mode):
     folder = pathlib.Path(tempfile.mkdtemp())  # pytest's own folders are closed to other users
     try:
         python("SQLiteJournal(sys.argv[1])", folder / "tasks.db")
-        python("import sqlite3\nd = sqlite3.connect(sys.argv[1])\nlist(d.execute('SELECT 1 FROM task'))\nd.close()",
-               folder / "tasks.db")  # removes the log beside it
+        python(
+            "import sqlite3\nd = sqlite3.connect(sys.argv[1])\nlist(d.execute('SELECT 1 FROM task'))\nd.close()",
+            folder / "tasks.db",
+        )  # removes the log beside it
         os.chmod(str(folder / "tasks.db"), mode)
         os.chmod(str(folder), 0o777)
         code = ("import sqlite3\nif os.geteuid() == 0: os.setuid(65534)\n"
@@ -6306,7 +6440,9 @@ def test_a_file_without_rights_is_refused_with_advice(path, tmp_path, mode):
 @posix
 @pytest.mark.parametrize("suffix", ["", "-wal"])
 @pytest.mark.parametrize("replaced", [False, True])
-def test_a_file_that_is_removed_meanwhile_acknowledges_nothing_until_it_is_back(path, suffix, replaced):
+def test_a_file_that_is_removed_meanwhile_acknowledges_nothing_until_it_is_back(
+    path, suffix, replaced
+):
     journal = taskserver.SQLiteJournal(path)
     journal.save(RECORD._replace(id="a"))
     os.rename(path + suffix, path + ".away")
@@ -6325,11 +6461,17 @@ def test_a_disk_that_is_full_refuses_creates_loses_nothing_and_recovers(path):
     import resource
 
     with Program("--db", path) as program, program.client() as client:
-        kept = [client.ask("POST", "/create-task", {"name": "x", "seconds": 0}).json for _ in range(3)]
-        resource.prlimit(program.process.pid, resource.RLIMIT_FSIZE, (65_536, resource.RLIM_INFINITY))
+        kept = [
+            client.ask("POST", "/create-task", {"name": "x", "seconds": 0}).json for _ in range(3)
+        ]
+        resource.prlimit(
+            program.process.pid, resource.RLIMIT_FSIZE, (65_536, resource.RLIM_INFINITY)
+        )
         refused = 0
         while refused < 3:
-            answer = client.ask("POST", "/create-task", {"name": "x", "seconds": 0, "more": "x" * 20_000})
+            answer = client.ask(
+                "POST", "/create-task", {"name": "x", "seconds": 0, "more": "x" * 20_000}
+            )
             if answer.status == 201:
                 kept.append(answer.json)
                 assert len(kept) < 50
@@ -6340,7 +6482,10 @@ def test_a_disk_that_is_full_refuses_creates_loses_nothing_and_recovers(path):
         assert program.stops(signal.SIGKILL) == -signal.SIGKILL
     with Program("--db", path) as program, program.client() as client:
         for record in kept:
-            assert client.ask("GET", f"/poll-task/{record['id']}?wait=30").json["status"] in ("completed", "failed")
+            assert client.ask("GET", f"/poll-task/{record['id']}?wait=30").json["status"] in (
+                "completed",
+                "failed",
+            )
         assert client.ask("POST", "/create-task", {"name": "x", "more": "x" * 20_000}).status == 201
         assert "Traceback" not in program.log()
 
@@ -6352,7 +6497,11 @@ def test_a_disk_that_has_room_again_is_written_again(path):
     with Program("--db", path) as program, program.client() as client:
         resource.prlimit(program.process.pid, resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
         assert client.ask("POST", "/create-task", {"name": "x", "seconds": 0}).status == 503
-        resource.prlimit(program.process.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        resource.prlimit(
+            program.process.pid,
+            resource.RLIMIT_FSIZE,
+            (resource.RLIM_INFINITY, resource.RLIM_INFINITY),
+        )
         record = client.ask("POST", "/create-task", {"name": "x", "seconds": 0}).json
         assert client.ask("GET", f"/poll-task/{record['id']}?wait=30").json["status"] == "completed"
         assert client.ask("GET", "/healthz").json["status"] == "ok"
@@ -6381,7 +6530,10 @@ if __name__ == "__main__":
 @pytest.mark.parametrize("seed", range(2))
 def test_what_was_acknowledged_survives_kill_9_and_nothing_runs_twice(path, tmp_path, seed):
     chance, marks = random.Random(seed), tmp_path / "marks"
-    acknowledged, finals = {}, {}  # by id: the record as created; the record as it was when it was final
+    acknowledged, finals = (
+        {},
+        {},
+    )  # by id: the record as created; the record as it was when it was final
     file = tmp_path / "crashing.py"
     file.write_text(CRASHING)
 
@@ -6390,12 +6542,18 @@ def test_what_was_acknowledged_survives_kill_9_and_nothing_runs_twice(path, tmp_
 
     def load(program, moment, i):
         type, mine = ("once", "again")[i % 2], []
-        with contextlib.suppress(OSError, AssertionError, ValueError, AttributeError), program.client() as client:
+        with contextlib.suppress(
+            OSError, AssertionError, ValueError, AttributeError
+        ), program.client() as client:
             while True:  # until the connection breaks off somewhere
-                created = client.ask("POST", f"/create-{type}", {"name": f"{seed}-{moment}-{i}-{len(mine)}"})
+                created = client.ask(
+                    "POST", f"/create-{type}", {"name": f"{seed}-{moment}-{i}-{len(mine)}"}
+                )
                 acknowledged[created.json["id"]] = created.json
                 mine.append(created.json["id"])
-                record = client.ask("GET", f"/poll-{type}/{random.Random(len(mine)).choice(mine)}").json
+                record = client.ask(
+                    "GET", f"/poll-{type}/{random.Random(len(mine)).choice(mine)}"
+                ).json
                 if record["status"] != "pending":
                     finals[record["id"]] = record
 
@@ -6406,8 +6564,13 @@ def test_what_was_acknowledged_survives_kill_9_and_nothing_runs_twice(path, tmp_
             in_threads(6, lambda i, moment=moment, program=program: load(program, moment, i))
             killer.join()
     with start() as program, program.client() as client:
-        ends = {id: client.ask("GET", f"/poll-{record['type']}/{id}?wait=30").json for id, record in acknowledged.items()}
-        assert eventually(lambda: client.ask("GET", "/healthz").json["waiting"] == 0)  # what was not acknowledged, too
+        ends = {
+            id: client.ask("GET", f"/poll-{record['type']}/{id}?wait=30").json
+            for id, record in acknowledged.items()
+        }
+        assert eventually(
+            lambda: client.ask("GET", "/healthz").json["waiting"] == 0
+        )  # what was not acknowledged, too
         assert eventually(lambda: client.ask("GET", "/healthz").json["running"] == 0)
         assert program.stops(signal.SIGTERM) == 0
         assert "Traceback" not in program.log()
@@ -6677,69 +6840,177 @@ def test_clients_without_a_handshake_hold_up_nobody_and_are_closed(tls, monkeypa
 
 
 def references(part):
-    if isinstance(part, dict):
-        found = [part["$ref"]] if "$ref" in part else []
-        return found + [reference for value in part.values() for reference in references(value)]
-    return [reference for value in part for reference in references(value)] if isinstance(part, list) else []
+    """Return all that a part of a document refers to."""
+    if isinstance(part, list):
+        return [reference for member in part for reference in references(member)]
+    if not isinstance(part, dict):
+        return []
+    own = [part["$ref"]] if "$ref" in part else []
+    return own + [reference for member in part.values() for reference in references(member)]
 
 
-def test_openapi_describes_every_type_and_its_references_resolve(application):
+def resolved(document, part):
+    """Return what a part of a document refers to, or the part itself."""
+    for key in part.get("$ref", "#").split("/")[1:]:
+        document = document[key]
+    return document if "$ref" in part else part
+
+
+def members_of(document, name):
+    """Return the schemas of the members of a schema, those of what it shares included."""
+    schema = document["components"]["schemas"][name]
+    members = dict(schema.get("properties", {}))
+    for part in schema.get("allOf", ()):
+        members.update(resolved(document, part)["properties"])
+    return members
+
+
+def operations(document):
+    """Return all operations, with their methods and paths."""
+    return [
+        (method.upper(), path, operation)
+        for path, methods in document["paths"].items()
+        for method, operation in methods.items()
+    ]
+
+
+def matches(schema, value):
+    """Return whether a value is of the type, the enum and the bounds that a schema names."""
+    types = schema.get("type", [])
+    types = [types] if isinstance(types, str) else types
+    names = {str: "string", float: "number", type(None): "null", list: "array", dict: "object"}
+    name = names.get(type(value), "integer")
+    is_number = name in ("number", "integer")
+    if types and name not in types and not (name == "integer" and "number" in types):
+        return False
+    if is_number and not schema.get("minimum", value) <= value <= schema.get("maximum", value):
+        return False
+    return value in schema.get("enum", [value])
+
+
+def test_all_that_is_there_is_described_and_its_references_resolve(application):
     application.task("more-1")(fail)
     document = ask(application, "GET", "/openapi.json").json
-    assert document["openapi"].startswith("3.1.") and document["info"]["title"] and document["info"]["version"]
+    assert document["openapi"].startswith("3.1.")
+    assert document["info"]["version"] == taskserver.__version__
     for name in application.types:
-        assert list(document["paths"][f"/create-{name}"]) == ["post"] and list(document["paths"][f"/poll-{name}/{{id}}"]) == ["get"]
-    assert {"/tasks", "/healthz", "/openapi.json"} < set(document["paths"])
+        assert list(document["paths"][f"/create-{name}"]) == ["post"]
+        assert list(document["paths"][f"/poll-{name}/{{id}}"]) == ["get"]
+        assert list(document["paths"][f"/cancel-{name}/{{id}}"]) == ["post"]
+    assert {"/", "/tasks", "/healthz", "/openapi.json"} < set(document["paths"])
     assert document["paths"]["/create-echo"]["post"]["description"] == "Return what was sent."
     found = references(document)
     assert found
     for reference in found:
-        part = document
-        for key in reference[2:].split("/"):
-            part = part[key]
-    for path, methods in document["paths"].items():
-        for method, operation in methods.items():
-            assert operation["summary"] and all(key.isdigit() for key in operation["responses"])
-            assert ask(application, method.upper(), path.replace("{id}", str(uuid.uuid4()))).status in (200, 400, 404)
+        assert resolved(document, {"$ref": reference})
+    for method, path, operation in operations(document):
+        assert operation["summary"] and operation["description"]
+        target = path.replace("{id}", str(uuid.uuid4()))
+        assert ask(application, method, target).status in (200, 400, 404)
 
 
-def test_the_record_of_openapi_is_the_record_that_is_answered(application):
-    schema = taskserver.openapi(application)["components"]["schemas"]["record"]
-    record = final(application, create(application, "echo", result={"a": 1}))
-    assert list(schema["properties"]) == schema["required"] == list(record) == list(schema["examples"][0])
-    for key, value in record.items():
-        types = schema["properties"][key].get("type", [])
-        types = [types] if isinstance(types, str) else types
-        name = {str: "string", float: "number", type(None): "null"}.get(type(value))
-        assert not types or name in types, key
-    consistent(schema["examples"][0])
+def test_an_endpoint_that_somebody_adds_is_described(application):
+    answer = {"title": "Uptime", "type": "object"}
+    application.router.add(
+        "GET", "/uptime", lambda request: Response(200), summary="How long", answer=answer
+    )
+    document = ask(application, "GET", "/openapi.json").json
+    operation = document["paths"]["/uptime"]["get"]
+    assert operation["summary"] == "How long" and operation["operationId"] == "getUptime"
+    content = operation["responses"]["200"]["content"]["application/json"]
+    assert resolved(document, content["schema"]) == answer
 
 
-def test_openapi_lists_the_refusals_that_are_answered(application):
-    paths = taskserver.openapi(application)["paths"]
-    application.before_request.append(taskserver.check_host([]))
+def test_names_of_operations_and_of_bodies_are_unique_whatever_the_types_are_called(application):
+    for name in ("a-b", "ab", "a--b", "a2", "a-2"):
+        application.task(name)(fail)
+    document = taskserver.openapi(application)
+    names = [operation["operationId"] for _, _, operation in operations(document)]
+    assert {"createEcho", "pollEcho", "cancelEcho", "listTasks", "health", "describe"} <= set(names)
+    assert all(re.fullmatch("[a-z][A-Za-z0-9]*", name) for name in names)
+    assert len({name.lower() for name in names}) == len(names)
+    bodies = [
+        operation["requestBody"]["content"]["application/json"]["schema"]["$ref"]
+        for _, path, operation in operations(document)
+        if path.startswith("/create-")
+    ]
+    assert len({body.lower() for body in bodies}) == len(application.types)
+
+
+def test_the_records_that_are_described_are_those_that_are_answered(application, gate):
+    document = taskserver.openapi(application)
+    record, summary = members_of(document, "TaskRecord"), members_of(document, "TaskSummary")
+    completed = final(application, create(application, "echo", result={"a": 1}))
+    running = create(application, "gate")
+    gate.wait_for()
+    assert set(record) == set(completed) == {*summary, "result"}
+    assert set(ask(application, "GET", "/tasks").json["tasks"][0]) == set(summary)
+    assert document["components"]["schemas"]["TaskSummary"]["required"] == list(summary)
+    for one in (completed, running, poll(application, running)):
+        for key, value in one.items():
+            assert matches(record[key], value), key
+    never_null = {"id", "name", "status", "type", "created_at"}
+    for key, schema in record.items():
+        assert ("null" not in schema.get("type", "null")) == (key in never_null), key
+        assert schema["description"]
+    assert record["id"]["format"] == "uuid" and record["created_at"]["format"] == "date-time"
+
+
+def test_the_health_that_is_described_is_the_one_that_is_answered(application):
+    health = members_of(taskserver.openapi(application), "Health")
+    answer = ask(application, "GET", "/healthz").json
+    assert set(answer) == set(health)
+    for key, value in answer.items():
+        assert matches(health[key], value), key
+
+
+def test_payloads_are_open_and_what_a_type_declares_stands_in_its_own_body():
+    document = taskserver.openapi(taskserver.demo())
+    for name, key in (("CreateTask", "seconds"), ("CreatePrimes", "limit")):
+        body = document["components"]["schemas"][name]
+        assert body["additionalProperties"] is True and body["required"] == ["name"]
+        assert matches(body["properties"][key], body["properties"][key]["default"])
+        pattern = body["properties"]["name"]["pattern"]  # some tools match from the start alone
+        assert re.match(pattern, "   a") and not re.search(pattern, "  \n ")
+
+
+def test_the_refusals_that_are_answered_are_described(application):
+    document = taskserver.openapi(application)
+    application.checks.append(taskserver.check_host([]))
     record = create(application, "echo")
-    for method, target, path, body, more in [
+    for method, target, path, body, more in (
         ("POST", "/create-echo", "/create-echo", b"{", {}),
         ("POST", "/create-echo", "/create-echo", b"{}", {"content_type": "text/plain"}),
         ("POST", "/create-echo", "/create-echo", b"{}", {"host": "evil.example"}),
+        ("POST", "/create-echo", "/create-echo", b"{}", {"idempotency_key": "5"}),
         ("GET", "/poll-echo/5", "/poll-echo/{id}", b"", {}),
         ("GET", f"/poll-echo/{uuid.uuid4()}", "/poll-echo/{id}", b"", {}),
         ("GET", f"/poll-echo/{record['id']}?wait=x", "/poll-echo/{id}", b"", {}),
+        ("POST", f"/cancel-echo/{uuid.uuid4()}", "/cancel-echo/{id}", b"", {}),
+        ("POST", f"/cancel-echo/{uuid.uuid4()}", "/cancel-echo/{id}", b"", {"origin": "null"}),
         ("GET", "/tasks?limit=x", "/tasks", b"", {}),
-    ]:  # fmt: skip
+    ):
         answer = ask(application, method, target, body, **more)
-        assert str(answer.status) in paths[path][method.lower()]["responses"] and answer.status >= 400
-    assert {"400", "401", "408", "411", "413", "415", "421", "501", "503"} < set(paths["/create-echo"]["post"]["responses"])
+        assert answer.status >= 400
+        responses = document["paths"][path][method.lower()]["responses"]
+        refusal = resolved(document, responses[str(answer.status)])
+        schema = resolved(document, refusal["content"]["application/json"]["schema"])
+        assert list(schema["properties"]) == list(answer.json) == schema["required"] == ["error"]
 
 
 @pytest.mark.parametrize("secured", [False, True])
-def test_openapi_says_whether_a_token_is_asked_for(application, secured):
+def test_a_token_is_described_where_one_is_asked_for(application, secured):
     application.secured = secured
     document = taskserver.openapi(application)
-    assert bool(document.get("security")) == secured
-    assert document["components"]["securitySchemes"]["token"]["scheme"] == "bearer"
-    assert document["paths"]["/healthz"]["get"]["security"] == []
+    assert bool(document["security"]) == secured
+    assert ("securitySchemes" in document["components"]) == secured
+    assert ("401" in document["paths"]["/tasks"]["get"]["responses"]) == secured
+    assert ("security" in document["paths"]["/healthz"]["get"]) == secured
+
+
+def test_addresses_are_relative_to_where_the_description_is(application):
+    (server,) = taskserver.openapi(application)["servers"]
+    assert not server["url"].startswith(("/", "http"))
 
 
 # -- 13. Live page ---------------------------------------------------------------------------------
@@ -6748,24 +7019,40 @@ def test_openapi_says_whether_a_token_is_asked_for(application, secured):
 def test_the_page_allows_its_own_script_and_style_and_nothing_else(application):
     answer = ask(application, "GET", "/")
     assert application.handle(request("GET", "/")).content_type == "text/html; charset=utf-8"
-    policy = dict(part.split(" ", 1) for part in answer.headers["Content-Security-Policy"].split("; "))
-    assert policy["default-src"] == "'none'" and policy["connect-src"] == "'self'" and policy["frame-ancestors"] == "'none'"
+    policy = dict(
+        part.split(" ", 1) for part in answer.headers["Content-Security-Policy"].split("; ")
+    )
+    assert (
+        policy["default-src"] == "'none'"
+        and policy["connect-src"] == "'self'"
+        and policy["frame-ancestors"] == "'none'"
+    )
     for tag in "script", "style":
         (text,) = re.findall(rf"<{tag}>(.*?)</{tag}>".encode(), answer.body, re.DOTALL)
-        assert policy[tag + "-src"] == "'sha256-" + base64.b64encode(hashlib.sha256(text).digest()).decode() + "'"
+        assert (
+            policy[tag + "-src"]
+            == "'sha256-" + base64.b64encode(hashlib.sha256(text).digest()).decode() + "'"
+        )
         assert answer.body.count(f"<{tag}".encode()) == 1
     assert "unsafe" not in str(policy)
 
 
 def test_the_page_needs_nothing_from_outside_and_makes_no_html_of_text():
     markup, script = taskserver.PAGE.split("<script>")
-    assert not re.search(r"https?:|//[a-z]|@import|url\(", taskserver.PAGE.replace("location.origin", ""))
+    assert not re.search(
+        r"https?:|//[a-z]|@import|url\(", taskserver.PAGE.replace("location.origin", "")
+    )
     assert re.findall(r"\b(?:src|href)=\"([^\"]*)\"", markup) == ["data:,"]
     assert not re.search(r"\son\w+=|\sstyle=", markup)
-    assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(|new Function|localStorage|cookie", script)
+    assert not re.search(
+        r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(|new Function|localStorage|cookie",
+        script,
+    )
 
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+CHROMIUM = (
+    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+)
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
          "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage", "--remote-debugging-pipe"]  # fmt: skip
 # Chromium reads commands from descriptor 3 and writes answers to 4; the two arrive here under other numbers.
@@ -6788,7 +7075,11 @@ class Browser:
 
     def open(self, url):
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
-        self.session = {"sessionId": self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]}
+        self.session = {
+            "sessionId": self.call("Target.attachToTarget", targetId=target, flatten=True)[
+                "sessionId"
+            ]
+        }
         self.call("Log.enable")
         self.call("Page.navigate", url=url)
 
@@ -6798,7 +7089,9 @@ class Browser:
         os.write(self.commands, json.dumps(command).encode() + b"\0")
         while True:
             while b"\0" not in self.buffer:
-                assert select.select([self.answers], [], [], LONG)[0], method + " was not answered in time"
+                assert select.select([self.answers], [], [], LONG)[0], (
+                    method + " was not answered in time"
+                )
                 self.buffer += os.read(self.answers, 1 << 16) or pytest.fail("Chromium ended")
             text, self.buffer = self.buffer.split(b"\0", 1)
             self.events.append(json.loads(text.decode()))
@@ -6806,7 +7099,9 @@ class Browser:
                 return self.events.pop()["result"]
 
     def js(self, code):
-        return self.call("Runtime.evaluate", expression=code, returnByValue=True)["result"].get("value")
+        return self.call("Runtime.evaluate", expression=code, returnByValue=True)["result"].get(
+            "value"
+        )
 
     def until(self, code):
         assert eventually(lambda: self.js(code)), "never true: " + code
@@ -6818,7 +7113,9 @@ class Browser:
 
 
 @pytest.mark.skipif(os.name != "posix" or not CHROMIUM, reason="needs Chromium")
-def test_in_a_browser_a_task_is_created_moves_completes_and_its_name_stays_text(server, application, gate, tmp_path):
+def test_in_a_browser_a_task_is_created_moves_completes_and_its_name_stays_text(
+    server, application, gate, tmp_path
+):
     name = "<img src=x onerror=alert(1)> 'quoted'"
     with contextlib.closing(Browser(str(tmp_path))) as browser:
         browser.open(f"http://127.0.0.1:{server.server_port}/")
@@ -6828,7 +7125,9 @@ def test_in_a_browser_a_task_is_created_moves_completes_and_its_name_stays_text(
                    "fields.rest.dispatchEvent(new Event('input', {bubbles: true})); "
                    "document.querySelector('#create button').click()")  # fmt: skip
         gate.wait_for()
-        browser.until(f"(document.querySelector('#tasks h3') || {{}}).textContent === {json.dumps(name)}")
+        browser.until(
+            f"(document.querySelector('#tasks h3') || {{}}).textContent === {json.dumps(name)}"
+        )
         browser.until("document.querySelector('#tasks progress').value === 0.25")
         assert browser.js("document.querySelector('#tasks .message').textContent") == "at the gate"
         gate.opened.set()
@@ -6846,7 +7145,13 @@ def test_in_a_browser_a_task_is_created_moves_completes_and_its_name_stays_text(
 def command(*flags, file=PROGRAM, **environment):
     """Return the status of a run that ends by itself, and what it printed."""
     environment = {**os.environ, "TASKSERVER_TOKEN": "", "COLUMNS": "200", **environment}
-    done = subprocess.run([sys.executable, str(file), *flags], capture_output=True, timeout=LONG, env=environment, check=False)
+    done = subprocess.run(
+        [sys.executable, str(file), *flags],
+        capture_output=True,
+        timeout=LONG,
+        env=environment,
+        check=False,
+    )
     out, err = (text.decode().replace(os.linesep, "\n") for text in (done.stdout, done.stderr))
     return done.returncode, out, err
 
@@ -6870,7 +7175,11 @@ def test_help_and_version_are_printed():
 def test_what_an_author_has_set_is_the_default_of_the_options(capsys):
     application = Application()
     application.store.keep, application.store.max_tasks = 71, 72
-    application.pool.max_workers, application.pool.max_waiting, application.cpu_pool.max_workers = 73, 74, 75
+    application.pool.max_workers, application.pool.max_waiting, application.cpu_pool.max_workers = (
+        73,
+        74,
+        75,
+    )
     with pytest.raises(SystemExit):
         taskserver.main(application, ["--help"])
     out = capsys.readouterr().out
@@ -6909,7 +7218,9 @@ def test_a_port_that_is_taken_or_an_address_that_is_not_ours_is_one_line_and_sta
         port = str(other.getsockname()[1])
         assert port in refused("--port", port)
     assert "192.0.2.1" in refused("--host", "192.0.2.1", "--allow-anonymous", "--port", "0")
-    assert "no.such.invalid" in refused("--host", "no.such.invalid", "--allow-anonymous", "--port", "0")
+    assert "no.such.invalid" in refused(
+        "--host", "no.such.invalid", "--allow-anonymous", "--port", "0"
+    )
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "tasks.example"])
@@ -6937,13 +7248,22 @@ def test_a_token_that_cannot_be_sent_is_refused():
 
 def test_a_name_must_be_allowed_to_be_used():
     with Program("--allow-host", "tasks.example") as program, program.client() as client:
-        for host, status in ("evil.example", 421), ("tasks.example:80", 200), ("127.0.0.1", 200), ("localhost", 200):
-            client.send(raw("GET", "/healthz").replace(b"Host: localhost", b"Host: " + host.encode()))
+        for host, status in (
+            ("evil.example", 421),
+            ("tasks.example:80", 200),
+            ("127.0.0.1", 200),
+            ("localhost", 200),
+        ):
+            client.send(
+                raw("GET", "/healthz").replace(b"Host: localhost", b"Host: " + host.encode())
+            )
             assert client.answer().status == status
 
 
 def test_a_journal_that_cannot_be_used_is_one_line_and_status_1(path, tmp_path):
-    assert "choose another file" in refused("--port", "0", "--db", str(tmp_path / "none" / "tasks.db"))
+    assert "choose another file" in refused(
+        "--port", "0", "--db", str(tmp_path / "none" / "tasks.db")
+    )
     with Program("--db", path):
         assert "stop the server that uses it" in refused("--port", "0", "--db", path)
 
@@ -6960,7 +7280,9 @@ def test_tls_is_spoken_on_request(certificate):
     with Program("--tls-cert", certificate[0], "--tls-key", certificate[1]) as program:
         assert " on https://127.0.0.1:" in program.hello[0]
         context = ssl.create_default_context(cafile=certificate[0])
-        connection = http.client.HTTPSConnection("127.0.0.1", program.port, timeout=LONG, context=context)
+        connection = http.client.HTTPSConnection(
+            "127.0.0.1", program.port, timeout=LONG, context=context
+        )
         connection.request("GET", "/healthz")
         assert json.loads(connection.getresponse().read().decode())["status"] == "ok"
         connection.close()
@@ -6968,11 +7290,18 @@ def test_tls_is_spoken_on_request(certificate):
 
 def test_the_first_lines_say_address_usage_and_whether_tasks_outlive_it(path):
     with Program() as program:
-        assert program.hello[0].startswith(f"taskserver {taskserver.__version__} on http://127.0.0.1:{program.port}")
-        assert "curl" in program.hello[1] and f"http://127.0.0.1:{program.port}/create-task" in program.hello[1]
+        assert program.hello[0].startswith(
+            f"taskserver {taskserver.__version__} on http://127.0.0.1:{program.port}"
+        )
+        assert (
+            "curl" in program.hello[1]
+            and f"http://127.0.0.1:{program.port}/create-task" in program.hello[1]
+        )
         assert "memory" in program.hello[2] and "--db" in program.hello[2]
         record = program.ask("POST", "/create-task", {"name": "a\nb\x1b", "seconds": 0}).json
-        assert program.ask("GET", f"/poll-task/{record['id']}?wait=30").json["result"] == {"seconds": 0}
+        assert program.ask("GET", f"/poll-task/{record['id']}?wait=30").json["result"] == {
+            "seconds": 0
+        }
         log = program.log(wait_for="completed")
         assert f"task {record['id']} created" in log and f"task {record['id']} completed" in log
         assert "a\\nb\\x1b" in log and "GET /poll" not in log
@@ -6995,7 +7324,14 @@ def test_someones_own_file_gets_the_whole_command_line(waiting, tmp_path):
 
 
 def test_primes_are_counted_and_computing_does_not_stop_polls():
-    assert [taskserver.primes({"limit": n}, print)["primes"] for n in (0, 2, 3, 4, 10, 100)] == [0, 0, 1, 2, 4, 25]
+    assert [taskserver.primes({"limit": n}, print)["primes"] for n in (0, 2, 3, 4, 10, 100)] == [
+        0,
+        0,
+        1,
+        2,
+        4,
+        25,
+    ]
     with Program("--cpu-workers", "1") as program, program.client() as client:
         record = client.ask("POST", "/create-primes", {"name": "x", "limit": 200_000}).json
         seen = set()
@@ -7020,7 +7356,9 @@ def test_the_demo_refuses_what_are_no_seconds(seconds):
 
 def test_the_demo_waits_and_reports():
     reports = []
-    assert taskserver.wait({"seconds": 0.02}, lambda *report: reports.append(report)) == {"seconds": 0.02}
+    assert taskserver.wait({"seconds": 0.02}, lambda *report: reports.append(report)) == {
+        "seconds": 0.02
+    }
     assert reports and all(0 <= fraction <= 1 for fraction, _ in reports)
 
 
@@ -7055,7 +7393,9 @@ def test_no_section_knows_a_later_one():
         for n, nodes in enumerate(found)
         for node in nodes
         for part in ast.walk(node)
-        if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Load) and where.get(part.id, 0) > n
+        if isinstance(part, ast.Name)
+        and isinstance(part.ctx, ast.Load)
+        and where.get(part.id, 0) > n
     ]
     local = {"wait"}  # also the name of a method's variable or of a local one
     assert [use for use in too_early if use[1] not in local] == []
@@ -7082,7 +7422,9 @@ def test_only_the_standard_library_is_imported():
             assert name in sys.stdlib_module_names
         else:
             origin = importlib.util.find_spec(name).origin or ""
-            assert "site-packages" not in origin and (home in pathlib.Path(origin).resolve().parents or "lib-dynload" in origin), name
+            assert "site-packages" not in origin and (
+                home in pathlib.Path(origin).resolve().parents or "lib-dynload" in origin
+            ), name
 
 
 def test_the_size_is_counted():
@@ -7093,7 +7435,11 @@ def test_the_size_is_counted():
             if token.type in (tokenize.COMMENT, tokenize.NL):
                 continue
             space = token.type in (tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
-            docstring = token.type == tokenize.STRING and before in (tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
+            docstring = token.type == tokenize.STRING and before in (
+                tokenize.NEWLINE,
+                tokenize.INDENT,
+                tokenize.DEDENT,
+            )
             if not space and not docstring:
                 code.update(range(token.start[0], token.end[0] + 1))
             before = token.type
@@ -7114,13 +7460,21 @@ both = pytest.mark.parametrize("language", ["en", "ru"])
 @both
 def test_every_option_is_in_the_readme_with_its_default_and_no_other(language):
     flag = "--[a-z]+(?:-[a-z]+)*"
-    help = re.sub(r"\s+", " ", command("--help")[1].split("options:" if sys.version_info >= (3, 10) else "optional arguments:")[1])
+    help = re.sub(
+        r"\s+",
+        " ",
+        command("--help")[1].split(
+            "options:" if sys.version_info >= (3, 10) else "optional arguments:"
+        )[1],
+    )
     options = dict.fromkeys(re.findall(flag, command("--help")[1]))
     options.update(re.findall(rf"({flag}) [A-Z]+ (?:(?! --)[^()])*\(([\d.]+)\)", help))
     assert options["--keep"] == "3600"
     rows = dict(re.findall(rf"(?m)^\| `({flag})[^|]*\|([^|]*)\|", readme(language)))
     text = re.sub(r"(?m)^ *(?:curl|openssl|sudo|pip|py|wget|git) .*$", "", readme(language))
-    assert set(re.findall(rf"`({flag})", text)) | set(re.findall(rf"taskserver\.py.*?({flag})", text)) <= set(options)
+    assert set(re.findall(rf"`({flag})", text)) | set(
+        re.findall(rf"taskserver\.py.*?({flag})", text)
+    ) <= set(options)
     for option, value in re.findall(rf"({flag}) ([A-Z]+) ", help):
         assert f"`{option} {value}`" in text
     for option, default in options.items():
@@ -7145,7 +7499,9 @@ def test_the_python_of_the_readme_can_be_run(language, tmp_path):
                     assert program.ask("GET", "/healthz").status == 200
         if "urlopen" in block:
             with Program() as program:
-                file.write_text(block.replace("127.0.0.1:8000", f"127.0.0.1:{program.port}"), encoding="utf-8")
+                file.write_text(
+                    block.replace("127.0.0.1:8000", f"127.0.0.1:{program.port}"), encoding="utf-8"
+                )
                 status, out, err = command(file=file)
                 assert (status, err) == (0, "") and out.strip() in readme(language)
 
@@ -7153,15 +7509,25 @@ def test_the_python_of_the_readme_can_be_run(language, tmp_path):
 @both
 @pytest.mark.skipif(not shutil.which("curl"), reason="needs curl")
 def test_the_curl_lines_of_the_readme_work(language, tmp_path):
-    (tmp_path / "mytasks.py").write_text(next(block for block in blocks(language, "python") if "resolve" in block), encoding="utf-8")
+    (tmp_path / "mytasks.py").write_text(
+        next(block for block in blocks(language, "python") if "resolve" in block), encoding="utf-8"
+    )
     done, created = 0, {}
     with Program() as demo, Program(file=tmp_path / "mytasks.py") as own:
         for line in "".join(blocks(language, "sh")).replace("\\\n", " ").splitlines():
             if line.startswith("curl ") and "https:" not in line:
                 port = own.port if "resolve" in line else demo.port
-                line = line.replace(":8000", f":{port}").replace('"seconds": 5', '"seconds": 1').replace("curl ", "curl -sS ", 1)
-                line = re.sub(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", lambda _: created[demo.port], line)
-                answer = json.loads(subprocess.check_output(["sh", "-c", line], timeout=LONG).decode())
+                line = (
+                    line.replace(":8000", f":{port}")
+                    .replace('"seconds": 5', '"seconds": 1')
+                    .replace("curl ", "curl -sS ", 1)
+                )
+                line = re.sub(
+                    r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", lambda _: created[demo.port], line
+                )
+                answer = json.loads(
+                    subprocess.check_output(["sh", "-c", line], timeout=LONG).decode()
+                )
                 assert list(answer) != ["error"], (line, answer)
                 created[port] = answer.get("id", created.get(port))
                 done += 1
@@ -7170,7 +7536,12 @@ def test_the_curl_lines_of_the_readme_work(language, tmp_path):
 
 @both
 def test_the_records_in_the_readme_have_the_keys_of_records(language):
-    records = [json.loads(line) for block in blocks(language, "text") for line in block.splitlines() if line.startswith('{"id"')]
+    records = [
+        json.loads(line)
+        for block in blocks(language, "text")
+        for line in block.splitlines()
+        if line.startswith('{"id"')
+    ]
     assert records
     for record in records:
         consistent(record)
