@@ -732,7 +732,9 @@ class MemoryJournal(taskserver.Journal):
 
     def load(self):
         with self.lock:
-            return sorted(self.records.values(), key=lambda record: record.sequence)
+            records = sorted(self.records.values(), key=lambda record: record.sequence)
+        assert len({record.sequence for record in records}) == len(records)
+        return records
 
     def save(self, record):
         self.before_save(record)
@@ -3810,6 +3812,8 @@ def test_a_key_may_be_of_any_case_and_in_quotes(application):
 def test_a_key_that_is_no_uuid_is_400_and_makes_no_task(application, key):
     answer = create_with(application, key.format(SOME_UUID))
     assert answer.status == 400 and "UUID" in answer.json["error"]
+    head = request("POST", "/create-echo", idempotency_key=key.format(SOME_UUID))
+    assert application.judge(head).refusal.status == 400  # before its body is awaited
     assert ask(application, "GET", "/tasks").json == {"tasks": []}
 
 
