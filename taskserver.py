@@ -1006,13 +1006,14 @@ class Stopped(Exception):
 class CoroutineRun:
     """One call of a coroutine function, from its start in the event loop to its end."""
 
-    __slots__ = ("error", "given_up", "item", "task", "timer")
+    __slots__ = ("given_up", "item", "outcome", "reason", "task", "timer")
 
     def __init__(self, item: Any) -> None:
         self.item = item
         self.task: Any = None
-        self.timer: Any = None  # of the time limit
-        self.error: Exception | None = None  # why it was interrupted
+        self.timer: Any = None  # of the time limit; once it is interrupted, of the grace
+        self.reason: Exception | None = None  # why it was interrupted
+        self.outcome: tuple[Any, BaseException | None] | None = None  # its value and its error
         self.given_up = False  # it goes on, although its outcome is settled
 
 
@@ -1022,7 +1023,7 @@ class CoroutinePool(BoundedQueue):
     An item goes through three steps. `begin(item)` returns a function without arguments and a time
     limit, or None for either. What the function returns, a coroutine, runs in the event loop.
     `end(item, value, error)` takes what became of it. The first and the last step may wait for a
-    disk, so threads do them; they let no exception out.
+    disk, and decode and encode what may be long, so threads do them; they let no exception out.
     """
 
     THREADS = 8  # for the first and the last step; enough to fill the commits of a journal
@@ -1038,52 +1039,65 @@ class CoroutinePool(BoundedQueue):
         self.grace = 10.0  # seconds for which a coroutine that was interrupted may go on
         self._begin, self._end = begin, end
         self._threads = WorkerPool("coroutine", lambda step: step(), self.THREADS)
-        self._loop: Any = None  # guarded by the lock
-        self._runs: dict[Hashable, CoroutineRun] = {}  # by key; for the loop's thread alone
-        self._logged: Any = None  # the exception that ended the loop last; the same
+        # For the loop's thread alone:
+        self._runs: dict[Hashable, CoroutineRun] = {}  # by key
+        self._is_ending = False  # the loop ends when it stops
+        # Guarded by the lock:
+        self._loop: Any = None
+        self._on_the_way = False  # a thread was told to begin the next item, and has not taken it
 
     def wake(self) -> None:
-        """Have coroutines begin if there are items for them. Does not block."""
+        """Have coroutines begin if there are items for them. Does not block.
+
+        The system may have no thread or descriptor to give: call it again later.
+        """
         self._threads.wake()
         if not self._queue:  # a glance without the lock, as in WorkerPool
             return
-        taken = []
         with self._lock:
-            while self._has_item() and self._running < self.max_workers:
-                taken.append(self._take())
-        for key, item in taken:
-            self._threads.call(functools.partial(self._first_step, key, item))
+            if self._on_the_way or not self._has_item():
+                return
+            self._on_the_way = True
+        self._threads.call(self._begin_next)
 
-    def interrupt(self, key: Hashable, error: Exception) -> None:
-        """Cancel a coroutine where it waits. It fails with `error`, unless it ends in another way.
+    def interrupt(self, key: Hashable, reason: Exception) -> None:
+        """Cancel a coroutine where it waits. It fails with `reason`, unless it ends in another way.
 
         Does nothing if it has not begun or has ended. Does not block.
         """
-        with self._lock:
-            loop = self._loop
-        if loop is not None:
-            loop.call_soon_threadsafe(self._interrupt_key, key, error)
+        self._call_in_loop(self._interrupt_key, key, reason)
 
-    def interrupt_all(self, error: Exception) -> None:
-        """Cancel all coroutines that run."""
+    def end(self, seconds: float) -> None:
+        """Interrupt all coroutines, wait for them at most so long, and end the event loop."""
+        self._call_in_loop(self._interrupt_all, Stopped())
+        self.join(seconds)
+        self._call_in_loop(self._end_loop)
+
+    def _has_item(self) -> bool:
+        return super()._has_item() and self._running < self.max_workers
+
+    def _call_in_loop(self, function: Callable[..., None], *arguments: Any) -> None:
+        """Have the loop's thread call a function, if there is a loop. Does not block."""
         with self._lock:
-            loop = self._loop
-        if loop is not None:
-            loop.call_soon_threadsafe(self._interrupt_all, error)
+            if self._loop is not None:
+                self._loop.call_soon_threadsafe(function, *arguments)
 
     # In a thread
 
-    def _first_step(self, key: Hashable, item: Any) -> None:
+    def _begin_next(self) -> None:
+        """Begin the oldest item, if it may begin now, and have another thread begin the next."""
+        has_loop = self._start_loop()
+        with self._lock:
+            self._on_the_way = False
+            if not has_loop or not self._has_item():
+                return
+            key, item = self._take()
+        self.wake()
         function, seconds = self._begin(item)
         if function is None:
             self._leave()
-            return
-        try:
-            loop = self._running_loop()
-        except (RuntimeError, MemoryError, OSError) as error:  # no thread or descriptor to be had
-            self._last_step(item, None, error)
-            return
-        loop.call_soon_threadsafe(self._start, key, CoroutineRun(item), function, seconds)
+        else:
+            self._call_in_loop(self._start, key, CoroutineRun(item), function, seconds)
 
     def _last_step(self, item: Any, value: Any, error: BaseException | None) -> None:
         self._end(item, value, error)
@@ -1094,79 +1108,110 @@ class CoroutinePool(BoundedQueue):
         self._done()
         self.wake()
 
-    def _running_loop(self) -> Any:
-        """Return the event loop; start it if this is the first item."""
+    def _start_loop(self) -> bool:
+        """Start the event loop unless it runs; return whether it does now."""
         import asyncio  # needs a tenth of a second and 6 MiB, which only coroutines are worth
 
         with self._lock:
-            if self._loop is None:
+            if self._loop is not None:
+                return True
+            try:
                 loop = asyncio.new_event_loop()
-                loop.set_exception_handler(self._log_stray_exception)
-                thread = threading.Thread(
-                    target=self._run_loop, args=(loop,), name="event-loop", daemon=True
-                )
+            except OSError:  # no descriptor to be had
+                return False
+            loop.set_exception_handler(self._log_stray_exception)
+            thread = threading.Thread(
+                target=self._run_loop, args=(loop,), name="event-loop", daemon=True
+            )
+            try:
                 thread.start()
-                self._loop = loop
-            return self._loop
+            except (RuntimeError, MemoryError):  # no thread to be had
+                loop.close()
+                return False
+            self._loop = loop
+            return True
 
     # In the thread of the event loop
 
     def _run_loop(self, loop: Any) -> None:
-        while True:
+        """Be that thread."""
+        self._is_ending = False
+        while not self._is_ending:
             try:
-                loop.run_forever()
-            except BaseException as error:  # SystemExit of a task that a coroutine has left behind
-                self._logged = error
-                log.warning("what a coroutine left behind failed: %s", traceback_of(error))
+                loop.run_forever()  # returns, too, when a coroutine stops the loop
+            except BaseException as error:
+                self._stay_after(error)
+        with self._lock:
+            self._loop = None
+        loop.close()
+
+    def _end_loop(self) -> None:
+        self._is_ending = True
+        self._loop.stop()
+
+    def _stay_after(self, error: BaseException) -> None:
+        """Do with an exception that ends the loop, SystemExit, as asyncio does with all others.
+
+        The task that raised it keeps it for whoever awaits the task; if nobody does, it tells
+        `_log_stray_exception` when it is deleted. The loop's part of the traceback holds the task,
+        so it goes. What no task has raised is logged here.
+        """
+        trace = error.__traceback__
+        while trace is not None and not trace.tb_frame.f_code.co_flags & _ASYNC:
+            trace = trace.tb_next
+        if trace is None:
+            log.warning("what a coroutine left behind failed: %s", traceback_of(error))
+        error.__traceback__ = trace
 
     def _log_stray_exception(self, loop: Any, context: dict[str, Any]) -> None:
         """Log what asyncio says of an exception that nobody awaits (a hook of the event loop)."""
         error = context.get("exception")
-        if error is None:
-            log.warning("what a coroutine left behind failed: %s", context.get("message"))
-        elif error is not self._logged:
-            log.warning("what a coroutine left behind failed: %s", traceback_of(error))
+        if error is not None:
+            text = traceback_of(error)
+        else:  # say, a task that waits for nothing that there is
+            text = f"{context.get('message')} {context.get('task', '')}"
+        log.warning("what a coroutine left behind failed: %s", text)
 
     def _start(
         self, key: Hashable, run: CoroutineRun, function: Callable[[], Any], seconds: float | None
     ) -> None:
-        border = self._border(function)
-        context = contextvars.Context()  # no task sees the context variables of another
-        run.task = context.run(self._loop.create_task, border)
-        run.task.add_done_callback(functools.partial(self._ended, key, run))
         self._runs[key] = run
+        context = contextvars.Context()  # no task sees the context variables of another
+        run.task = context.run(self._loop.create_task, self._border(run, function))
+        run.task.add_done_callback(functools.partial(self._ended, key, run))
         if seconds is not None:
-            error = TaskError(f"timed out after {seconds} seconds")
-            run.timer = self._loop.call_later(seconds, self._interrupt, run, error)
+            reason = TaskError(f"timed out after {seconds} seconds")
+            run.timer = self._loop.call_later(seconds, self._interrupt, run, reason)
 
-    async def _border(self, function: Callable[[], Any]) -> tuple[Any, BaseException | None]:
-        """Return what the coroutine returns and what it raises: SystemExit ends it alone."""
+    async def _border(self, run: CoroutineRun, function: Callable[[], Any]) -> None:
+        """Note what the coroutine returns or raises: SystemExit, too, ends it alone."""
         try:
-            return await function(), None
+            run.outcome = await function(), None
         except BaseException as error:
-            return None, error
+            run.outcome = None, error
 
-    def _interrupt_key(self, key: Hashable, error: Exception) -> None:
+    def _interrupt_key(self, key: Hashable, reason: Exception) -> None:
         if key in self._runs:
-            self._interrupt(self._runs[key], error)
+            self._interrupt(self._runs[key], reason)
 
-    def _interrupt_all(self, error: Exception) -> None:
+    def _interrupt_all(self, reason: Exception) -> None:
         for run in list(self._runs.values()):
-            self._interrupt(run, error)
+            self._interrupt(run, reason)
 
-    def _interrupt(self, run: CoroutineRun, error: Exception) -> None:
-        if run.error is not None:  # once is enough
+    def _interrupt(self, run: CoroutineRun, reason: Exception) -> None:
+        if run.reason is not None:  # once is enough
             return
-        run.error = error
+        run.reason = reason
         run.task.cancel()
-        self._loop.call_later(self.grace, self._give_up, run)
+        if run.timer is not None:
+            run.timer.cancel()
+        run.timer = self._loop.call_later(self.grace, self._give_up, run)
 
     def _give_up(self, run: CoroutineRun) -> None:
         """Settle the outcome of a coroutine that goes on after its grace; it keeps its place."""
-        if run.task.done():
-            return
-        run.given_up = True
-        self._threads.call(functools.partial(self._end, run.item, None, run.error))
+        if not run.task.done():
+            run.given_up = True
+            self._threads.call(functools.partial(self._end, run.item, None, run.reason))
 
     def _ended(self, key: Hashable, run: CoroutineRun, task: Any) -> None:
         """Take what a coroutine returned or raised."""
@@ -1175,16 +1220,25 @@ class CoroutinePool(BoundedQueue):
             run.timer.cancel()
         if run.given_up:
             self._leave()
-            return
-        import asyncio
+        else:
+            self._threads.call(functools.partial(self._last_step, run.item, *_outcome(run)))
 
-        value: Any = None
-        error: BaseException | None = asyncio.CancelledError()
-        if not task.cancelled():  # it is after a coroutine that cancels itself and returns
-            value, error = task.result()
-        if run.error is not None and isinstance(error, asyncio.CancelledError):
-            error = run.error
-        self._threads.call(functools.partial(self._last_step, run.item, value, error))
+
+_ASYNC = inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR  # of the code of a function
+
+
+def _outcome(run: CoroutineRun) -> tuple[Any, BaseException | None]:
+    """Return the value of a coroutine that has ended, and its error: of one that was interrupted,
+    why it was, unless it has returned or raised something else all the same.
+    """
+    import asyncio  # it is there, for the loop runs
+
+    value, error = run.outcome or (None, asyncio.CancelledError())  # cancelled before it began
+    if error is not None and isinstance(run.reason, Stopped):
+        return None, run.reason  # whatever it raised, it did so because of the stop
+    if isinstance(error, asyncio.CancelledError) and run.reason is not None:
+        return None, run.reason
+    return value, error
 
 
 # -- 4. Child processes ----------------------------------------------------------------------------
@@ -2530,6 +2584,7 @@ class Application:
     def _end_coroutine(self, record: Record, value: Any, error: BaseException | None) -> None:
         """Make the record of a coroutine final."""
         if isinstance(error, Stopped):  # the next start decides what becomes of it
+            self.log_task("task %s is interrupted by the stop", record.id)
             return
         result = None
         if error is None:
@@ -3541,8 +3596,7 @@ def stop_in_order(server: Server, grace: float) -> None:
     )
     for pool in application.pools:  # 2. running tasks go on for a while, and polls are answered
         pool.join(max(0.0, deadline - time.monotonic()))
-    application.coroutine_pool.interrupt_all(Stopped())  # 3. the rest is told, or ends with us
-    application.coroutine_pool.join(1)
+    application.coroutine_pool.end(1)  # 3. coroutines are told, the rest ends with us
     server.shutdown(max(2.0, deadline - time.monotonic()))  # 4. answers under way are sent
 
 

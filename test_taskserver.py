@@ -12,6 +12,7 @@ that something happens meanwhile: tasks wait for events that a test owns, and ev
 from __future__ import annotations
 
 import ast
+import asyncio
 import base64
 import calendar
 import collections
@@ -44,6 +45,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 import tokenize
@@ -80,20 +82,29 @@ def eventually(condition, seconds=LONG):
 
 @pytest.fixture(autouse=True)
 def nothing_is_left(monkeypatch):
-    """No test leaves a thread or a process behind, but for the writers of journals and the event
-    loops of coroutines: they have no end."""
+    """No test leaves a thread or a process behind, but for the writers of journals: they have no
+    end. The event loops of coroutines are ended here."""
     monkeypatch.setattr(WorkerPool, "IDLE_SECONDS", 0.03)
     before = set(threading.enumerate())
+    pools, make = [], taskserver.CoroutinePool.__init__
+
+    def make_and_remember(pool, *arguments):
+        make(pool, *arguments)
+        pools.append(pool)
+
+    monkeypatch.setattr(taskserver.CoroutinePool, "__init__", make_and_remember)
 
     def left():
         threads = [
             thread
             for thread in threading.enumerate()
-            if thread not in before and thread.name not in ("journal", "event-loop")
+            if thread not in before and thread.name != "journal"
         ]
         return threads + multiprocessing.active_children()
 
     yield
+    for pool in pools:
+        pool.end(0.1)
     assert eventually(lambda: not left(), 10), left()
 
 
@@ -1475,8 +1486,10 @@ class Coroutines(taskserver.CoroutinePool):
         super().__init__(self.first, self.last, *bounds)
         self.ended = queue.Queue()  # item, value, error
         self.skipped = set()  # items that are final before they begin
+        self.first_step = lambda item: None
 
     def first(self, item):
+        self.first_step(item)
         if item in self.skipped:
             return None, None
         return item if isinstance(item, tuple) else (item, None)
@@ -1670,15 +1683,18 @@ def test_a_coroutine_has_a_time_limit():
     assert pool.next_end() == ("in time", None)
 
 
-def test_all_coroutines_can_be_interrupted():
+def test_the_end_of_a_pool_interrupts_all_its_coroutines_and_ends_its_loop():
     pool, gates = Coroutines(), [AsyncGate() for _ in range(5)]
-    pool.interrupt_all(taskserver.Stopped())  # there is no event loop yet
+    pool.end(LONG)  # there is no event loop yet
     submit(pool, *gates)
     for gate in gates:
         gate.wait()
-    pool.interrupt_all(taskserver.Stopped())
+    (loop,) = [thread for thread in threading.enumerate() if thread.name == "event-loop"]
+    pool.end(LONG)
     assert [type(pool.next_end()[1]) for _ in gates] == [taskserver.Stopped] * 5
-    assert pool.join(LONG)
+    assert pool.counts() == (0, 0)
+    loop.join(LONG)
+    assert not loop.is_alive()
 
 
 def test_coroutines_that_wait_when_their_pool_stops_do_not_begin():
@@ -1720,6 +1736,38 @@ def test_coroutines_wait_while_no_thread_can_be_started(monkeypatch, error):
         assert pool.ended.empty()
     pool.wake()
     assert pool.next_end() == (7, None)
+
+
+def test_coroutines_wait_while_no_event_loop_can_be_had(monkeypatch):
+    pool, refused = Coroutines(), threading.Event()
+
+    def refuse():
+        refused.set()
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(asyncio, "new_event_loop", refuse)
+        submit(pool, seven)
+        assert refused.wait(LONG)
+        assert eventually(lambda: pool.counts() == (1, 0))
+
+    def has_ended():
+        pool.wake()
+        return not pool.ended.empty()
+
+    assert eventually(has_ended)
+    assert pool.next_end() == (7, None)
+
+
+def test_a_coroutine_can_be_withdrawn_while_the_first_steps_of_others_wait():
+    pool, held = Coroutines(), Gate()
+    pool.first_step = lambda item: held({})  # as when the disk hangs
+    keys = submit(pool, *[seven] * 100)
+    held.wait_for(pool.THREADS)
+    assert pool.withdraw(keys[-1]) and not pool.withdraw(keys[-1]) and not pool.withdraw(keys[0])
+    held.opened.set()
+    assert [pool.next_end() for _ in range(99)] == [(7, None)] * 99
+    assert pool.join(LONG) and pool.ended.empty()
 
 
 # -- 4. Child processes ----------------------------------------------------------------------------
@@ -3981,6 +4029,989 @@ def test_a_cancelled_task_keeps_its_key(application, gate):
     record = cancelled(application, create_with(application, key).json)
     answer = create_with(application, key)
     assert (answer.status, answer.json) == (200, record)
+
+
+# Coroutines
+
+
+class Door:
+    """A coroutine that says when it has begun, and goes on when the test lets it."""
+
+    def __init__(self):
+        self.begun = threading.Semaphore(0)
+        self.cancelled = threading.Semaphore(0)
+        self._opened = concurrent.futures.Future()
+
+    async def __call__(self, payload, report=lambda *_: None):
+        report(0.25, "at the door")
+        self.begun.release()
+        try:
+            await self.wait()
+        except asyncio.CancelledError:
+            self.cancelled.release()
+            raise
+        return payload.get("result")
+
+    async def wait(self):
+        """Wait in an event loop until the door is open."""
+        await asyncio.shield(asyncio.wrap_future(self._opened))
+
+    def wait_for(self, n=1):
+        """Wait in a thread until so many more have come."""
+        for _ in range(n):
+            assert self.begun.acquire(timeout=LONG)
+
+    def open(self):
+        if not self._opened.done():
+            self._opened.set_result(None)
+
+
+@pytest.fixture
+def door():
+    door = Door()
+    yield door
+    door.open()
+
+
+@pytest.fixture
+def coroutines(application, door):
+    """The same application with a task type that waits at the door."""
+    application.task("door")(door)
+    return application
+
+
+def left_behind(caplog):
+    """Return what the log says of what coroutines have left behind."""
+    gc.collect()  # some of it is found when it is deleted
+    return [text for text in caplog.messages if "left behind" in text]
+
+
+async def where(payload, report):
+    return [threading.get_ident(), id(asyncio.get_running_loop())]
+
+
+def test_a_coroutine_is_a_task_like_any_other(coroutines):
+    @coroutines.task("squares")
+    async def squares(payload, report):
+        for n in range(3):
+            await asyncio.sleep(0)
+            report(n / 4, f"step {n}")
+        return [number**2 for number in payload["numbers"]]
+
+    created = create(coroutines, "squares", numbers=[1, 2, 3])
+    assert {key: created[key] for key in KEYS[5:]} == dict.fromkeys(KEYS[5:])
+    record = final(coroutines, created)
+    consistent(record)
+    assert (record["status"], record["result"]) == ("completed", [1, 4, 9])
+    assert record["message"] == "step 2"
+
+
+def test_a_coroutine_that_waits_is_pending_with_its_progress(coroutines, door):
+    record = create(coroutines, "door", result=5)
+    door.wait_for()
+    now = poll(coroutines, record)
+    consistent(now)
+    assert [now[key] for key in ("status", "progress", "message")] == ["pending", 0.25, "at the door"]
+    assert now["started_at"]
+    door.open()
+    assert final(coroutines, record)["result"] == 5
+
+
+def test_all_coroutines_run_in_one_loop_in_a_thread_that_begins_with_the_first(coroutines):
+    before = threading.active_count()
+    coroutines.task("where")(where)
+    coroutines.task("where-too")(where)
+    assert threading.active_count() == before
+    records = [create(coroutines, name) for name in ("where", "where-too") * 5]
+    places = {tuple(final(coroutines, record)["result"]) for record in records}
+    assert len(places) == 1
+    assert places.pop()[0] not in (threading.get_ident(), outcome(coroutines, thread_id)["result"])
+
+
+def thread_id(payload, report):
+    return threading.get_ident()
+
+
+def test_a_server_without_coroutines_does_not_import_asyncio():
+    code = """
+        import http.client, json, sys, threading, taskserver
+        application = taskserver.demo()
+        taskserver.add_monitoring(application), taskserver.add_pages(application)
+        server = taskserver.Server(("127.0.0.1", 0), application)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+
+        def run(type):
+            client = http.client.HTTPConnection("127.0.0.1", server.server_port)
+            body = json.dumps({"name": "x", "seconds": 0})
+            client.request("POST", f"/create-{type}", body, {"Content-Type": "application/json"})
+            id = json.loads(client.getresponse().read().decode())["id"]
+            client.request("GET", f"/poll-{type}/{id}?wait=30")
+            record = json.loads(client.getresponse().read().decode())
+            return record["status"], "asyncio" in sys.modules
+
+        print(run("task"))
+        @application.task("coroutine")
+        async def coroutine(payload, report):
+            pass
+        print("asyncio" in sys.modules, run("coroutine"))
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    out = subprocess.check_output(command, cwd=str(PROGRAM.parent), timeout=LONG)
+    assert out.decode().split() == "('completed', False) False ('completed', True)".split()
+
+
+class Methods:
+    async def method(self, payload, report):
+        return await where(payload, report)
+
+    @staticmethod
+    async def static(payload, report):
+        return await where(payload, report)
+
+    @classmethod
+    async def of_the_class(cls, payload, report):
+        return await where(payload, report)
+
+    async def __call__(self, payload, report):
+        return await where(payload, report)
+
+
+async def with_more(more, payload, report, most=None):
+    return await where(payload, report)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        where,
+        Methods(),
+        Methods().method,
+        Methods.static,
+        Methods.of_the_class,
+        functools.partial(with_more, 1),
+        functools.partial(functools.partial(with_more, 1), most=2),
+        functools.partial(Methods()),
+        functools.partial(Methods().method),
+    ],
+    ids=lambda _: "",
+)
+def test_whatever_gives_a_coroutine_runs_in_the_loop(coroutines, function):
+    here = outcome(coroutines, where)["result"]
+    coroutines.task("limited", timeout=LONG)(function)  # which no thread can have
+    assert final(coroutines, create(coroutines, "limited"))["result"] == here
+
+
+def give_a_coroutine(payload, report):
+    return where(payload, report)
+
+
+def give_a_future(payload, report):
+    class Awaitable:
+        def __await__(self):
+            return iter(())
+
+    return Awaitable()
+
+
+@pytest.mark.parametrize("function", [give_a_coroutine, give_a_future])
+def test_a_plain_function_that_returns_an_awaitable_fails_with_advice(application, function):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a coroutine that nobody awaits
+        record = outcome(application, function)
+        gc.collect()
+    assert record["error"] == "the function returned an awaitable; declare it with `async def`"
+
+
+def test_as_many_coroutines_run_as_workers_allow_and_the_rest_has_a_queue_of_its_own(
+    coroutines, door, gate
+):
+    coroutines.coroutine_pool.max_workers, coroutines.coroutine_pool.max_waiting = 2, 3
+    coroutines.pool.max_workers, coroutines.pool.max_waiting = 1, 0
+    records = [create(coroutines, "door", result=n) for n in range(5)]
+    door.wait_for(2)
+    refused = ask(coroutines, "POST", "/create-door", {"name": "one too many"})
+    assert refused.status == 503 and int(refused.headers["Retry-After"]) >= 1
+    assert "--max-waiting" in refused.json["error"]
+    assert not door.begun.acquire(timeout=0.05)
+    health = ask(coroutines, "GET", "/healthz").json
+    assert (health["waiting"], health["running"]) == (3, 2)
+    create(coroutines, "gate")  # the queue of the threads is another
+    assert ask(coroutines, "POST", "/create-gate", {"name": "one too many"}).status == 503
+    door.open()
+    assert [final(coroutines, record)["result"] for record in records] == list(range(5))
+    assert final(coroutines, create(coroutines, "door"))["status"] == "completed"
+
+
+def test_thousands_of_coroutines_wait_at_once_in_a_few_threads(coroutines, door):
+    coroutines.coroutine_pool.max_workers = 2000
+    before = threading.active_count()
+    records = [create(coroutines, "door", result=n) for n in range(2000)]
+    door.wait_for(2000)
+    assert threading.active_count() - before <= 10
+    door.open()
+    assert [final(coroutines, record)["result"] for record in records] == list(range(2000))
+
+
+@pytest.mark.parametrize(
+    "raised, error",
+    [
+        (ValueError("what it said"), "ValueError: what it said"),
+        (SystemExit(3), "SystemExit: 3"),
+        (KeyboardInterrupt(), "KeyboardInterrupt"),
+        (GeneratorExit("x"), "GeneratorExit: x"),
+        (StopIteration(), "RuntimeError: coroutine raised StopIteration"),
+        (StopAsyncIteration("x"), "StopAsyncIteration: x"),
+        (asyncio.CancelledError(), "CancelledError"),
+        (asyncio.TimeoutError("x"), "TimeoutError: x"),
+        (taskserver.Cancelled(), "Cancelled"),
+        (taskserver.TaskError("in its own words"), "in its own words"),
+        (Speechless(), "Speechless: (an exception that cannot say what it is)"),
+    ],
+    ids=brief,
+)
+@pytest.mark.parametrize("when", ["at once", "later"])
+def test_whatever_a_coroutine_raises_fails_it_alone(coroutines, door, caplog, raised, error, when):
+    sister = create(coroutines, "door", result="unharmed")
+    door.wait_for()
+
+    async def task(payload, report):
+        report(0.5, "so far")
+        if when == "later":
+            await asyncio.sleep(0)
+        raise raised
+
+    record = outcome(coroutines, task)
+    consistent(record)
+    assert (record["status"], record["error"], record["message"]) == ("failed", error, "so far")
+    if not isinstance(raised, taskserver.TaskError):
+        assert caplog.text.count("Traceback") >= 1 and "raise raised" in caplog.text
+    door.open()
+    assert final(coroutines, sister)["result"] == "unharmed"
+    assert not left_behind(caplog)
+
+
+@pytest.mark.parametrize("raised", [SystemExit("inner"), KeyboardInterrupt("inner")], ids=brief)
+def test_what_an_awaited_task_raises_fails_the_coroutine_that_awaits_it(coroutines, caplog, raised):
+    async def inner():
+        await asyncio.sleep(0)
+        raise raised
+
+    async def task(payload, report):
+        await asyncio.gather(inner(), asyncio.sleep(0))
+
+    assert outcome(coroutines, task)["error"] == f"{type(raised).__name__}: inner"
+    assert not left_behind(caplog) and caplog.text.count("raise raised") == 1
+    assert outcome(coroutines, where)["status"] == "completed"
+
+
+def test_a_result_that_json_cannot_hold_fails_the_coroutine_alone(coroutines):
+    async def give_an_object(payload, report):
+        return {"a": object()}
+
+    assert "JSON" in outcome(coroutines, give_an_object)["error"]
+    coroutines.default = lambda value: "an object"
+    assert outcome(coroutines, give_an_object)["result"] == {"a": "an object"}
+
+
+def current_task():
+    if hasattr(asyncio, "current_task"):
+        return asyncio.current_task()
+    return asyncio.Task.current_task()
+
+
+def test_a_coroutine_that_cancels_itself_fails_where_it_waits_next(coroutines):
+    async def cancel_and_wait(payload, report):
+        current_task().cancel()
+        await asyncio.sleep(LONG)
+
+    async def cancel_and_return(payload, report):
+        current_task().cancel()
+        return "it did not wait"
+
+    assert outcome(coroutines, cancel_and_wait)["error"] == "CancelledError"
+    assert outcome(coroutines, cancel_and_return)["result"] == "it did not wait"
+    assert outcome(coroutines, where)["status"] == "completed"
+
+
+def test_no_coroutine_ends_the_loop(coroutines, door, caplog):
+    sister = create(coroutines, "door", result="unharmed")
+    door.wait_for()
+
+    async def stop(payload, report):
+        asyncio.get_running_loop().stop()
+        await asyncio.sleep(0)
+        return "it goes on"
+
+    async def close(payload, report):
+        asyncio.get_running_loop().close()
+
+    before = outcome(coroutines, where)["result"]
+    assert outcome(coroutines, stop)["result"] == "it goes on"
+    assert outcome(coroutines, close)["error"].startswith("RuntimeError")
+    assert outcome(coroutines, where)["result"] == before
+    door.open()
+    assert final(coroutines, sister)["result"] == "unharmed"
+
+
+async def fail_soon(raised):
+    await asyncio.sleep(0)
+    raise raised
+
+
+async def numbers(raised):
+    try:
+        yield 1
+        yield 2
+    finally:
+        raise raised
+
+
+async def leave_a_task(raised):
+    asyncio.ensure_future(fail_soon(raised))
+
+
+async def leave_a_future(raised):
+    asyncio.get_running_loop().create_future().set_exception(raised)
+
+
+async def leave_a_callback(raised):
+    def fail():
+        raise raised
+
+    asyncio.get_running_loop().call_soon(fail)
+
+
+async def leave_a_generator(raised):
+    async for _ in numbers(raised):
+        break
+
+
+@pytest.mark.parametrize(
+    "leave, kind",
+    [
+        (leave_a_task, ValueError),
+        (leave_a_task, SystemExit),
+        (leave_a_task, KeyboardInterrupt),
+        (leave_a_future, ValueError),
+        (leave_a_callback, ValueError),
+        (leave_a_callback, SystemExit),
+        (leave_a_generator, ValueError),
+        (leave_a_generator, SystemExit),
+    ],
+)
+def test_what_coroutines_leave_behind_does_no_harm_and_is_logged_once(
+    coroutines, door, caplog, leave, kind
+):
+    sister = create(coroutines, "door", result="unharmed")
+    door.wait_for()
+    for n in range(3):
+
+        async def task(payload, report):
+            await leave(kind(f"stray {n}."))
+            return "well"
+
+        assert outcome(coroutines, task)["result"] == "well"
+    assert eventually(lambda: len(left_behind(caplog)) >= 3)
+    assert outcome(coroutines, where)["status"] == "completed"
+    told = "\n".join(left_behind(caplog))
+    assert len(left_behind(caplog)) == 3
+    assert all(f"{kind.__name__}: stray {n}." in told for n in range(3))
+    door.open()
+    assert final(coroutines, sister)["result"] == "unharmed"
+
+
+def test_a_task_left_behind_that_waits_for_nothing_is_logged_once(coroutines, caplog):
+    async def forlorn():
+        await asyncio.get_running_loop().create_future()
+
+    async def task(payload, report):
+        asyncio.ensure_future(forlorn())
+        await asyncio.sleep(0)
+
+    assert outcome(coroutines, task)["status"] == "completed"
+    assert eventually(lambda: left_behind(caplog))
+    (text,) = left_behind(caplog)
+    assert "pending" in text and "forlorn" in text
+
+
+def test_a_task_left_behind_goes_on_after_its_coroutine(coroutines):
+    ended = threading.Event()
+
+    async def task(payload, report):
+        async def go_on():
+            while not payload["ended"]:
+                await asyncio.sleep(0)
+            ended.set()
+
+        payload["ended"] = False
+        asyncio.get_running_loop().call_soon(payload.update, {"ended": True})
+        task.left = asyncio.ensure_future(go_on())
+
+    assert outcome(coroutines, task)["status"] == "completed"
+    assert ended.wait(LONG)
+
+
+def test_context_variables_are_fresh_in_each_coroutine(coroutines):
+    variable = contextvars.ContextVar("variable", default="fresh")
+    variable.set("set by the test")
+
+    async def look_and_set(payload, report):
+        seen = variable.get()
+        variable.set(payload["name"])
+        await asyncio.sleep(0)
+        return [seen, variable.get()]
+
+    coroutines.task("look")(look_and_set)
+    for record in [create(coroutines, "look", name) for name in ("a", "b", "c")]:
+        assert final(coroutines, record)["result"] == ["fresh", record["name"]]
+
+
+def test_a_coroutine_reports_from_the_loop_and_from_other_threads(coroutines, door):
+    @coroutines.task("in-threads")
+    async def in_an_executor(payload, report):
+        loop = asyncio.get_running_loop()
+        await asyncio.gather(
+            *(loop.run_in_executor(None, report, 0.5, "from a thread") for _ in range(8))
+        )
+        door.begun.release()
+        await door.wait()
+        report(0.75)
+        in_an_executor.report = report
+
+    record = create(coroutines, "in-threads")
+    door.wait_for()
+    now = poll(coroutines, record)
+    assert (now["progress"], now["message"]) == (0.5, "from a thread")
+    door.open()
+    assert final(coroutines, record)["message"] == "from a thread"
+    in_an_executor.report(0.1, "late")
+    now = poll(coroutines, record)
+    assert (now["progress"], now["message"]) == (1.0, "from a thread")
+
+
+def test_a_coroutine_that_blocks_holds_up_its_sisters_and_nobody_else(coroutines, server, gate):
+    async def block(payload, report):
+        return gate(payload, report)
+
+    coroutines.task("block")(block)
+    with server.client() as client:
+        for name in "block", "door", "echo":
+            created = client.ask("POST", f"/create-{name}", {"name": "x", "result": 1})
+            assert created.status == 201
+        gate.wait_for()
+        blocked, sister, other = ask(coroutines, "GET", "/tasks").json["tasks"][::-1]
+        assert final(coroutines, other)["result"] == 1  # in a thread
+        for record in blocked, sister:
+            answer = client.ask("GET", f"/poll-{record['type']}/{record['id']}")
+            assert (answer.status, answer.json["status"]) == (200, "pending")
+        assert coroutines.types["door"].function.begun.acquire(blocking=False) is False
+        coroutines.types["door"].function.open()
+        gate.opened.set()
+    assert [final(coroutines, record)["result"] for record in (blocked, sister)] == [1, 1]
+
+
+def test_a_time_limit_ends_a_coroutine_where_it_waits_and_its_finally_may_await(coroutines, door):
+    begun, cleaned = threading.Event(), []
+
+    @coroutines.task("limited", timeout=0.01)
+    async def limited(payload, report):
+        report(0.5, "so far")
+        try:
+            await asyncio.sleep(LONG * 2)
+        finally:
+            begun.set()
+            await door.wait()
+            report(0.6)
+            cleaned.append(True)
+
+    record = create(coroutines, "limited")
+    assert begun.wait(LONG)
+    assert poll(coroutines, record)["status"] == "pending"
+    door.open()
+    record = final(coroutines, record)
+    consistent(record)
+    assert (record["status"], record["error"]) == ("failed", "timed out after 0.01 seconds")
+    assert (record["progress"], record["message"], cleaned) == (0.6, "so far", [True])
+
+
+def test_a_coroutine_within_its_time_limit_is_left_alone(coroutines):
+    coroutines.task("in-time", timeout=LONG)(where)
+    assert final(coroutines, create(coroutines, "in-time"))["status"] == "completed"
+
+
+class Stubborn:
+    """A coroutine that does not end where it is cancelled, but when the test lets it."""
+
+    def __init__(self, door):
+        self.door = door
+        self.cancelled = threading.Event()
+
+    async def __call__(self, payload, report):
+        self.door.begun.release()
+        try:
+            await asyncio.sleep(LONG * 2)
+        except asyncio.CancelledError:
+            self.cancelled.set()
+        await self.door.wait()
+        return "all the same"
+
+
+def test_a_coroutine_that_outlasts_the_grace_is_final_and_keeps_its_place(coroutines, door):
+    pool = coroutines.coroutine_pool
+    pool.grace, pool.max_workers = 0.01, 1
+    coroutines.task("stubborn", timeout=0.01)(Stubborn(door))
+    first, second = create(coroutines, "stubborn"), create(coroutines, "door", result=2)
+    door.wait_for()
+    record = final(coroutines, first)
+    consistent(record)
+    assert record["error"] == "timed out after 0.01 seconds"
+    assert pool.counts() == (1, 1) and not door.begun.acquire(timeout=0.05)
+    assert poll(coroutines, second)["started_at"] is None
+    door.open()
+    assert final(coroutines, second)["result"] == 2
+    assert pool.join(LONG) and pool.counts() == (0, 0)
+    assert poll(coroutines, first) == record
+
+
+def test_a_coroutine_that_swallows_its_time_limit_and_returns_is_completed(coroutines, door):
+    stubborn = Stubborn(door)
+    coroutines.task("stubborn", timeout=0.01)(stubborn)
+    record = create(coroutines, "stubborn")
+    assert stubborn.cancelled.wait(LONG)
+    door.open()
+    record = final(coroutines, record)
+    assert (record["status"], record["result"]) == ("completed", "all the same")
+
+
+def test_a_journal_that_hangs_stops_no_coroutine_that_runs(coroutines, memory_journal, door):
+    pool, held = coroutines.coroutine_pool, Gate()
+    pool.max_workers = 1
+    went_on = threading.Event()
+
+    @coroutines.task("steps")
+    async def steps(payload, report):
+        door.begun.release()
+        await door.wait()
+        for n in range(10):
+            report(n / 10)
+            await asyncio.sleep(0.001)
+        went_on.set()
+        return "went on"
+
+    running = create(coroutines, "steps")
+    door.wait_for()
+    waiting = [create(coroutines, "door", result=n) for n in range(pool.THREADS + 5)]
+    memory_journal.before_save = lambda record: held({})
+    pool.max_workers = 100
+    coroutines.wake_workers()
+    held.wait_for(pool.THREADS)  # each of them is to save the start of a task
+    door.open()
+    assert went_on.wait(LONG)
+    assert poll(coroutines, running)["status"] == "pending"
+    assert not door.begun.acquire(blocking=False)  # none begins before its start is on disk
+    held.opened.set()
+    assert final(coroutines, running)["result"] == "went on"
+    assert [final(coroutines, record)["result"] for record in waiting] == list(range(len(waiting)))
+
+
+def stop(application, grace):
+    """Stop an application as its server does."""
+    with serving(application) as server:
+        taskserver.stop_in_order(server, grace)
+
+
+def test_the_stop_gives_coroutines_the_grace(coroutines, memory_journal, door):
+    record = create(coroutines, "door", result=5)
+    door.wait_for()
+    opener = threading.Thread(target=lambda: eventually(is_stopping) and door.open())
+
+    def is_stopping():
+        return ask(coroutines, "GET", "/healthz").status == 503
+
+    opener.start()
+    stop(coroutines, LONG)
+    opener.join(LONG)
+    assert poll(restarted(coroutines, "door"), record)["result"] == 5
+    assert not door.cancelled.acquire(blocking=False)
+
+
+def test_the_stop_cancels_coroutines_that_outlast_the_grace_and_the_next_start_says_so(
+    coroutines, memory_journal
+):
+    begun, cleaned = threading.Semaphore(0), []
+
+    async def outlast(payload, report):
+        begun.release()
+        try:
+            await asyncio.sleep(LONG * 2)
+        except asyncio.CancelledError:
+            if payload["name"] == "returns":
+                return "its end decides"
+            raise
+        finally:
+            await asyncio.sleep(0.001)
+            cleaned.append(payload["name"])
+            if payload["name"] == "raises":
+                raise ValueError("because of the stop")
+
+    coroutines.task("outlast")(outlast)
+    names = ["ends", "raises", "returns"]
+    records = [create(coroutines, "outlast", name) for name in names]
+    for _ in names:
+        assert begun.acquire(timeout=LONG)
+    stop(coroutines, 0.01)
+    assert sorted(cleaned) == names
+    successor = restarted(coroutines, "outlast")
+    *interrupted, returned = [poll(successor, record) for record in records]
+    for record in interrupted:
+        consistent(record)
+        assert record["error"] == "interrupted: the server ended while it ran"
+    assert returned["result"] == "its end decides"
+
+
+def test_a_coroutine_that_may_run_again_does_so_after_the_stop(coroutines, memory_journal):
+    begun, may_end = threading.Semaphore(0), []
+
+    async def run_again(payload, report):
+        begun.release()
+        if not may_end:
+            await asyncio.sleep(LONG * 2)
+        return "in the second run"
+
+    coroutines.task("again", rerun=True)(run_again)
+    record = create(coroutines, "again")
+    assert begun.acquire(timeout=LONG)
+    stop(coroutines, 0)
+    may_end.append(True)
+    successor = restarted(coroutines, "again", rerun=True)
+    assert final(successor, record)["result"] == "in the second run"
+
+
+def test_the_stop_does_not_wait_for_a_coroutine_that_does_not_end(
+    coroutines, memory_journal, door
+):
+    coroutines.task("stubborn")(Stubborn(door))
+    record, beside = create(coroutines, "stubborn"), create(coroutines, "door")
+    door.wait_for(2)
+    begun = time.monotonic()
+    stop(coroutines, 0)
+    assert time.monotonic() - begun < LONG / 2
+    assert door.cancelled.acquire(timeout=LONG)
+    successor = restarted(coroutines, "stubborn", "door")
+    for one in record, beside:
+        assert poll(successor, one)["error"] == "interrupted: the server ended while it ran"
+
+
+def test_no_coroutine_that_waits_begins_during_the_stop(coroutines, memory_journal, door):
+    coroutines.coroutine_pool.max_workers = 1
+    running, waiting = create(coroutines, "door"), create(coroutines, "door", result="later")
+    door.wait_for()
+    stop(coroutines, 0)
+    assert poll(coroutines, waiting)["started_at"] is None
+    assert not door.begun.acquire(blocking=False)
+    door.open()
+    successor = restarted(coroutines, "door")
+    assert poll(successor, running)["error"].startswith("interrupted: ")
+    assert final(successor, waiting)["result"] == "later"
+
+
+def test_executor_is_refused_with_the_idiom_that_takes_its_place():
+    with pytest.raises(TypeError) as caught:
+        Application().task("there", executor=concurrent.futures.Executor())
+    assert "task type 'there'" in str(caught.value)
+    assert "await asyncio.get_running_loop().run_in_executor(" in str(caught.value)
+
+
+# Cancel of coroutines and children
+
+
+def test_cancel_ends_a_coroutine_where_it_waits_and_its_finally_may_await(
+    coroutines, door, caplog
+):
+    in_finally = threading.Event()
+
+    @coroutines.task("cleans")
+    async def cleans(payload, report):
+        report(0.5, "so far")
+        try:
+            door.begun.release()
+            await asyncio.sleep(LONG * 2)
+        finally:
+            in_finally.set()
+            await door.wait()
+
+    record = create(coroutines, "cleans")
+    door.wait_for()
+    assert cancelled(coroutines, record)["status"] == "pending"
+    assert in_finally.wait(LONG)
+    assert poll(coroutines, record)["status"] == "pending"
+    door.open()
+    record = final(coroutines, record)
+    consistent(record)
+    assert (record["status"], record["error"]) == ("failed", BY_REQUEST)
+    assert (record["progress"], record["message"]) == (0.5, "so far")
+    assert "Traceback" not in caplog.text
+    assert cancelled(coroutines, record) == record
+
+
+def test_a_coroutine_that_swallows_its_cancel_and_returns_is_completed(coroutines, door):
+    stubborn = Stubborn(door)
+    coroutines.task("stubborn")(stubborn)
+    record = create(coroutines, "stubborn")
+    door.wait_for()
+    cancelled(coroutines, record)
+    assert stubborn.cancelled.wait(LONG)
+    door.open()
+    record = final(coroutines, record)
+    assert (record["status"], record["result"]) == ("completed", "all the same")
+    assert cancelled(coroutines, record) == record
+
+
+def test_a_cancelled_coroutine_that_outlasts_the_grace_is_final_and_keeps_its_place(
+    coroutines, door
+):
+    pool = coroutines.coroutine_pool
+    pool.grace, pool.max_workers = 0.01, 1
+    coroutines.task("stubborn")(Stubborn(door))
+    first, second = create(coroutines, "stubborn"), create(coroutines, "door", result=2)
+    door.wait_for()
+    cancelled(coroutines, first)
+    assert final(coroutines, first)["error"] == BY_REQUEST
+    assert pool.counts() == (1, 1)
+    door.open()
+    assert final(coroutines, second)["result"] == 2
+    assert final(coroutines, first)["error"] == BY_REQUEST
+
+
+def test_report_raises_cancelled_in_the_loop_and_in_executors(coroutines, door):
+    reporting = threading.Event()
+
+    def work(report):
+        reporting.set()
+        while True:  # a loop that `except Exception` does not leave
+            with contextlib.suppress(Exception):
+                report(0.5)
+
+    @coroutines.task("elsewhere")
+    async def elsewhere(payload, report):
+        future = asyncio.get_running_loop().run_in_executor(None, work, report)
+        try:
+            await asyncio.shield(future)
+        except asyncio.CancelledError:
+            with pytest.raises(taskserver.Cancelled):
+                await future
+            with pytest.raises(taskserver.Cancelled):
+                report(0.6)
+            raise
+
+    record = create(coroutines, "elsewhere")
+    assert reporting.wait(LONG)
+    cancelled(coroutines, record)
+    assert final(coroutines, record)["error"] == BY_REQUEST
+
+
+def test_a_waiting_coroutine_that_is_cancelled_is_final_at_once_and_never_begins(coroutines, door):
+    pool = coroutines.coroutine_pool
+    pool.max_workers, pool.max_waiting = 1, 1
+    running, waiting = create(coroutines, "door"), create(coroutines, "door")
+    door.wait_for()
+    refused = ask(coroutines, "POST", "/create-door", {"name": "full"})
+    assert refused.status == 503
+    with concurrent.futures.ThreadPoolExecutor(1) as threads:
+        polling = threads.submit(poll, coroutines, waiting, LONG)
+        record = cancelled(coroutines, waiting)
+        assert polling.result(LONG) == record
+    consistent(record)
+    assert (record["error"], record["started_at"]) == (BY_REQUEST, None)
+    last = create(coroutines, "door", result="in its place")
+    door.open()
+    assert final(coroutines, last)["result"] == "in its place"
+    assert final(coroutines, running)["status"] == "completed"
+    door.wait_for()  # that is the last one
+    assert not door.begun.acquire(blocking=False)
+
+
+def test_a_coroutine_that_is_cancelled_between_its_start_and_its_turn_in_the_loop_is_not_called(
+    coroutines, door, gate
+):
+    async def block(payload, report):
+        gate({})
+
+    coroutines.task("block")(block)
+    blocking = create(coroutines, "block")
+    gate.wait_for()  # the loop can begin nothing now
+    record = create(coroutines, "door")
+    assert eventually(lambda: poll(coroutines, record)["started_at"])
+    asked = cancelled(coroutines, record)
+    assert asked["status"] == "pending"
+    gate.opened.set()
+    record = final(coroutines, record)
+    consistent(record)
+    assert (record["error"], record["started_at"]) == (BY_REQUEST, asked["started_at"])
+    assert final(coroutines, blocking)["status"] == "completed"
+    assert not door.begun.acquire(blocking=False)
+
+
+@pytest.fixture
+def places(coroutines, tmp_path):
+    """Functions that leave a mark when they are called: in a coroutine and in a child."""
+    mark = tmp_path / "called"
+
+    async def in_the_loop(payload, report):
+        leave_a_mark(payload, report)
+
+    coroutines.task("coroutine")(in_the_loop)
+    coroutines.task("child", cpu=True)(leave_a_mark)
+    return lambda type: (create(coroutines, type, path=str(mark)), mark)
+
+
+def leave_a_mark(payload, report):
+    pathlib.Path(payload["path"]).write_text("called", encoding="utf-8")
+
+
+@pytest.mark.parametrize("type", ["coroutine", "child"])
+def test_a_task_that_is_cancelled_while_its_start_is_journaled_is_not_called_there(
+    coroutines, memory_journal, places, type
+):
+    held = Gate()
+    memory_journal.before_save = lambda record: record.payload and record.started_at and held({})
+    record, mark = places(type)
+    held.wait_for()
+    asked = cancelled(coroutines, record)
+    assert asked["status"] == "pending" and asked["started_at"]
+    held.opened.set()
+    record = final(coroutines, record)
+    consistent(record)
+    assert (record["error"], record["started_at"]) == (BY_REQUEST, asked["started_at"])
+    assert not mark.exists()
+    assert memory_journal.records[record["id"]].error == BY_REQUEST
+
+
+def test_a_waiting_coroutine_that_is_cancelled_is_in_the_journal_before_the_answer(
+    coroutines, memory_journal, door
+):
+    coroutines.coroutine_pool.max_workers = 1
+    create(coroutines, "door")
+    door.wait_for()
+    record = cancelled(coroutines, create(coroutines, "door"))
+    assert (record["error"], record["started_at"]) == (BY_REQUEST, None)
+    assert memory_journal.records[record["id"]].error == BY_REQUEST
+
+
+def test_rerun_does_not_bring_a_cancelled_coroutine_back(coroutines, memory_journal, door):
+    coroutines.task("again", rerun=True)(door.__call__)
+    record = create(coroutines, "again")
+    door.wait_for()
+    cancelled(coroutines, record)
+    record = final(coroutines, record)
+    successor = restarted(coroutines, "again", rerun=True)
+    assert poll(successor, record) == record and record["error"] == BY_REQUEST
+    assert not door.begun.acquire(blocking=False)
+
+
+def sleep_with_a_process(payload, report):
+    """Start a process, tell its number, and sleep."""
+    code = "import time; time.sleep(600)"
+    process = subprocess.Popen([sys.executable, "-c", code])
+    report(0.5, f"{os.getpid()} {process.pid}")
+    time.sleep(600)
+
+
+def test_cancel_ends_a_child_with_all_that_it_has_started(application, caplog):
+    application.task("sleep", cpu=True)(sleep_with_a_process)
+    application.task("echo-there", cpu=True)(echo)
+    application.cpu_pool.max_workers = 1
+    record, after = create(application, "sleep"), create(application, "echo-there", result=7)
+    assert eventually(lambda: poll(application, record)["message"])
+    numbers = [int(number) for number in poll(application, record)["message"].split()]
+    cancelled(application, record)
+    record = final(application, record)
+    consistent(record)
+    assert (record["error"], record["progress"]) == (BY_REQUEST, 0.5)
+    assert final(application, after)["result"] == 7
+    if os.name == "posix":
+        assert eventually(lambda: all(is_gone(number) for number in numbers))
+    assert "Traceback" not in caplog.text
+
+
+def test_a_waiting_task_of_a_child_that_is_cancelled_is_final_at_once(application, tmp_path):
+    application.task("sleep", cpu=True)(sleep_with_a_process)
+    application.task("mark", cpu=True)(leave_a_mark)
+    application.cpu_pool.max_workers = 1
+    running = create(application, "sleep")
+    assert eventually(lambda: poll(application, running)["message"])
+    waiting = create(application, "mark", path=str(tmp_path / "called"))
+    record = cancelled(application, waiting)
+    assert (record["status"], record["error"], record["started_at"]) == ("failed", BY_REQUEST, None)
+    cancelled(application, running)
+    assert final(application, running)["error"] == BY_REQUEST
+    assert application.cpu_pool.join(LONG) and not (tmp_path / "called").exists()
+
+
+def test_a_cancel_that_comes_as_a_child_just_ends_leaves_the_next_task_alone(application):
+    application.task("echo-there", cpu=True)(echo)
+    application.cpu_pool.max_workers = 1
+    final(application, create(application, "echo-there"))  # the process has started
+    chance = random.Random(13)
+    ends = set()
+    for n in range(40):
+        first = create(application, "echo-there", result=n)
+        second = create(application, "echo-there", result=-n)
+        end = time.perf_counter() + chance.uniform(0, 0.002)
+        while time.perf_counter() < end:
+            pass
+        cancelled(application, first)
+        assert final(application, second)["result"] == -n
+        record = final(application, first)
+        assert record["result"] == n or record["error"] == BY_REQUEST
+        ends.add(record["status"])
+    assert ends  # which of them it was is a matter of time
+
+
+@pytest.mark.parametrize("type", ["door", "sleep"])
+def test_a_hundred_cancels_of_one_that_runs_are_one(coroutines, door, caplog, type):
+    caplog.set_level(logging.INFO, "taskserver")
+    coroutines.task("sleep", cpu=True)(sleep_with_a_process)
+    record = create(coroutines, type)
+    assert eventually(lambda: poll(coroutines, record)["message"])
+    in_threads(100, lambda _: cancelled(coroutines, record))
+    assert final(coroutines, record)["error"] == BY_REQUEST
+    assert coroutines.types[type].pool.join(LONG)
+    about = [text for text in caplog.messages if record["id"] in text]
+    assert sum("is to be cancelled" in text for text in about) == 1
+    assert sum(" failed: " in text for text in about) == 1
+    assert len(about) == 3  # created, cancelled, failed
+    if type == "door":
+        assert door.cancelled.acquire(timeout=LONG) and not door.cancelled.acquire(blocking=False)
+
+
+@pytest.mark.parametrize("type", ["door", "echo-there"])
+def test_of_a_cancel_and_a_start_or_an_end_elsewhere_one_wins(coroutines, door, type):
+    door.open()
+    coroutines.task("echo-there", cpu=True)(echo)
+    coroutines.cpu_pool.max_workers = 2
+    wait = threading.Barrier(2)
+    records = []
+
+    def cancel(i):
+        for n in range(60):
+            wait.wait(LONG)
+            cancelled(coroutines, records[n])
+
+    def make(i):
+        for n in range(60):
+            records.append(create(coroutines, type, result=n))
+            wait.wait(LONG)
+
+    in_threads(2, lambda i: (make, cancel)[i](i))
+    for n, record in enumerate(records):
+        record = final(coroutines, record)
+        consistent(record)
+        assert record["result"] == n or record["error"] == BY_REQUEST
+    pool = coroutines.types[type].pool
+    assert pool.join(LONG) and pool.counts() == (0, 0)
+    health = ask(coroutines, "GET", "/healthz").json
+    assert health["completed"] + health["failed"] == 60
 
 
 # -- 7. HTTP ---------------------------------------------------------------------------------------
