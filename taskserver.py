@@ -66,14 +66,15 @@ holds records, a *worker* is a thread that runs tasks, a *pool* owns workers. A 
 *child* process are the two other places where a function can run. The *journal* is where records
 outlive the process. Durations are in seconds, sizes in bytes.
 
-What is used of `http.server.ThreadingHTTPServer`: its socket, its address, how it is bound, closed
-and shut down, and the names of its hooks. What is replaced: its threads, for one loop serves all
-connections (a thread of its own costs an idle connection 16 KiB, and each answer the time to be
-woken); and its request parser, which ignores Transfer-Encoding, takes malformed requests for
-others, and needs most of the time that an answer takes (4,300 polls a second; now 45,000).
+What is used of `http.server.ThreadingHTTPServer`: its socket and its address; how it is bound,
+closed and shut down; the names of its hooks. What is replaced: its threads, for one loop serves
+all connections (a thread costs an idle one 16 KiB, and each answer the time to be woken); and its
+request parser, which ignores Transfer-Encoding, takes malformed requests for others, and needs
+most of the time that an answer takes.
 
-Why not asyncio's streams? They would serve idle connections as cheaply, but a poll through them
-takes twice the time, and the sockets, the buffers and their limits would be somebody else's: this
+Why not asyncio's streams? They would serve as many idle connections. But to read a head through
+them and to send constant bytes takes four fifths of the time of a whole poll here. And the
+buffers with their limits, the deadlines, and who is woken when would be somebody else's: this
 file is there to be read to the bottom.
 """
 
@@ -154,6 +155,10 @@ class ReadersWriterLock:
     `with lock.read:` and `with lock.write:` hold one side. A thread that holds a side must ask for
     neither: a writer that comes in between would wait for the first, and the second for the writer.
     Nothing slow may be done while holding a side. A stream of writers keeps readers out.
+
+    To read costs three times what a plain lock costs (1.6 and 0.5 microseconds). The gain: who
+    polls does not wait for who lists 500 records; without a global interpreter lock, polls do not
+    even wait for each other.
     """
 
     def __init__(self) -> None:
