@@ -2867,10 +2867,11 @@ def _read_line(buffer: bytearray, limit: int, status: int) -> Generator[str, Any
     seen = 0
     while True:
         end = buffer.find(b"\r\n", max(0, seen - 1), limit)
+        line_end = end if end >= 0 else len(buffer)
+        if _FORBIDDEN.search(buffer, max(0, seen - 1), line_end):
+            raise HTTPError(400, "Send lines that end in CR LF, without control characters.")
         if end >= 0:
             return take(buffer, end + 2)[:-2]
-        if _FORBIDDEN.search(buffer, max(0, seen - 1)):
-            raise HTTPError(400, "Send lines that end in CR LF, without control characters.")
         if len(buffer) >= limit:
             raise HTTPError(status, f"Send lines of at most {limit} bytes here.")
         seen = len(buffer)
@@ -3731,6 +3732,7 @@ def stop_in_order(server: Server, grace: float) -> None:
 # -- 9. Monitoring and retention -------------------------------------------------------------------
 
 MAX_LIMIT = 500  # records of one listing
+LISTING_SECONDS = 20.0  # for which a listing may wait for its turn
 
 _LIMIT = {
     "name": "limit",
@@ -3752,18 +3754,42 @@ _TYPE = {
 }
 
 
+class Listing:
+    """What GET /tasks answers: made by a worker, as a rule, while the connection waits."""
+
+    def __init__(self, store: Store, limit: int, status: str, type: str) -> None:
+        self._store = store
+        self._limit, self._status, self._type = limit, status, type
+        self._response: Response | None = None
+
+    def make(self, wake: Callable[[], None]) -> None:
+        """Have the response ready, and call `wake`."""
+        with contextlib.suppress(Exception):  # who answers meets it once more
+            self.response()
+        wake()
+
+    def response(self) -> Response:
+        """Return the response. It is made now if it has to be sent before its turn has come."""
+        if self._response is None:
+            records = self._store.newest(self._limit, self._status, self._type)
+            documents = [encode_cached(record, False) for record in records]
+            self._response = Response(200, b'{"tasks": [%s]}' % b", ".join(documents))
+        return self._response
+
+
 class Monitoring:
     """GET /healthz and GET /tasks of an application."""
 
     def __init__(self, application: Application) -> None:
         self._application = application
-        # Held by the one thread that makes a listing. Fifty at once would take the interpreter from
-        # everybody: the slowest /healthz beside them needed 0.8 seconds, and with this 0.05.
-        self._listing = threading.Lock()
+        # One makes all listings, for fifty at once would take the interpreter from everybody: beside
+        # them the slowest /healthz needed 0.8 seconds.
+        self._lister = WorkerPool("lister", lambda make: make(), max_workers=1)
         application.router.add(
             "GET",
             "/tasks",
             self.tasks,
+            blocks=never_blocks,
             summary="List the newest tasks, without their results",
             operation="list-tasks",
             details="All that are held, or those of a status and a type.",
@@ -3784,18 +3810,21 @@ class Monitoring:
             answer="Health",
         )
 
-    def tasks(self, request: Request) -> Response:
-        """Answer with the newest tasks."""
+    def tasks(self, request: Request) -> Later:
+        """Answer with the newest tasks, once a worker has put their records together."""
         limit = int(min(float(request.parameter("limit", "[0-9]+", "50") or 50), MAX_LIMIT))
         status = request.parameter("status", f"{PENDING}|{COMPLETED}|{FAILED}", FAILED) or ""
         type = request.parameter("type", ".*", next(iter(self._application.types), "")) or ""
         if type and type not in self._known_types():
             known = ", ".join(sorted(self._known_types()))
             raise HTTPError(400, f"Send a type that there is: {known}.")
-        with self._listing:
-            records = self._application.store.newest(limit, status, type)
-            documents = [encode_cached(record, False) for record in records]
-            return Response(200, b'{"tasks": [%s]}' % b", ".join(documents))
+        listing = Listing(self._application.store, limit, status, type)
+        return Later(
+            LISTING_SECONDS,
+            watch=lambda wake: self._lister.call(functools.partial(listing.make, wake)),
+            unwatch=lambda wake: None,
+            answer=listing.response,
+        )
 
     def healthz(self, request: Request) -> Response:
         """Answer whether tasks are taken; to those who may know it, also how many there are."""
@@ -4173,6 +4202,8 @@ def tls_context(certificate: str, key: str) -> ssl.SSLContext:
         )
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
+    # A client that negotiates anew would have the loop compute. OpenSSL 3 refuses it by itself.
+    context.options |= getattr(ssl, "OP_NO_RENEGOTIATION", 0)
     context.set_ciphers("ECDHE+AESGCM:ECDHE+CHACHA20")  # of TLS 1.2; those of 1.3 are all so
     context.load_cert_chain(certificate, key)
     return context
