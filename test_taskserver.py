@@ -4725,9 +4725,7 @@ def test_executor_is_refused_with_the_idiom_that_takes_its_place():
 # Cancel of coroutines and children
 
 
-def test_cancel_ends_a_coroutine_where_it_waits_and_its_finally_may_await(
-    coroutines, door, caplog
-):
+def test_cancel_ends_a_coroutine_where_it_waits_and_its_finally_may_await(coroutines, door, caplog):
     in_finally = threading.Event()
 
     @coroutines.task("cleans")
@@ -5903,8 +5901,10 @@ def test_the_phases_have_the_agreed_seconds():
     "begin",
     [
         b"GET /healthz HTTP/1.1\r\nA: ",
-        b"POST /create-echo HTTP/1.1\r\nHost: h\r\nContent-Type: application/json\r\n"
-        b"Content-Length: 100000\r\n\r\n",
+        (
+            b"POST /create-echo HTTP/1.1\r\nHost: h\r\nContent-Type: application/json\r\n"
+            b"Content-Length: 100000\r\n\r\n"
+        ),
         b"POST /create-echo HTTP/1.1\r\nHost: h\r\nContent-Type: application/json\r\n"
         + CHUNKED
         + b"\r\n\r\n5000\r\n",
@@ -6512,15 +6512,16 @@ GONE = ["ECONNABORTED", "ECONNRESET", "EPROTO", "ENETDOWN", "EHOSTUNREACH", "EPE
 
 @pytest.mark.parametrize("name", [name for name in GONE if hasattr(errno, name)])
 def test_a_client_that_goes_before_it_is_accepted_holds_up_nobody(application, caplog, name):
-    with serving(application, poll_interval=10 * LONG) as server:
-        with server.client() as idle, server.client() as client:
-            assert idle.ask("GET", "/healthz").status == 200
-            server.errors += [OSError(getattr(errno, name), "gone")] * 3
-            assert client.ask("GET", "/healthz").status == 200
-            with server.client() as other:
-                assert other.ask("GET", "/healthz").status == 200
-            assert not server.errors
-            assert idle.ask("GET", "/healthz").status == 200
+    with serving(
+        application, poll_interval=10 * LONG
+    ) as server, server.client() as idle, server.client() as client:
+        assert idle.ask("GET", "/healthz").status == 200
+        server.errors += [OSError(getattr(errno, name), "gone")] * 3
+        assert client.ask("GET", "/healthz").status == 200
+        with server.client() as other:
+            assert other.ask("GET", "/healthz").status == 200
+        assert not server.errors
+        assert idle.ask("GET", "/healthz").status == 200
     assert "have to wait" not in caplog.text
 
 
@@ -6528,19 +6529,20 @@ def test_a_client_that_goes_before_it_is_accepted_holds_up_nobody(application, c
 def test_want_of_descriptors_or_memory_pauses_accepting_until_one_is_free(
     application, caplog, name
 ):
-    with serving(application, poll_interval=10 * LONG) as server:
-        with server.client() as client, server.client() as leaving:
-            assert client.ask("GET", "/healthz").status == 200
-            assert leaving.ask("GET", "/healthz").status == 200
-            server.errors += [OSError(getattr(errno, name), "no more")] * 2
-            with server.client() as late:
-                late.send(raw("GET", "/healthz"))
-                assert eventually(lambda: len(server.errors) == 1)
-                pass_through_the_loop(client)
-                assert len(server.errors) == 1  # it does not try again and again
-                server.errors.clear()
-                leaving.__exit__()
-                assert late.answer().status == 200
+    with serving(
+        application, poll_interval=10 * LONG
+    ) as server, server.client() as client, server.client() as leaving:
+        assert client.ask("GET", "/healthz").status == 200
+        assert leaving.ask("GET", "/healthz").status == 200
+        server.errors += [OSError(getattr(errno, name), "no more")] * 2
+        with server.client() as late:
+            late.send(raw("GET", "/healthz"))
+            assert eventually(lambda: len(server.errors) == 1)
+            pass_through_the_loop(client)
+            assert len(server.errors) == 1  # it does not try again and again
+            server.errors.clear()
+            leaving.__exit__()
+            assert late.answer().status == 200
     assert caplog.text.count("have to wait") == 1
 
 
