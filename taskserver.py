@@ -1330,10 +1330,12 @@ class CoroutinePool(BoundedQueue):
         del self._runs[key]
         if run.timer is not None:
             run.timer.cancel()
+        value, error = _outcome(run)
+        run.outcome = None  # else the error, which has a traceback, and the run hold each other
         if run.given_up:
             self._leave()
         else:
-            self._threads.call(functools.partial(self._last_step, run.item, *_outcome(run)))
+            self._threads.call(functools.partial(self._last_step, run.item, value, error))
 
 
 _ASYNC = inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR  # of the code of a function

@@ -36,6 +36,7 @@ import pathlib
 import queue
 import random
 import re
+import runpy
 import select
 import shutil
 import signal
@@ -51,6 +52,7 @@ import time
 import tokenize
 import uuid
 import warnings
+import weakref
 from typing import Any, NamedTuple
 
 import pytest
@@ -4111,7 +4113,11 @@ def test_a_coroutine_that_waits_is_pending_with_its_progress(coroutines, door):
     door.wait_for()
     now = poll(coroutines, record)
     consistent(now)
-    assert [now[key] for key in ("status", "progress", "message")] == ["pending", 0.25, "at the door"]
+    assert [now[key] for key in ("status", "progress", "message")] == [
+        "pending",
+        0.25,
+        "at the door",
+    ]
     assert now["started_at"]
     door.open()
     assert final(coroutines, record)["result"] == 5
@@ -4687,9 +4693,7 @@ def test_a_coroutine_that_may_run_again_does_so_after_the_stop(coroutines, memor
     assert final(successor, record)["result"] == "in the second run"
 
 
-def test_the_stop_does_not_wait_for_a_coroutine_that_does_not_end(
-    coroutines, memory_journal, door
-):
+def test_the_stop_does_not_wait_for_a_coroutine_that_does_not_end(coroutines, memory_journal, door):
     coroutines.task("stubborn")(Stubborn(door))
     record, beside = create(coroutines, "stubborn"), create(coroutines, "door")
     door.wait_for(2)
@@ -4713,6 +4717,57 @@ def test_no_coroutine_that_waits_begins_during_the_stop(coroutines, memory_journ
     successor = restarted(coroutines, "door")
     assert poll(successor, running)["error"].startswith("interrupted: ")
     assert final(successor, waiting)["result"] == "later"
+
+
+def test_work_in_a_pool_of_threads_reports_and_a_cancel_reaches_it(coroutines, gate):
+    called, after = [], queue.Queue()
+
+    def work(payload, report):
+        called.append(payload["name"])
+        try:
+            gate(payload, report)
+            report(0.5)
+        except BaseException as error:
+            after.put(error)
+            raise
+        return "done"
+
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+
+        @coroutines.task("pooled")
+        async def pooled(payload, report):
+            return await asyncio.get_running_loop().run_in_executor(pool, work, payload, report)
+
+        running, waiting, last = [create(coroutines, "pooled", name) for name in ("a", "b", "c")]
+        gate.wait_for()
+        assert poll(coroutines, running)["message"] == "at the gate"
+        for record in waiting, running:
+            cancelled(coroutines, record)
+            assert final(coroutines, record)["error"] == BY_REQUEST
+        gate.opened.set()  # until now the work went on
+        assert isinstance(after.get(timeout=LONG), taskserver.Cancelled)
+        assert final(coroutines, last)["result"] == "done"
+        assert called == ["a", "c"]
+
+
+@pytest.mark.skipif(not hasattr(sys, "getrefcount"), reason="needs counted references")
+def test_nobody_holds_what_a_coroutine_held_when_it_failed(coroutines):
+    class Held:
+        pass
+
+    held = []
+
+    async def hold(payload, report):
+        here = Held()
+        held.append(weakref.ref(here))
+        raise ValueError("with a traceback, in which `here` is")
+
+    gc.disable()
+    try:
+        assert outcome(coroutines, hold)["status"] == "failed"
+        assert eventually(lambda: held[0]() is None)
+    finally:
+        gc.enable()
 
 
 def test_executor_is_refused_with_the_idiom_that_takes_its_place():
@@ -4951,8 +5006,7 @@ def test_a_cancel_that_comes_as_a_child_just_ends_leaves_the_next_task_alone(app
     application.cpu_pool.max_workers = 1
     final(application, create(application, "echo-there"))  # the process has started
     chance = random.Random(13)
-    ends = set()
-    for n in range(40):
+    for n in range(12):
         first = create(application, "echo-there", result=n)
         second = create(application, "echo-there", result=-n)
         end = time.perf_counter() + chance.uniform(0, 0.002)
@@ -4962,8 +5016,6 @@ def test_a_cancel_that_comes_as_a_child_just_ends_leaves_the_next_task_alone(app
         assert final(application, second)["result"] == -n
         record = final(application, first)
         assert record["result"] == n or record["error"] == BY_REQUEST
-        ends.add(record["status"])
-    assert ends  # which of them it was is a matter of time
 
 
 @pytest.mark.parametrize("type", ["door", "sleep"])
@@ -8529,8 +8581,8 @@ def test_the_python_of_the_readme_can_be_run(language, tmp_path):
         file = tmp_path / f"example{n}.py"
         file.write_text(block, encoding="utf-8")
         if "taskserver" in block:
-            if "distributed" in block:
-                python("import runpy; runpy.run_path(sys.argv[1])", file)
+            if "import distributed" in block:
+                compile(block, str(file), "exec")  # .ci/dask runs it
             else:
                 with Program(file=file, cwd=str(tmp_path)) as program:
                     assert program.ask("GET", "/healthz").status == 200
@@ -8541,6 +8593,17 @@ def test_the_python_of_the_readme_can_be_run(language, tmp_path):
                 )
                 status, out, err = command(file=file)
                 assert (status, err) == (0, "") and out.strip() in readme(language)
+
+
+def test_the_pool_in_the_readme_works(tmp_path):
+    (block,) = [block for block in blocks("en", "python") if "run_in_executor" in block]
+    file = tmp_path / "pool.py"
+    file.write_text(block, encoding="utf-8")
+    program = runpy.run_path(str(file))
+    with program["fragile"]:
+        application = program["application"]
+        record = final(application, create(application, "legacy", seconds=0))
+    assert (record["result"], record["message"]) == ("done", "9 of 10")
 
 
 @both
