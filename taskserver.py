@@ -382,12 +382,17 @@ def encode_cached(record: Record, with_result: bool = True) -> bytes:
 _JSON_ESCAPE = re.compile(r"\\u[dD][89abAB]..\\u[dD][c-fC-F]..|\\(u[dD][89a-fA-F]..)|\\.")
 
 
+_ENCODER = json.JSONEncoder(allow_nan=False)
+
+
 def encode_result(value: object, default: Callable[[Any], Any] | None = None) -> bytes:
     """Return what a function has returned as JSON; `default` is that of `json.dumps`.
 
     ValueError: JSON cannot hold it, and at which key it stands, or it is too large.
     """
-    encoder = _encoder(default)
+    encoder = _ENCODER
+    if default is not None:
+        encoder = json.JSONEncoder(allow_nan=False, default=default)
     try:
         text = encoder.encode(value)
         _check_keys(value)
@@ -403,24 +408,22 @@ def encode_result(value: object, default: Callable[[Any], Any] | None = None) ->
     return encoded
 
 
-@functools.lru_cache(maxsize=16)
-def _encoder(default: Callable[[Any], Any] | None) -> json.JSONEncoder:
-    return json.JSONEncoder(allow_nan=False, default=default)
-
-
 def _check_keys(value: object) -> None:
     """ValueError: two keys of a dict are the same in JSON, such as 1 and "1"."""
-    values = [value]
-    while values:
-        value = values.pop()
+    containers = [value]
+    while containers:
+        value = containers.pop()
+        members: Iterable[object] = ()
         if isinstance(value, dict):
-            if any(type(key) is not str for key in value):
+            if set(map(type, value)) - {str}:
                 keys = [_json_key(key) for key in value]
                 if len(set(keys)) < len(keys):
                     raise ValueError("two keys are the same as JSON, such as 1 and '1'")
-            values.extend(value.values())
+            members = value.values()
         elif isinstance(value, (list, tuple)):
-            values.extend(value)
+            members = value
+        # Of numbers and texts there may be a hundred thousand.
+        containers.extend(m for m in members if isinstance(m, (dict, list, tuple)))
 
 
 def _json_key(key: object) -> str:

@@ -655,6 +655,13 @@ def test_a_lone_surrogate_in_a_result_is_escaped_so_that_any_client_can_read_it(
     json.dumps(json.loads(encoded.decode()), ensure_ascii=False).encode()  # UTF-8 can hold it
 
 
+class Texts(dict):
+    """Something that can be called, but has no hash."""
+
+    def __call__(self, value):
+        return str(value)
+
+
 def refuse_all(value):
     raise LookupError("no word for it")
 
@@ -666,6 +673,7 @@ def test_default_makes_json_of_what_json_does_not_know_and_its_errors_say_where(
     assert json.loads(encoded.decode()) == expected
     with pytest.raises(ValueError, match=r"JSON at \['sum'\]: no word for it"):
         taskserver.encode_result(value, refuse_all)
+    assert json.loads(taskserver.encode_result(value, Texts()).decode()) == expected
     with pytest.raises(ValueError, match="JSON"):  # it may return what it was given
         taskserver.encode_result(value, lambda value: value)
 
