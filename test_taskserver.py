@@ -5426,9 +5426,10 @@ class ScannedPattern:
     def __init__(self, pattern):
         self.pattern = pattern
 
-    def search(self, buffer, start=0):
-        buffer.looked_at += len(buffer) - start
-        return self.pattern.search(buffer, start)
+    def search(self, buffer, start=0, end=None):
+        end = len(buffer) if end is None else end
+        buffer.looked_at += max(0, end - start)
+        return self.pattern.search(buffer, start, end)
 
 
 @pytest.mark.parametrize(
