@@ -1164,19 +1164,38 @@ def test_an_outcome_of_which_the_journal_takes_nothing_is_final_all_the_same():
     assert (store.get(id).status, store.journal.records[id].status) == ("failed", "pending")
 
 
-def test_who_made_the_store_is_told_that_its_journal_is_lost():
+@pytest.mark.parametrize("how", ["save", "delete"])
+def test_a_journal_that_is_lost_is_left_alone_and_who_made_the_store_is_told_once(how):
     store, told = journaled(), []
     store.journal_lost = told.append
-    (id,) = put(store)
-    finish(store, id)
-    store.journal.before_save = lose
+    pending, final = put(store, 2)
+    finish(store, final)
+    if how == "save":
+        store.journal.before_save = lose
+        with pytest.raises(taskserver.JournalError, match="belongs to this server no more"):
+            put(store)
+    else:
+        store.keep, store.journal.before_delete = 0, lose
+        assert store.evict() == 1
+        assert store.has_left()
+        store.delete_left()
+        assert not store.has_left()
+    assert told == ["another server has it"] == [store.lost]
+    kept = dict(store.journal.records)
+    store.journal.before_save = store.journal.before_delete = lambda _: None
     with pytest.raises(taskserver.JournalError):
         put(store)
-    assert len(told) == 1 and "another server has it" in told[0]
-    assert newest(store) == [id] and store.failing
-    store.keep, store.journal.before_delete = 0, lose
+    with pytest.raises(taskserver.JournalLost):
+        finish(store, pending)
+    store.keep = 0
     store.evict()
-    assert len(told) == 2
+    assert store.delete_left() == 0
+    assert store.journal.records == kept and told == ["another server has it"]
+    assert store.get(pending).status == "pending"  # the next owner decides what becomes of it
+
+
+def delete_all(store):
+    return sum(iter(store.delete_left, 0))
 
 
 def test_a_journal_deletes_what_is_evicted_for_one_thread_at_a_time():
@@ -1192,35 +1211,90 @@ def test_a_journal_deletes_what_is_evicted_for_one_thread_at_a_time():
     store.EVICTED_AT_ONCE = 1
     ids = put(store, 200, "completed")
     store.keep = 0
-    in_threads(8, lambda i: list(iter(store.evict, 0)))
+    in_threads(8, lambda i: [store.evict() and store.delete_left() for _ in range(50)])
+    delete_all(store)
     assert sorted(deleted) == sorted(ids) and store.journal.records == {}
 
 
-def test_what_the_journal_did_not_delete_is_gone_all_the_same_and_said_in_the_log(caplog):
+def test_who_makes_room_does_not_wait_for_the_journal_to_delete():
+    store, held = journaled(), Gate()
+    store.max_tasks = 1
+    put(store, 1, "completed")
+    store.keep, store.journal.before_delete = 0, lambda ids: held({})
+    with concurrent.futures.ThreadPoolExecutor(1) as executor:
+        (second,) = put(store)
+        deleted = executor.submit(store.delete_left)
+        held.wait_for()
+        finish(store, second)
+        (third,) = put(store)
+        held.opened.set()
+        assert deleted.result(LONG) == 1
+    assert newest(store) == [third] and set(store.journal.records) == {second, third}
+
+
+def test_a_journal_that_cannot_delete_is_left_in_peace_for_a_while():
     store = journaled()
-    (id,) = put(store, 1, "completed")
+    put(store, 1, "completed")
     store.keep, store.journal.before_delete = 0, fail_to_save
-    assert store.evict() == 1
+    store.evict()
+    assert store.has_left()
+    assert store.delete_left() == 0 and not store.has_left()
+
+
+def test_what_the_journal_did_not_delete_is_gone_all_the_same_and_tried_again(caplog):
+    store = journaled()
+    store.DELETE_AGAIN_SECONDS = 0
+    ids = put(store, 3, "completed")
+    store.keep, store.journal.before_delete = 0, fail_to_save
+    assert store.evict() == 3
+    assert delete_all(store) == 0
     assert newest(store) == [] and "the disk is full" in caplog.text
-    store.add(RECORD._replace(id=id))  # nothing waits for a delete that has failed
-    assert store.journal.records[id].status == "pending"
+    assert set(store.journal.records) == set(ids)
+    store.add(RECORD._replace(id=ids[1]))  # it takes the place of what should have been deleted
+    store.journal.before_delete = lambda ids: None
+    assert store.has_left() and delete_all(store) == 2 and not store.has_left()
+    assert set(store.journal.records) == {ids[1]}
+
+
+def test_what_was_refused_but_is_in_the_journal_all_the_same_leaves_it():
+    store = journaled()
+    save = store.journal.save
+
+    def save_and_fail(record):
+        save(record)
+        raise OSError("the connection broke before the commit was confirmed")
+
+    store.journal.save = save_and_fail
+    ids = [str(uuid.uuid4()) for _ in range(3)]
+    for id in ids:
+        with pytest.raises(taskserver.JournalError):
+            store.add(RECORD._replace(id=id))
+    assert set(store.journal.records) == set(ids) and newest(store) == []
+    store.journal.save = save
+    store.add(RECORD._replace(id=ids[1]))
+    assert store.has_left() and delete_all(store) == 2
+    assert set(store.journal.records) == {ids[1]}
 
 
 def test_an_evicted_id_that_comes_again_outlives_the_delete_of_its_old_record():
     store, held = journaled(), Gate()
-    (id,) = put(store, 1, "completed")
+    early, late = put(store, 2, "completed")
     store.keep, store.journal.before_delete = 0, lambda ids: held({})
+    assert store.evict() == 2
+    store.add(RECORD._replace(id=early, name="again"))  # before the delete has begun
     with concurrent.futures.ThreadPoolExecutor(2) as executor:
-        evicted = executor.submit(store.evict)
+        deleted = executor.submit(store.delete_left)
         held.wait_for()
-        added = executor.submit(store.add, RECORD._replace(id=id, name="again"))
-        assert eventually(lambda: is_being_saved(store, id))
-        assert not added.done() and store.journal.records[id].name == "sample"
+        added = executor.submit(store.add, RECORD._replace(id=late, name="again"))
+        assert eventually(lambda: is_being_saved(store, late))
+        assert not added.done() and store.journal.records[late].name == "sample"
         (other,) = put(store)  # others do not wait
         held.opened.set()
-        evicted.result(LONG), added.result(LONG)
-    assert store.journal.records[id].name == store.get(id).name == "again"
-    assert newest(store) == [other, id]
+        assert deleted.result(LONG) == 1
+        added.result(LONG)
+    for id in early, late:
+        assert store.journal.records[id].name == store.get(id).name == "again"
+    assert newest(store) == [other, late, early] and not store.has_left()
 
 
 # -- 3. Workers ------------------------------------------------------------------------------------
@@ -2440,7 +2514,7 @@ async def yields_later(payload, report):
     yield 1
 
 
-class Methods:
+class Ways:
     """Ways in which an object can be called, or cannot."""
 
     def plain(self, payload, report):
@@ -2457,16 +2531,16 @@ class Methods:
         return payload["name"]
 
 
-class Plain(Methods):
-    __call__ = Methods.plain
+class Plain(Ways):
+    __call__ = Ways.plain
 
 
-class Yields(Methods):
-    __call__ = Methods.yields
+class Yields(Ways):
+    __call__ = Ways.yields
 
 
-class Waits(Methods):
-    __call__ = Methods.waits
+class Waits(Ways):
+    __call__ = Ways.waits
 
 
 def one_argument(payload):
@@ -2521,13 +2595,13 @@ CPU = {"cpu": True}
         (only_by_name, {}, TWO),
         (lambda: None, {}, TWO),
         (functools.partial(echo, {}), {}, TWO),
-        (Methods.plain, {}, TWO),  # of the class, which lacks an object
+        (Ways.plain, {}, TWO),  # of the class, which lacks an object
         (yields, {}, YIELDS),
         (yields_later, {}, YIELDS),
         (functools.partial(yields), {}, YIELDS),
-        (Methods().yields, {}, YIELDS),
+        (Ways().yields, {}, YIELDS),
         (Yields(), {}, YIELDS),
-        (Methods, {}, NO_FUNCTION),
+        (Ways, {}, NO_FUNCTION),
         (None, {}, NO_FUNCTION),
         ("echo", {}, NO_FUNCTION),
         (staticmethod(echo), {}, "swap the decorators: @staticmethod above @application.task"),
@@ -2571,18 +2645,18 @@ def test_options_that_do_not_exist_are_a_type_error_and_that_of_executors_shows_
 @pytest.mark.parametrize(
     "function, result",
     [
-        (Methods().plain, ["Methods", "sample"]),
-        (Methods().static, "sample"),
+        (Ways().plain, ["Ways", "sample"]),
+        (Ways().static, "sample"),
         (Plain(), ["Plain", "sample"]),
         (functools.partial(lambda more, payload, report: more, 7), 7),
-        (functools.partial(Methods().plain), ["Methods", "sample"]),
-        (through(Methods().plain), ["Methods", "sample"]),
+        (functools.partial(Ways().plain), ["Ways", "sample"]),
+        (through(Ways().plain), ["Ways", "sample"]),
         (without_report(name_of), "sample"),
         (lambda *arguments: len(arguments), 2),
         (lambda payload, report, more=7: more, 7),
         (wait_a_moment, None),
         (functools.partial(wait_a_moment), None),
-        (Methods().waits, "sample"),
+        (Ways().waits, "sample"),
         (Waits(), "sample"),
     ],
 )
@@ -2633,7 +2707,7 @@ def test_what_a_child_cannot_import_is_refused_at_the_start(tmp_path, how):
     assert out.startswith(sentence) if how != "a file" else not out
 
 
-hidden = through(Methods.static)  # its name leads to another function
+hidden = through(Ways.static)  # its name leads to another function
 
 
 def test_what_cannot_be_pickled_for_a_child_is_refused_at_the_start():
@@ -2664,7 +2738,7 @@ class NotToBePickled:
 def test_the_description_shows_the_text_of_a_function_and_not_that_of_what_wraps_it():
     application = Application()
     application.task("wrapped")(functools.partial(echo))
-    application.task("method")(Methods().plain)
+    application.task("method")(Ways().plain)
     paths = taskserver.openapi(application)["paths"]
     assert paths["/create-wrapped"]["post"]["description"] == "Return what was sent."
     assert "partial" not in json.dumps(paths)
@@ -4017,14 +4091,15 @@ def test_a_key_that_comes_again_after_its_record_was_evicted_is_a_new_task(
     memory_journal.before_delete = lambda ids: held({})
     application.store.keep = 0
     with concurrent.futures.ThreadPoolExecutor(2) as executor:
-        evicted = executor.submit(application.store.evict)
+        assert application.store.evict() == 1
+        deleted = executor.submit(application.store.delete_left)
         held.wait_for()
         again = executor.submit(create_with, application, key, result="new")
         assert eventually(lambda: create_with(application, key).status == 409)
         assert not again.done()  # for the old record is still being deleted
         application.store.keep = 3600
         held.opened.set()
-        evicted.result(LONG)
+        deleted.result(LONG)
         assert again.result(LONG).status == 201
     assert final(application, again.result().json)["result"] == "new"
     assert memory_journal.records[key].result == b'"new"'
@@ -4676,7 +4751,7 @@ def test_the_stop_cancels_coroutines_that_outlast_the_grace_and_the_next_start_s
     stop(coroutines, 0.01)
     assert sorted(cleaned) == names
     successor = restarted(coroutines, "outlast")
-    *interrupted, returned = [poll(successor, record) for record in records]
+    *interrupted, returned = [final(successor, record) for record in records]
     for record in interrupted:
         consistent(record)
         assert record["error"] == "interrupted: the server ended while it ran"
@@ -4711,7 +4786,7 @@ def test_the_stop_does_not_wait_for_a_coroutine_that_does_not_end(coroutines, me
     assert door.cancelled.acquire(timeout=LONG)
     successor = restarted(coroutines, "stubborn", "door")
     for one in record, beside:
-        assert poll(successor, one)["error"] == "interrupted: the server ended while it ran"
+        assert final(successor, one)["error"] == "interrupted: the server ended while it ran"
 
 
 def test_no_coroutine_that_waits_begins_during_the_stop(coroutines, memory_journal, door):
@@ -4723,7 +4798,7 @@ def test_no_coroutine_that_waits_begins_during_the_stop(coroutines, memory_journ
     assert not door.begun.acquire(blocking=False)
     door.open()
     successor = restarted(coroutines, "door")
-    assert poll(successor, running)["error"].startswith("interrupted: ")
+    assert final(successor, running)["error"].startswith("interrupted: ")
     assert final(successor, waiting)["result"] == "later"
 
 
