@@ -4246,7 +4246,7 @@ def test_a_server_without_coroutines_does_not_import_asyncio():
     """
     command = [sys.executable, "-c", textwrap.dedent(code)]
     out = subprocess.check_output(command, cwd=str(PROGRAM.parent), timeout=LONG)
-    assert out.decode().split() == "('completed', False) False ('completed', True)".split()
+    assert out.decode().splitlines() == ["('completed', False)", "False ('completed', True)"]
 
 
 class Methods:
@@ -4493,13 +4493,14 @@ def test_what_coroutines_leave_behind_does_no_harm_and_is_logged_once(
 ):
     sister = create(coroutines, "door", result="unharmed")
     door.wait_for()
+
+    @coroutines.task("leaves")
+    async def leaves(payload, report):
+        await leave(kind(f"stray {payload['n']}."))
+        return "well"
+
     for n in range(3):
-
-        async def task(payload, report):
-            await leave(kind(f"stray {n}."))
-            return "well"
-
-        assert outcome(coroutines, task)["result"] == "well"
+        assert final(coroutines, create(coroutines, "leaves", n=n))["result"] == "well"
     assert eventually(lambda: len(left_behind(caplog)) >= 3)
     assert outcome(coroutines, where)["status"] == "completed"
     told = "\n".join(left_behind(caplog))
