@@ -1387,6 +1387,13 @@ STOP_SIGNALS = [
 _POSIX = os.name == "posix"  # Windows has neither signal masks nor groups of processes
 _SPAWN = multiprocessing.get_context("spawn")  # never fork: the server has threads
 
+# What a copy of this process, which a task forks, must not have of it. To keep a pipe would hide
+# from its other end that this process has ended.
+_own_handlers: list[Any] = []  # of signals
+_own_pipes: weakref.WeakSet[Any] = weakref.WeakSet()
+_starting = threading.Lock()  # held while a pipe to a child is made, and while a task forks
+_forking = threading.local()  # .mask: the signals that this thread blocks when it does not fork
+
 Report = Callable[..., None]  # report(fraction, message=None)
 Default = Union[Callable[[Any], Any], None]  # as in json.dumps
 
@@ -1407,8 +1414,9 @@ class SafeStream:
     """A text stream that shows each line at once, and to which a task can always print."""
 
     def __init__(self, stream: Any) -> None:
-        stream.reconfigure(line_buffering=True, errors="backslashreplace")
         self._stream = stream
+        with contextlib.suppress(OSError, ValueError):  # it is closed, or nobody reads it
+            stream.reconfigure(line_buffering=True, errors="backslashreplace")
 
     def write(self, text: str) -> int:
         """Write; what nobody reads any more is lost."""
@@ -1456,6 +1464,43 @@ def _start_tracker() -> None:
     importlib.import_module(f"multiprocessing.{name}").ensure_running()
 
 
+def handle_stop_signals(handler: Callable[[int, Any], None]) -> None:
+    """Have a function called for each of STOP_SIGNALS, but not in copies that a task forks."""
+    _own_handlers.append(handler)
+    for number in STOP_SIGNALS:
+        is_ignored = signal.getsignal(number) == signal.SIG_IGN
+        if not (is_ignored and number.name == "SIGHUP"):  # nohup has it ignored
+            signal.signal(number, handler)
+
+
+def _before_fork() -> None:
+    """Block signals: one that reaches the copy while it has our handlers would be lost."""
+    _starting.acquire()
+    _forking.mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+
+
+def _after_fork() -> None:
+    """Go on as before."""
+    signal.pthread_sigmask(signal.SIG_SETMASK, _forking.mask)
+    _starting.release()
+
+
+def _after_fork_in_copy() -> None:
+    """Make a copy of this process a process like any other."""
+    for number in STOP_SIGNALS:
+        if any(signal.getsignal(number) is handler for handler in _own_handlers):
+            signal.signal(number, signal.SIG_DFL)
+    for pipe in list(_own_pipes):
+        pipe.close()
+    _after_fork()
+
+
+if hasattr(os, "register_at_fork"):  # Windows does not fork
+    os.register_at_fork(
+        before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork_in_copy
+    )
+
+
 class Surroundings:
     """What a task may change in its child, and the next one must find as it was."""
 
@@ -1463,25 +1508,33 @@ class Surroundings:
         self._directory = _working_directory()
         self._umask = os.umask(0)
         os.umask(self._umask)
-        signals = [number for number in signal.Signals if number.name.startswith("SIG")]
-        self._handlers = {number: signal.getsignal(number) for number in signals}
+        self._handlers = {number: signal.getsignal(number) for number in range(1, signal.NSIG)}
 
     def restore(self) -> None:
         """Put everything back."""
         with contextlib.suppress(OSError):  # the directory was deleted
             os.chdir(self._directory)
         os.umask(self._umask)
+        if _POSIX:
+            for timer in signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF:
+                signal.setitimer(timer, 0)
+            for number in signal.sigpending():  # a signal that is blocked is dropped when ignored
+                signal.signal(number, signal.SIG_IGN)
         for number, handler in self._handlers.items():
             if handler is not None and signal.getsignal(number) != handler:
                 signal.signal(number, handler)
         if _POSIX:
-            for timer in signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF:
-                signal.setitimer(timer, 0)
             signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
 
 def _outlive(number: int, frame: object) -> None:
     """Do nothing about a signal. Unlike SIG_IGN, this is not inherited by programs that are run."""
+
+
+def _read_nothing() -> None:
+    """Let programs that a task runs read nothing, for a terminal stops those in other groups."""
+    with open(os.devnull, "rb") as nothing:
+        os.dup2(nothing.fileno(), 0)
 
 
 def _child_main(pipe: Any) -> None:
@@ -1491,17 +1544,19 @@ def _child_main(pipe: Any) -> None:
         if _POSIX:
             os.setpgid(0, 0)  # a group of its own, which ends as a whole
             os.nice(10)  # computing gives way to serving
-        for number in STOP_SIGNALS:
-            if signal.getsignal(number) != signal.SIG_IGN:  # as SIGHUP is under nohup
-                signal.signal(number, _outlive)  # the server decides what becomes of its tasks
+            _read_nothing()
+            os.set_inheritable(pipe.fileno(), False)  # see _own_pipes: the same with programs
+        _own_pipes.add(pipe)
+        handle_stop_signals(_outlive)  # the server decides what becomes of its tasks
         make_printing_safe()
         surroundings = Surroundings()
+        surroundings.restore()  # this unblocks what Child._start has blocked
         while True:
-            surroundings.restore()  # the first time, this unblocks what Child._start has blocked
             pipe.send_bytes(READY)  # unasked, a large job would wait for a child that hangs
             answer = _run_job(pipe, pipe.recv_bytes())
             if os.getpid() != own:  # a copy that the function has forked must not answer as well
                 return
+            surroundings.restore()  # before the answer, so that nothing comes between two tasks
             pipe.send_bytes(answer)
     except (EOFError, OSError):  # the server has ended, or this child's worker
         pass
@@ -1691,8 +1746,9 @@ class Child:
             _start_tracker()  # first, for it unblocks signals
             # Inherited by the child, so that none reaches it before it can handle it.
             signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-        with self._reaping:
+        with self._reaping, _starting:
             self._pipe, far_end = _SPAWN.Pipe()
+            _own_pipes.add(self._pipe)
             with far_end:  # left open here, it would hide the end of file
                 process = _SPAWN.Process(target=_child_main, args=(far_end,), name=CHILD_NAME)
                 process.start()
@@ -1761,6 +1817,7 @@ class Children:
         child = Child(self._reaping)
         with self._lock:
             if not self._all:  # registered after that of `multiprocessing`, so it is called before,
+                atexit.unregister(self.kill)  # once is enough
                 atexit.register(self.kill)  # which would wait for children that outlive SIGTERM
             self._all.add(child)
         self._mine.child = child
@@ -3545,13 +3602,9 @@ _servers: weakref.WeakSet[Server] = weakref.WeakSet()
 
 
 def _leave_servers() -> None:
-    """Make a copy of this process, which a task has forked, a process like any other."""
+    """Close the sockets in a copy of this process, which a task has forked."""
     for server in list(_servers):
         server.abandon()
-    if _servers:
-        for number in STOP_SIGNALS:
-            if callable(signal.getsignal(number)):
-                signal.signal(number, signal.SIG_DFL)
 
 
 if hasattr(os, "register_at_fork"):  # Windows does not fork
@@ -3690,22 +3743,21 @@ def run(server: Server, grace: float) -> int:
 
     def stop() -> None:
         told.wait()
-        stop_in_order(server, 0 if losses else grace)
+        if signals or losses:  # else somebody has called server.shutdown
+            stop_in_order(server, 0 if losses else grace)
 
     application.store.journal_lost = on_journal_lost
     if application.store.lost:  # since the start
         on_journal_lost(application.store.lost)
     if threading.current_thread() is threading.main_thread():
-        for number in STOP_SIGNALS:
-            is_ignored = signal.getsignal(number) == signal.SIG_IGN
-            if not (is_ignored and number.name == "SIGHUP"):  # nohup has it ignored
-                signal.signal(number, on_signal)
+        handle_stop_signals(on_signal)
     threading.Thread(target=stop, name="stop", daemon=True).start()
     try:
         server.serve_forever()
     finally:
         server.server_close()
     application.stop()  # somebody may have called server.shutdown
+    told.set()  # and the thread that waits for this has to end
     if losses:
         log.error("stopped, for the journal belongs to this server no more: %s", losses[0])
     return 1 if losses else 0
@@ -5073,6 +5125,7 @@ def _open_log(application: Application, options: argparse.Namespace) -> LogHandl
     handler = LogHandler(2)
     log.addHandler(handler)
     log.propagate = False
+    log.disabled = False  # logging.config disables all loggers that it does not name
     log.setLevel(logging.DEBUG if options.verbose else logging.INFO)
     application.log_task = _say_nothing if options.quiet else handler.put
     return handler
@@ -5118,6 +5171,7 @@ def main(application: Application | None = None, argv: list[str] | None = None) 
     application.children.kill()
     if is_main_thread:
         _leave(status, at_once=is_running)
+    log.removeHandler(handler)  # for this process goes on
     sys.exit(status)
 
 
@@ -5144,11 +5198,12 @@ def _start(application: Application, options: argparse.Namespace) -> tuple[Serve
 
 
 def _leave(status: int, at_once: bool) -> NoReturn:
-    """End the process, even if a task that hangs, or an executor that waits for it, holds it up."""
+    """End the process, even if a task that hangs, or what one has left behind, holds it up."""
     if at_once:
         os._exit(status)
-    foreign = [thread for thread in threading.enumerate() if not thread.daemon]
-    if len(foreign) > 1 or "concurrent.futures.thread" in sys.modules:
+    threads = [thread for thread in threading.enumerate() if not thread.daemon]
+    has_processes = bool(multiprocessing.active_children())  # `multiprocessing` waits for them
+    if len(threads) > 1 or has_processes or "concurrent.futures.thread" in sys.modules:
         watchdog = threading.Timer(2, os._exit, (status,))
         watchdog.daemon = True
         watchdog.start()
