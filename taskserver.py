@@ -4513,213 +4513,720 @@ def openapi(application: Application) -> dict[str, Any]:
 # -- 13. Live page ---------------------------------------------------------------------------------
 
 PAGE = r"""<!DOCTYPE html>
-<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<html lang="en"><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
 <title>taskserver</title><link rel="icon" href="data:,">
 <style>
-:root { color-scheme: light dark; --ground: light-dark(#f4f6f9, #10141b); --card: light-dark(#ffffff, #191f29);
-  --line: light-dark(#dde2ea, #2f3847); --text: light-dark(#1a2230, #e6eaf1); --quiet: light-dark(#566072, #a3adbe);
-  --accent: light-dark(#2553c4, #93b4ff); --good: light-dark(#17693c, #7fd6a3); --bad: light-dark(#b0231f, #ff9f99); }
+/* Text has at least 7:1 of contrast on --ground and on --card, in light and in dark. */
+:root { color-scheme: light dark;
+  --ground: light-dark(#f4f6f9, #10141b); --card: light-dark(#ffffff, #191f29);
+  --line: light-dark(#dde2ea, #2f3847); --edge: light-dark(#767f8e, #7f8a9b);
+  --text: light-dark(#1a2230, #e6eaf1); --quiet: light-dark(#434c5b, #b4bdcb);
+  --accent: light-dark(#1d459f, #a3bfff); --good: light-dark(#0f5230, #8bdcae);
+  --bad: light-dark(#8f1512, #ffada8); }
 * { box-sizing: border-box; margin: 0; }
+[hidden] { display: none !important; }
 :focus-visible { outline: 3px solid var(--accent); outline-offset: 2px; }
-body { max-width: 76rem; margin: auto; padding: 1.5rem 1rem 3rem; background: var(--ground); color: var(--text);
-  font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
-main { display: grid; grid-template-columns: minmax(0, 1fr); gap: 1.5rem; align-items: start; margin-top: 1.5rem; }
-@media (min-width: 56rem) { main { grid-template-columns: 25rem minmax(0, 1fr); } }
+body { max-width: 76rem; margin: auto; padding: 1.5rem 1rem 3rem; overflow-wrap: anywhere;
+  font: 1rem/1.5 system-ui, sans-serif; background: var(--ground); color: var(--text); }
+main { display: grid; grid-template-columns: minmax(0, 1fr); gap: 1.5rem; align-items: start; }
 h2, h3, summary { font-size: 1rem; font-weight: 600; }
-.stack:not([hidden]) { display: grid; grid-template-columns: minmax(0, 1fr); gap: 1rem; padding: 0; list-style: none; }
-.card.card { padding: 1.25rem; border: 1px solid var(--line); border-radius: 0.75rem; background: var(--card); }
-.quiet, .wrong, ::placeholder { font-size: 0.875rem; color: var(--quiet); }
+.stack { display: grid; grid-template-columns: minmax(0, 1fr); gap: 1rem; padding: 0;
+  list-style: none; }
+.line { display: flex; flex-wrap: wrap; gap: 0.25rem 0.75rem; align-items: center; }
+.status { min-height: 3rem; }  /* so that a button that comes pushes nothing */
+.card { padding: 1.25rem; border: 1px solid var(--line); border-radius: 0.75rem;
+  background: var(--card); }
+.quiet, .wrong { font-size: 0.875rem; color: var(--quiet); }
 .wrong { font-weight: 600; color: var(--bad); }
-input, select, textarea, button, pre { width: 100%; padding: 0.5rem 0.75rem; border-radius: 0.5rem; font: inherit;
-  color: inherit; background: var(--ground); border: 1px solid color-mix(in srgb, var(--quiet) 75%, transparent); }
-button { border: 0; background: var(--accent); color: var(--card); font-weight: 600; cursor: pointer; }
-pre, textarea { font: 0.8125rem/1.5 ui-monospace, monospace; white-space: pre-wrap; }
-summary ~ h3 { margin-top: 1rem; }
-pre { max-height: 24rem; overflow: auto; margin-top: 0.5rem; border: 0; }
+.unseen { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
+::placeholder { color: var(--quiet); opacity: 1; }
+input, select, textarea, pre { width: 100%; padding: 0.5rem 0.75rem; border-radius: 0.5rem;
+  font: inherit; color: inherit; background: var(--ground); border: 1px solid var(--edge); }
+[aria-invalid=true] { border: 2px solid var(--bad); }
+button, nav a { padding: 0.25rem 0.75rem; border: 1px solid var(--edge); border-radius: 0.5rem;
+  font: inherit; font-size: 0.875rem; color: var(--accent); background: var(--card);
+  text-decoration: none; cursor: pointer; }
+form button { padding: 0.5rem 1.25rem; border-color: var(--accent);
+  background: var(--accent); color: var(--card); }
+button[aria-disabled=true] { cursor: default; color: var(--text); background: var(--line); }
+nav a[aria-current] { font-weight: 600; background: var(--accent); color: var(--card);
+  text-decoration: underline; }
+pre, textarea, code { font: 0.8125rem/1.5 ui-monospace, monospace; }
+pre { max-height: 24rem; overflow: auto; margin-top: 0.5rem; border: 0; white-space: pre-wrap; }
 .task { display: grid; grid-template-columns: minmax(0, 1fr) auto; gap: 0.25rem 1rem; }
+.task > :nth-child(n + 3) { grid-column: 1 / -1; }
 .pending { --hue: var(--accent); } .completed { --hue: var(--good); } .failed { --hue: var(--bad); }
-.task :nth-child(n + 3) { grid-column: 1 / -1; }
 .task h3, .message { max-height: 6rem; overflow: auto; scrollbar-width: thin; }
-.pill { align-self: start; padding: 0 0.75rem; border-radius: 1rem; color: var(--hue); background: var(--ground); }
-progress { appearance: none; width: 100%; height: 0.375rem; border: 0; }
-progress, ::-webkit-progress-bar { border-radius: 1rem; overflow: hidden; background: var(--line); }
-::-webkit-progress-value { background: var(--hue); } ::-moz-progress-bar { background: var(--hue); }
-@media (forced-colors: active) { progress { appearance: auto; } }
+.pill { align-self: start; padding: 0 0.75rem; border-radius: 1rem; font-size: 0.875rem;
+  color: var(--hue); background: var(--ground); }
+.gone, .old .task { border-style: dashed; border-color: var(--edge); }
+.gone .pill::after { content: ", no longer listed"; }
+.old .pill::after { content: ", may be old"; }
+progress { appearance: none; display: block; width: 100%; height: 0.5rem;
+  border: 1px solid var(--line); border-radius: 1rem; overflow: hidden; background: var(--line);
+  forced-color-adjust: none; print-color-adjust: exact; }
+progress:indeterminate { background: repeating-linear-gradient(
+  -45deg, var(--hue) 0 0.375rem, var(--line) 0 0.75rem); }
+::-webkit-progress-bar { background: transparent; }
+::-webkit-progress-value { background: var(--hue); print-color-adjust: exact; }
+::-moz-progress-bar { background: var(--hue); print-color-adjust: exact; }
+:indeterminate::-moz-progress-bar { background: transparent; }
+@media (min-width: 56rem) {
+  main { grid-template-columns: minmax(0, 1fr) 25rem; }
+  #access { grid-column: 1 / -1; }
+  #jump { display: none; }
+}
+@media (forced-colors: active) {
+  .task { --hue: CanvasText; --line: Canvas; }
+  progress { border-color: CanvasText; }
+  nav a[aria-current], button[aria-disabled=true] { border: 3px double; }
+}
+@media print {
+  :root { color-scheme: light; }
+  aside, form, nav, button { display: none !important; }
+  .task { break-inside: avoid; }
+  .task h3, .message, pre { max-height: none; }
+}
 </style>
 
 <header>
   <h1>taskserver</h1>
-  <p id="counts">&nbsp;</p>
-  <p id="connection" class="quiet" role="status" aria-live="polite">Connecting …</p>
+  <p id="counts"></p>
+  <div class="line status">
+    <p id="connection" class="quiet" role="status"></p>
+    <span id="countdown" class="quiet"></span>
+    <button id="again" hidden>Try now</button>
+  </div>
+  <noscript><p class="wrong">This page works by scripts, and they are switched off. Allow them for
+    this address and load it again; or use a terminal: <code>curl ADDRESS/tasks</code> lists the
+    tasks, with the address of this page for ADDRESS.</p></noscript>
 </header>
-<main>
-  <div class="stack">
-    <form id="access" class="card stack" hidden>
-      <label>Token (kept in memory only) <input name="token" type="password" autocomplete="off" required></label>
-      <button>Use this token</button>
-    </form>
+<main hidden>
+  <form id="access" class="card stack" hidden>
+    <label>Token (kept in memory only)
+      <input name="token" type="password" autocomplete="off" required></label>
+    <div><button>Use this token</button></div>
+  </form>
+  <section class="stack" aria-labelledby="tasks-title">
+    <div class="line"><h2 id="tasks-title">Tasks</h2> <button id="jump">New task</button></div>
+    <nav id="statuses" class="line" aria-label="Filter by status"></nav>
+    <nav id="types" class="line" aria-label="Filter by type"></nav>
+    <div class="line status">
+      <p id="amount" class="quiet"></p> <button id="fresh" hidden></button></div>
+    <p id="empty" class="card quiet" hidden></p>
+    <ul id="tasks" class="stack" role="list"></ul>
+    <div><button id="more" hidden>Show more</button></div>
+  </section>
+  <aside class="stack" aria-label="New tasks">
     <form id="create" class="card stack" aria-labelledby="create-title">
       <h2 id="create-title">Create a task</h2>
-      <label>Task type <select name="type"></select></label>
-      <label>Name <input name="name" value="my task" maxlength="256" required autocomplete="off"></label>
+      <label>Task type <select name="type" required></select></label>
+      <label>Name <input name="name" value="my task" maxlength="256" required></label>
       <label>Rest of the payload, as a JSON object
-        <textarea name="rest" rows="3" spellcheck="false" placeholder='{"seconds": 10}'></textarea></label>
-      <div><button>Create task</button> <output id="answer" class="quiet"></output></div>
+        <textarea name="rest" rows="3" spellcheck="false" placeholder='{"seconds": 10}'
+          aria-describedby="problem"></textarea></label>
+      <p id="problem" class="wrong" hidden></p>
+      <div class="line"><button>Create task</button>
+        <output id="answer" class="quiet"></output></div>
     </form>
     <details id="commands" class="card">
       <summary>The same in a terminal</summary>
-      <h3>curl</h3><pre id="curl" tabindex="0"></pre>
-      <h3>PowerShell</h3><pre id="powershell" tabindex="0"></pre>
+      <p id="no-command" class="quiet">There is no command as long as the form is wrong.</p>
+      <div id="shells" hidden>
+        <div class="line"><h3>curl</h3>
+          <button data-of="curl" aria-label="Copy the command of curl">Copy</button></div>
+        <pre id="curl" tabindex="0"></pre>
+        <div class="line"><h3>PowerShell</h3>
+          <button data-of="powershell" aria-label="Copy the command of PowerShell">Copy</button>
+        </div>
+        <pre id="powershell" tabindex="0"></pre>
+      </div>
     </details>
-  </div>
-  <section class="stack" aria-labelledby="tasks-title">
-    <h2 id="tasks-title">Newest tasks</h2>
-    <p id="empty" class="card quiet" hidden>No tasks yet. Create one with the form or in a terminal.</p>
-    <ul id="tasks" class="stack" role="list"></ul>
-  </section>
+  </aside>
+  <p id="news" class="unseen" role="status"></p>
 </main>
 <template id="row"><li>
-  <h3 dir="auto"></h3><span class="pill quiet"></span>
+  <h3 dir="auto"></h3><span class="pill"></span>
   <p class="about quiet"></p>
-  <progress max="1" aria-label="Progress"></progress>
+  <progress max="1"></progress>
   <p class="message" dir="auto"></p>
-  <details><summary class="quiet"></summary><pre tabindex="0">Asking the server …</pre></details>
+  <p class="error wrong" dir="auto" hidden></p>
+  <div class="line"><code></code> <button class="copy">Copy</button>
+    <button class="cancel">Cancel</button> <span class="note quiet"></span></div>
+  <details hidden><summary class="quiet"></summary>
+    <pre tabindex="0">Asking the server …</pre> <a hidden></a></details>
 </li></template>
 
 <script>
 const byId = (id) => document.getElementById(id);
-const fields = byId("create").elements, list = byId("tasks");
-let token = "";                // lives in memory only
-let turn = Promise.resolve();  // settled when the last job in line has ended
-let pause = 1, serverTime, timer;
+const form = byId("create"), fields = form.elements, list = byId("tasks");
+// All requests go below the address of this page, never beside it, where others may live.
+const here = location.origin + location.pathname.replace(/\/?$/, "/");
+const NO_ANSWER = "The server does not answer.";
+const UNHEARD = "No answer came, so nobody knows whether the task was created. "
+  + "Send it again: that makes no second task.";
+const NAMES = [["", "All"], ["pending", "Waiting or running"], ["completed", "Completed"],
+  ["failed", "Failed"]];
+const MOST = 500;     // records that the server lists at once
+const PART = 20000;   // characters of a result that are shown
 
-const inTurn = (job) => { turn = turn.then(job).catch(console.error); };  // never two requests under way
+let token = "";       // lives in memory only
+let limit = 50;       // how many tasks are asked for
+let records = [];     // as the server listed them last
+let held = {};        // how many tasks it has: {TYPE: {pending: 1, completed: 2, failed: 0}}
+let isBusy = false;   // a task waits or runs
+let serverTime;       // in milliseconds, for our own clock may be wrong
+let newsTimer;
+
+// -- Small things --
 
 function setText(element, text, className = element.className) {
-  if (element.textContent !== text) element.textContent = text;  // else: keep selection, announce nothing
+  if (element.textContent !== text) element.textContent = text;  // else: selections stay
   element.className = className;
 }
 
-async function request(path, body) {  // the answer as an object; one with "error" if that is all there is
-  const method = body ? "POST" : "GET", headers = {"Content-Type": "application/json"};
-  if (token) headers.Authorization = "Bearer " + String.fromCharCode(...new TextEncoder().encode(token));
+function setHidden(element, isHidden, refuge = byId("tasks-title")) {  // never loses the focus
+  const hadFocus = element.contains(document.activeElement);
+  element.hidden = isHidden;
+  if (isHidden && hadFocus) focusOn(refuge);
+}
+
+function focusOn(element) {
+  element.tabIndex = -1;  // else a heading or a row could not have it
+  element.focus();
+}
+
+function setBusy(button, text, isBusy = true) {  // not disabled, for that would lose the focus
+  setText(button, text);
+  button.setAttribute("aria-disabled", isBusy);
+}
+
+const isResting = (button) => button.getAttribute("aria-disabled") === "true";
+
+function say(text) {  // to those who hear the page; what was said is not found again later
+  setText(byId("news"), text);
+  clearTimeout(newsTimer);
+  newsTimer = setTimeout(() => setText(byId("news"), ""), 4000);
+}
+
+function copy(text, button) {
+  // Not by navigator.clipboard: it is only there at https addresses and localhost.
+  const fill = (event) => {
+    event.clipboardData.setData("text/plain", text);
+    event.preventDefault();
+  };
+  document.addEventListener("copy", fill);
+  const isDone = document.execCommand("copy");
+  document.removeEventListener("copy", fill);
+  say(isDone ? "Copied." : "The browser does not let this page copy.");
+  setText(button, isDone ? "Copied" : "Not copied");
+  setTimeout(() => setText(button, "Copy"), 2000);
+}
+
+function newKey() {  // a random UUID; crypto.randomUUID is not there at all addresses
+  const bytes = crypto.getRandomValues(new Uint8Array(16));
+  bytes[6] = bytes[6] & 15 | 64;
+  bytes[8] = bytes[8] & 63 | 128;
+  const digits = Array.from(bytes, (byte) => byte.toString(16).padStart(2, "0")).join("");
+  return digits.replace(/(.{8})(.{4})(.{4})(.{4})/, "$1-$2-$3-$4-");
+}
+
+// -- Requests --
+
+// Returns {answer, text, error}: what came as an object and as text, and a sentence if it is a
+// refusal. `unheard` says that nobody knows whether the request was done.
+async function request(path, {body, method = "GET", headers = {}, patience} = {}) {
+  patience = patience || new AbortController();
+  const timer = setTimeout(() => patience.abort(), 10000);
+  const used = token;
+  if (body) headers["Content-Type"] = "application/json";
+  if (used) headers.Authorization = "Bearer " + bytesOf(used);
   try {
-    const response = await fetch(path, {method, headers, body, signal: AbortSignal.timeout(15000)});
-    const answer = await response.json();
-    serverTime = Date.parse(response.headers.get("Date"));  // our own clock may be wrong
-    if (path !== "/healthz") byId("access").hidden = response.status !== 401;
-    return response.ok || answer.error ? answer : {error: `The server says: ${answer.status}.`};
+    const options = {method, headers, body, signal: patience.signal, redirect: "error"};
+    const response = await fetch(here + path, options);
+    const text = await response.text();
+    const answer = JSON.parse(text);
+    serverTime = Date.parse(response.headers.get("Date")) || Date.now();
+    if (response.status === 401) return {error: askForToken(used)};
+    if (response.ok) return {answer, text, error: ""};
+    return {error: answer.error || `The server says: ${answer.status || response.status}.`};
   } catch {
-    return {error: "The server does not answer."};
+    return {error: NO_ANSWER, unheard: true};
+  } finally {
+    clearTimeout(timer);
   }
 }
 
-async function follow() {
-  const {tasks, error} = await request("/tasks?limit=50");
-  const health = await request("/healthz");
-  const problem = error || health.error;
-  const notice = problem ? `${problem} Trying again, less and less often.` : "Connected to the server.";
-  setText(byId("connection"), notice, problem ? "wrong" : "quiet");
-  pause = problem ? Math.min(2 * pause, 30) : health.waiting + health.running > 0 ? 1 : 5;
-  clearTimeout(timer);
-  timer = setTimeout(inTurn, 1000 * (document.hidden ? 30 : pause), follow);
-  if (tasks) showTasks(tasks);
-  if (health.types) showHealth(health);
+// A header takes bytes, one for each character.
+const bytesOf = (text) => String.fromCharCode(...new TextEncoder().encode(text));
+
+function askForToken(used) {
+  const field = byId("access").elements.token;
+  byId("access").hidden = false;
+  field.setAttribute("aria-invalid", used !== "");
+  if (document.activeElement === document.body) field.focus();
+  return used ? "This token is wrong: the server refuses it." : "The server asks for its token.";
 }
 
-function showHealth({waiting, running, completed, failed, types}) {
-  setText(byId("counts"), `${waiting} waiting · ${running} running · ${completed} completed · ${failed} failed`);
-  for (const type of types) if (!fields.type.querySelector(`[value=${type}]`)) fields.type.add(new Option(type, type));
+// -- Following the server --
+
+// One request at a time, the numbers and the listing in turn, with a rest after each. That asks no
+// more often than both together, and a server that hangs is noticed twice as soon.
+
+let delay = 1;          // seconds until the next try, when something is wrong
+let isCalm = false;     // the last round went well: there is time for a rest in the middle
+let isHurried = false;  // there is a reason to begin another round at once
+let endPause = () => {};
+let patience = new AbortController();  // of the request that is under way
+
+async function watch() {
+  for (;;) {
+    isCalm = isCalm && !isHurried;
+    isHurried = false;
+    let problem = await follow("healthz", showHealth);
+    if (isCalm && !problem) await pause(pace());
+    if (!isHurried && problem !== NO_ANSWER) {
+      problem = await follow(listing(), showTasks) || problem;
+    }
+    if (isHurried) continue;
+    isCalm = !problem;
+    showConnection(problem);
+    sayWhatEnded();
+    await (isCalm ? pause(pace()) : waitToTryAgain());
+  }
+}
+
+async function follow(path, show) {  // returns what is wrong
+  patience = new AbortController();
+  const watchdog = setTimeout(() => {
+    showConnection(NO_ANSWER);
+    setText(byId("countdown"), "Still waiting for it.");
+  }, 2000);
+  const {answer, error} = await request(path, {patience});
+  clearTimeout(watchdog);
+  if (isHurried) return "";  // it was broken off, or is about what is asked for no more
+  if (error) return error;
+  try {
+    show(answer);
+    return "";
+  } catch (reason) {
+    console.error(reason);
+    return "What answers here is another server than this page belongs to.";
+  }
+}
+
+function pace() {  // seconds; a listing that is ten times as long comes not as often
+  return document.hidden ? 20 : isBusy ? Math.min(2.5, 0.55 * limit / 50) : 2.5;
+}
+
+function pause(seconds) {
+  return new Promise((resolve) => {
+    endPause = resolve;
+    setTimeout(resolve, isHurried ? 0 : 1000 * seconds);
+  });
+}
+
+async function waitToTryAgain() {
+  const needsToken = !byId("access").hidden;
+  const seconds = needsToken ? 30 : document.hidden ? 20 : delay;
+  for (let left = seconds; left > 0 && !isHurried; left -= 1) {
+    setText(byId("countdown"), needsToken ? "" : `Trying again in ${left} s.`);
+    await pause(1);
+  }
+  delay = Math.min(2 * delay, 4);
+}
+
+function hurry() {
+  isHurried = true;
+  patience.abort();
+  endPause();
+}
+
+function showConnection(problem) {
+  const text = problem || "Connected to the server.";
+  setText(byId("connection"), text, problem ? "wrong" : "quiet");
+  document.body.classList.toggle("old", problem !== "");
+  setHidden(byId("again"), !problem || !byId("access").hidden);
+  if (problem) return;
+  delay = 1;
+  setText(byId("countdown"), "");
+}
+
+// -- Filters: they stand in the address, so that it can be sent --
+
+function chosen() {  // what the server would refuse is not chosen
+  const wanted = new URLSearchParams(location.hash.slice(1));
+  const known = (names, name) => names.includes(name) ? name : "";
+  return {status: known(NAMES.map(([status]) => status), wanted.get("status")),
+    type: known(Object.keys(held), wanted.get("type"))};
+}
+
+function query(members) {  // such as status=failed&type=task
+  return String(new URLSearchParams(Object.entries(members).filter(([, value]) => value)));
+}
+
+const listing = () => `tasks?${query({limit, ...chosen()})}`;
+
+function count({status, type}) {
+  let sum = 0;
+  for (const [name, counts] of Object.entries(held)) {
+    if (type && type !== name) continue;
+    for (const key in counts) if (!status || status === key) sum += counts[key];
+  }
+  return sum;
+}
+
+function showFilters() {
+  const types = Object.keys(held).map((type) => [type, type]);
+  showChoices(byId("statuses"), "status", NAMES);
+  showChoices(byId("types"), "type", [["", "All types"], ...types]);
+  byId("types").hidden = types.length < 2;
+}
+
+function showChoices(nav, key, names) {
+  for (const [value, name] of names) {
+    const choice = {...chosen(), [key]: value};
+    let link = nav.querySelector(`[data-value="${value}"]`);
+    if (!link) {
+      link = nav.appendChild(document.createElement("a"));
+      link.dataset.value = value;
+    }
+    link.href = "#" + (query(choice) || "all");
+    setText(link, `${name} ${count(choice)}`);
+    const isChosen = chosen()[key] === value;
+    isChosen ? link.setAttribute("aria-current", "true") : link.removeAttribute("aria-current");
+  }
+}
+
+function showAmount() {
+  const shown = list.children.length, all = Math.max(shown, count(chosen()));
+  const hint = limit === MOST && all > shown ? " The filters find the others." : "";
+  setText(byId("amount"), shown ? `${shown} of ${all}, the newest first.${hint}` : "");
+  setHidden(byId("more"), all <= records.length || limit >= MOST, list.lastElementChild);
+  const isFiltered = chosen().status || chosen().type;
+  setText(byId("empty"), isFiltered ? "There is no such task now. All shows the others."
+    : "No tasks yet. Create one with the form or in a terminal.");
+  byId("empty").hidden = shown > 0;
+}
+
+function showHealth(health) {
+  if (!health.tasks) return;  // who has no token is told the status alone
+  const oldest = health.oldest_waiting ? `, the oldest for ${duration(health.oldest_waiting)}` : "";
+  held = health.tasks;
+  isBusy = health.waiting + health.running > 0;
+  setText(byId("counts"), `${health.running} running · ${health.waiting} waiting${oldest}`);
+  for (const type of health.types) {
+    if (!fields.type.querySelector(`[value="${type}"]`)) fields.type.add(new Option(type, type));
+  }
+  showFilters();
+  showAmount();
   showCommands();
 }
 
-function showTasks(records) {  // rows never move; one that is open stays even when its record is gone
-  const ids = records.map((record) => record.id);
-  for (const row of [...list.children]) if (!ids.includes(row.id) && !row.querySelector("[open]")) row.remove();
-  let newer = null;
+// -- The list --
+
+function showTasks({tasks}) {
+  records = tasks;
+  placeRows();
+  setHidden(byId("access"), true);
+  const made = intention && tasks.find(({id}) => id === intention.key);
+  if (made) showCreated(made);  // whose answer was lost
+}
+
+// Rows never move. What is under the pointer stays there: new rows wait until it has gone, so that
+// nobody cancels a task that was not meant. A row that is open stays even without its record.
+function placeRows() {
+  const isHeld = list.matches(":hover");
+  const ids = new Set(records.map(({id}) => id));
+  for (const row of [...list.children]) {
+    const isGone = !ids.has(row.id);
+    row.classList.toggle("gone", isGone);
+    if (isGone && !isHeld && !row.querySelector("[open]")) removeRow(row);
+  }
+  let newer = null, waiting = 0;
   for (const record of records) {
-    const row = byId(record.id) || byId("row").content.firstElementChild.cloneNode(true);
+    let row = byId(record.id);
+    if (!row && isHeld && newer !== list.lastElementChild) {
+      waiting += 1;
+      continue;
+    }
+    row = row || newRow(record);
     showTask(record, row);
     if (!row.isConnected) newer ? newer.after(row) : list.prepend(row);
     newer = row;
   }
-  byId("empty").hidden = records.length > 0;
+  setHidden(byId("fresh"), waiting === 0);
+  setText(byId("fresh"), `Show ${waiting} new`);
+  makeScrollable();
+  showAmount();
+}
+
+function newRow({id, name}) {
+  const row = byId("row").content.firstElementChild.cloneNode(true);
+  const label = (selector, text) => row.querySelector(selector).setAttribute("aria-label", text);
+  row.id = id;
+  setText(row.querySelector("h3"), name);
+  setText(row.querySelector("code"), id);
+  label("progress", `Progress of ${name}`);
+  label(".copy", `Copy the id of ${name}`);
+  label(".cancel", `Cancel ${name}`);
+  return row;
+}
+
+function removeRow(row) {
+  const hadFocus = row.contains(document.activeElement);
+  const refuge = row.nextElementSibling || row.previousElementSibling || byId("tasks-title");
+  URL.revokeObjectURL(row.querySelector("a").href);
+  row.remove();
+  if (hadFocus) focusOn(refuge);
+}
+
+function makeScrollable() {  // by keyboard: what is higher than its box can have the focus
+  for (const box of list.querySelectorAll("h3, .message")) {
+    if (box.scrollHeight > box.clientHeight) box.tabIndex = 0;
+    else box.removeAttribute("tabindex");
+  }
 }
 
 function showTask(record, row) {
+  const {status, started_at, finished_at, progress, message, error} = record;
+  if (row.record && row.record.finished_at && !finished_at) return;  // an older answer comes late
+  if (row.record && !row.record.finished_at && finished_at) ended.push(record);
+  row.record = record;
+  row.className = `task card ${status}`;
   const part = (selector) => row.querySelector(selector);
-  const state = record.finished_at ? "" : record.started_at ? " · running" : " · waiting";
-  const percent = record.progress === null ? "" : ` · ${Math.floor(100 * record.progress)} %`;
-  Object.assign(row, {id: record.id, className: `task card ${record.status}`});
-  setText(part("h3"), record.name);
-  setText(part(".pill"), record.status);
-  setText(part(".about"), `${record.type}${state}${percent} · ${age(record)}`);
-  setText(part(".message"), record.message || "");
-  setText(part("summary"), record.error ? "Error" : "Result");
-  if (percent || record.finished_at) part("progress").value = record.progress || 0;  // no value: nobody knows yet
-  part("details").hidden = !record.finished_at;
-  part("details").dataset.path = `/poll-${record.type}/${record.id}`;
+  setText(part(".pill"), finished_at ? status : started_at ? "running" : "waiting");
+  setText(part(".about"), about(record));
+  if (progress !== null || !started_at || finished_at) part("progress").value = progress || 0;
+  setText(part(".message"), message || "");
+  const [firstLine, ...others] = (error || "").split("\n");
+  setText(part(".error"), firstLine);
+  part(".error").hidden = !error;
+  setText(part("summary"), error ? "Whole error" : "Result");
+  part("summary").setAttribute("aria-label", `${part("summary").textContent} of ${record.name}`);
+  part("details").hidden = !finished_at || error && !others.length;
+  if (!isResting(part(".cancel"))) setText(part(".note"), "");
+  if (finished_at) setText(part(".note"), "");
+  setHidden(part(".cancel"), !!finished_at, row);
 }
 
-function age(record) {
-  const seconds = Math.max(1, (serverTime - Date.parse(record.created_at)) / 1000);
-  const [size, unit] = [[86400, "d"], [3600, "h"], [60, "min"], [1, "s"]].find(([size]) => size <= seconds);
-  return `${Math.floor(seconds / size)} ${unit} ago`;
+function about({type, created_at, started_at, finished_at, progress}) {
+  const percent = progress === null || finished_at ? "" : ` · ${Math.floor(100 * progress)} %`;
+  const until = finished_at ? Date.parse(finished_at) : serverTime;
+  const lasted = duration((until - Date.parse(started_at || created_at)) / 1000);
+  const words = started_at ? `began ${clock(started_at)}, ${finished_at ? "took" : "for"} ${lasted}`
+    : finished_at ? `created ${clock(created_at)}, never begun` : `waiting for ${lasted}`;
+  return `${type}${percent} · ${words}`;
 }
 
-async function showOutcome(details) {
-  const {error, result} = await request(details.dataset.path);
-  setText(details.querySelector("pre"), error || JSON.stringify(result, null, 2));
+const swedish = new Intl.DateTimeFormat("sv", {dateStyle: "short", timeStyle: "medium"});
+
+function clock(moment) {  // 14:03:22, or 2026-11-27 14:03:22 if it was on another day
+  const [day, time] = swedish.format(new Date(moment)).split(" ");
+  return swedish.format(new Date(serverTime)).startsWith(day) ? time : `${day} ${time}`;
 }
 
-function payload() {
+function duration(seconds) {  // 0.3 s, 12 s, 3 min 20 s, 2 h 5 min, 3 d 4 h
+  if (seconds < 10) return `${Math.max(0, seconds).toFixed(1)} s`;
+  if (seconds < 60) return `${Math.floor(seconds)} s`;
+  const units = [[86400, "d", 3600, "h"], [3600, "h", 60, "min"], [60, "min", 1, "s"]];
+  const [big, bigName, small, smallName] = units.find(([size]) => size <= seconds);
+  const rest = Math.floor(seconds % big / small);
+  return `${Math.floor(seconds / big)} ${bigName} ${rest} ${smallName}`;
+}
+
+// -- What ended is said, politely, and eighty at once in one sentence --
+
+let ended = [];     // records
+let quietUntil = 0;
+
+function sayWhatEnded() {
+  if (!ended.length || performance.now() < quietUntil) return;
+  const some = (status) => ended.filter((record) => record.status === status);
+  say(sentence("Completed", some("completed")) + sentence("Failed", some("failed")));
+  ended = [];
+  quietUntil = performance.now() + 5000;
+}
+
+function sentence(verb, tasks) {
+  const names = tasks.slice(0, 3).map(({name}) => name.slice(0, 60)).join(", ");
+  const others = tasks.length > 3 ? ` and ${tasks.length - 3} more` : "";
+  return tasks.length ? `${verb}: ${names}${others}. ` : "";
+}
+
+// -- A row's buttons --
+
+async function cancel(row) {
+  const button = row.querySelector(".cancel"), note = row.querySelector(".note");
+  if (isResting(button)) return;
+  setBusy(button, "Cancelling …");
+  const path = `cancel-${row.record.type}/${row.id}`;
+  const {answer, error, unheard} = await request(path, {method: "POST"});
+  if (error) {
+    setBusy(button, "Cancel", false);
+    setText(note, unheard ? `${error} Perhaps it was cancelled.` : error);
+    say(note.textContent);
+    return;
+  }
+  showTask(answer, row);
+  if (!answer.finished_at) {
+    setBusy(button, "Cancel asked for");
+    setText(note, "It ends when its function next reports.");
+    say(note.textContent);
+  }
+  hurry();
+}
+
+async function showOutcome(row) {
+  const pre = row.querySelector("pre"), link = row.querySelector("a");
+  if (row.record.error) return setText(pre, row.record.error);
+  if (row.isLoaded) return;
+  const {text, error} = await request(`poll-${row.record.type}/${row.id}`);
+  if (error) return setText(pre, error);
+  row.isLoaded = true;
+  const {shown, isWhole} = resultIn(text);
+  setText(pre, isWhole ? shown : `${shown} …`);
+  if (isWhole) return;
+  link.href = URL.createObjectURL(new Blob([text], {type: "application/json"}));
+  link.download = `${row.id}.json`;
+  setText(link, `Save the whole record (${(text.length / 1048576).toFixed(1)} MiB)`);
+  link.hidden = false;
+}
+
+// The pieces of a JSON text. Numbers stay as they were sent: JavaScript would round long ones.
+const TOKEN = /"(?:[^"\\]|\\.)*"?|[[\]{},:]|[^\s"[\]{},:]+/g;
+
+function resultIn(text) {  // the first part of a record's result, indented
+  const tokens = text.slice(0, 2 * PART).match(TOKEN);
+  const start = tokens.findIndex((token, i) => token === '"result"' && tokens[i + 1] === ":");
+  let shown = "", depth = 0, last = "";
+  for (const token of tokens.slice(start + 2)) {
+    const opens = "[{".includes(token), closes = "]}".includes(token);
+    if (closes) depth -= 1;
+    if (depth < 0 || depth === 0 && token === ",") return {shown, isWhole: true};
+    if (closes ? !"[{".includes(last) : last && "[{,".includes(last)) {
+      shown += "\n" + "  ".repeat(depth);
+    }
+    shown += token === ":" ? ": " : token;
+    if (opens) depth += 1;
+    last = token;
+    if (shown.length > PART) break;
+  }
+  return {shown: shown.slice(0, PART), isWhole: false};
+}
+
+// -- Creating --
+
+let intention = null;  // what was sent, until it is known to be created
+
+function payload() {  // {body} as it is to be sent, or {problem}
   const rest = fields.rest.value.trim() || "{}";
   try {
-    if (rest[0] !== "{" || "name" in JSON.parse(rest)) throw new Error('Put braces around it and no "name" inside.');
-    fields.rest.setCustomValidity("");
+    const typed = JSON.parse(rest);
+    if (rest[0] !== "{") throw new Error("Put braces around it.");
+    if ("name" in typed) throw new Error("The name has a field of its own.");
   } catch (error) {
-    fields.rest.setCustomValidity(`Write JSON like {"seconds": 10}. ${error.message}`);
+    return {problem: `Write JSON like {"seconds": 10}. ${error.message}`};
   }
   const members = rest.slice(1, -1).trim();  // as typed: JavaScript would round long numbers
-  return `{"name": ${JSON.stringify(fields.name.value)}${members && ", " + members}}`;
+  return {body: `{"name": ${JSON.stringify(fields.name.value)}${members && ", " + members}}`};
+}
+
+async function create() {
+  const button = form.querySelector("button");
+  const {body} = payload(), path = `create-${fields.type.value}`;
+  if (isResting(button)) return;
+  if (!body) return fields.rest.focus();
+  // The same thing sent again bears the same key, and so makes no second task.
+  if (!intention || intention.path !== path || intention.body !== body) {
+    intention = {path, body, key: newKey()};
+  }
+  setBusy(button, "Sending …");
+  setText(byId("answer"), "");
+  const headers = {"Idempotency-Key": intention.key};
+  const {answer, error, unheard} = await request(path, {method: "POST", body, headers});
+  if (!error) showCreated(answer);
+  else if (intention) setText(byId("answer"), unheard ? UNHEARD : error, "wrong");
+  hurry();
+  setTimeout(() => setBusy(button, "Create task", false), 1000);  // a double click is one
+}
+
+function showCreated({type, id}) {
+  intention = null;
+  setText(byId("answer"), `Created. Poll it at ${here}poll-${type}/${id}`, "quiet");
 }
 
 function showCommands() {
-  const body = payload(), type = fields.type.value;
-  const [create, poll] = [`create-${type}`, `poll-${type}/ID`].map((path) => `'${location.origin}/${path}'`);
+  const {body, problem} = payload(), type = fields.type.value;
+  setText(byId("problem"), problem || "");
+  byId("problem").hidden = !problem;
+  fields.rest.setAttribute("aria-invalid", !!problem);
+  const isReady = type && body && form.checkValidity();
+  byId("shells").hidden = !isReady;
+  byId("no-command").hidden = !!isReady;
+  if (!isReady) return;
+  const [create, poll] = [`create-${type}`, `poll-${type}/ID`].map((path) => `'${here}${path}'`);
   const shell = body.replaceAll("'", "'\\''");
-  const powershell = body.replace(/['\u2018-\u201b]/g, "$&$&");  // curly quotes end a string there, too
+  const powershell = body.replace(/['\u2018-\u201b]/g, "$&$&");  // curly quotes end a string, too
   const curl = token ? 'curl -H "Authorization: Bearer $TASKSERVER_TOKEN"' : "curl";
-  const invoke = "Invoke-RestMethod" + (token && ' -Headers @{Authorization = "Bearer $env:TASKSERVER_TOKEN"}');
+  const invoke = "Invoke-RestMethod"
+    + (token && ' -Headers @{Authorization = "Bearer $env:TASKSERVER_TOKEN"}');
   setText(byId("curl"), `${curl} -H 'Content-Type: application/json' \\
   -d '${shell}' \\
   ${create}\n\n${curl} ${poll}`);
-  setText(byId("powershell"), `${invoke} -Method Post \`\n  -ContentType 'application/json; charset=utf-8' \`
+  setText(byId("powershell"), `${invoke} -Method Post \`
+  -ContentType 'application/json; charset=utf-8' \`
   -Body '${powershell}' \`
   ${create}\n\n${invoke} ${poll}`);
 }
 
-byId("create").oninput = showCommands;
-byId("create").onsubmit = (event) => {
-  event.preventDefault();
-  const path = `/create-${fields.type.value}`, body = payload();
-  inTurn(async () => {
-    const {error, type, id} = await request(path, body);
-    setText(byId("answer"), error || `Created. Poll it at /poll-${type}/${id}`, error ? "wrong" : "quiet");
-    await follow();
-  });
+// -- What happens when --
+
+form.oninput = () => {
+  setText(byId("answer"), "");
+  showCommands();
 };
-fields.rest.oninvalid = () => setText(byId("answer"), fields.rest.validationMessage, "wrong");
+form.onsubmit = (event) => {
+  event.preventDefault();
+  create();
+};
 byId("access").onsubmit = (event) => {
   event.preventDefault();
   token = event.target.elements.token.value;
   event.target.reset();
-  inTurn(follow);
+  hurry();
 };
-list.addEventListener("toggle", ({target}) => target.open && inTurn(() => showOutcome(target)), true);
-document.onvisibilitychange = () => document.hidden || inTurn(follow);
-byId("commands").open = innerWidth > 900;  // on a phone the tasks come first
-inTurn(follow);
+list.onclick = ({target}) => {
+  if (target.matches(".copy")) copy(target.closest("li").id, target);
+  if (target.matches(".cancel")) cancel(target.closest("li"));
+};
+list.addEventListener("toggle", ({target}) => {
+  if (target.open) showOutcome(target.closest("li"));
+}, true);
+list.onpointerleave = placeRows;
+byId("fresh").onclick = placeRows;
+byId("more").onclick = () => {
+  limit = Math.min(2 * limit, MOST);
+  hurry();
+};
+for (const button of document.querySelectorAll("[data-of]")) {
+  button.onclick = () => copy(byId(button.dataset.of).textContent, button);
+}
+byId("again").onclick = hurry;
+byId("jump").onclick = () => fields.name.focus();
+onhashchange = () => {
+  limit = 50;
+  if (list.contains(document.activeElement)) focusOn(byId("tasks-title"));
+  list.replaceChildren();
+  showFilters();
+  hurry();
+};
+document.onvisibilitychange = () => document.hidden || hurry();
+byId("commands").open = innerWidth > 900;
+setText(byId("connection"), "Connecting …");
+document.querySelector("main").hidden = false;  // without scripts it would be of no use
+watch();
 </script>"""
 
 
