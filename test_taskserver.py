@@ -2978,7 +2978,7 @@ def test_payloads_and_results_are_bounded_and_the_refusal_names_the_flag(applica
 # -- 10. Durability --------------------------------------------------------------------------------
 
 
-class MemoryJournal(taskserver.Journal):
+class ObedientJournal(taskserver.Journal):
     """A journal that a test can hold up, break, or look into."""
 
     def __init__(self, *records):
@@ -3021,7 +3021,7 @@ class MemoryJournal(taskserver.Journal):
 @pytest.fixture
 def journal(application):
     """A journal of the application."""
-    journal = application.store.journal = MemoryJournal()
+    journal = application.store.journal = ObedientJournal()
     yield journal
     journal.error = journal.late_error = None
     journal.writable.set()
@@ -3261,7 +3261,7 @@ def test_a_journal_that_cannot_delete_stops_nothing_and_is_asked_again(
 
 
 def test_a_server_deletes_by_itself_in_bounded_pieces_and_no_create_waits_for_that(application):
-    journal = application.store.journal = MemoryJournal()
+    journal = application.store.journal = ObedientJournal()
     pieces, real = [], journal.delete
     journal.delete = lambda ids: (pieces.append(len(ids)), real(ids))
     for n in range(2500):
@@ -3363,7 +3363,7 @@ def test_the_next_start_settles_what_the_last_process_left(application):
     ids, records = left_by_a_process()
     application.task("again", rerun=True)(echo)
     application.pool.max_waiting = 0
-    journal = application.store.journal = MemoryJournal(*records)
+    journal = application.store.journal = ObedientJournal(*records)
     application.store.keep = 60
     taskserver.recover(application)
     types = ["echo", "echo", "echo", "again", "echo"]
@@ -3386,7 +3386,7 @@ def test_the_next_start_settles_what_the_last_process_left(application):
 
 def test_a_journal_that_fails_at_the_start_keeps_nobody_from_serving(application, gate):
     ids, records = left_by_a_process()
-    journal = application.store.journal = MemoryJournal(*records[:4])
+    journal = application.store.journal = ObedientJournal(*records[:4])
     journal.error = OSError("no space")
     taskserver.recover(application)
     got = poll(application, {"type": "echo", "id": ids[2]})
@@ -3521,7 +3521,7 @@ def collected(type):
 @needs_freeze
 def test_the_garbage_collector_overlooks_what_was_loaded(application):
     records = [numbered(n + 1, status="failed", type="loaded") for n in range(1000)]
-    application.store.journal = MemoryJournal(*records)
+    application.store.journal = ObedientJournal(*records)
     assert collected("loaded") == 1000
     try:
         taskserver.recover(application)
@@ -3559,7 +3559,7 @@ class LinesJournal(taskserver.Journal):
 
     def load(self):
         self.locked = open(self.path + ".lock", "ab+")  # noqa: SIM115
-        lock(self.locked)
+        lock_file(self.locked)
         self.file = open(self.path, "ab+", buffering=0)  # noqa: SIM115
         rows = {}
         self.file.seek(0)
@@ -3588,7 +3588,7 @@ class LinesJournal(taskserver.Journal):
         self.locked.close()
 
 
-def lock(file):
+def lock_file(file):
     """Lock a file until it is closed or this process ends. OSError: another process has it."""
     try:
         if os.name == "nt":
@@ -3642,7 +3642,7 @@ def place(request, tmp_path):
         assert loaded(YOURS) == [], "TASKSERVER_JOURNAL must name a journal that is empty"
         yield YOURS
         ids = [record.id for record in loaded(YOURS)]
-        with Process(forget, YOURS, ids) as process:
+        with Process(empty_it, YOURS, ids) as process:
             assert process.says() == "forgotten"
     elif request.param == "sqlite":
         pytest.importorskip("sqlite3")
@@ -3693,7 +3693,7 @@ def obey():
     sys.stdin.read()  # until this is killed
 
 
-def say(thing):
+def tell(thing):
     """Tell a test something."""
     taskserver.write_all(1, ascii(thing).encode() + b"\n")
 
@@ -3704,7 +3704,7 @@ in_use = []  # journals
 def opened(place):
     """Return a journal, which stays in use as long as this process lives, and what it holds."""
     module, _, expression = place.partition(":")
-    journal = eval(expression, vars(importlib.import_module(module)))  # noqa: S307
+    journal = eval(expression, vars(importlib.import_module(module)))
     in_use.append(journal)
     return journal, list(journal.load())
 
@@ -3724,22 +3724,22 @@ def until_it_works(call, *arguments):
     raise AssertionError("it has not worked in a thousand times")
 
 
-def show(place):
+def tell_records(place):
     """Say what a journal holds, or why that cannot be said."""
     try:
         _, records = opened(place)
     except Exception as error:
-        say(f"{type(error).__name__}: {error}")
+        tell(f"{type(error).__name__}: {error}")
     else:
-        say([tuple(record) for record in records])
+        tell([tuple(record) for record in records])
 
 
-def forget(place, ids):
+def empty_it(place, ids):
     """Delete records."""
     journal, _ = opened(place)
     for start in range(0, len(ids), 1000):
         until_it_works(journal.delete, ids[start : start + 1000])
-    say("forgotten")
+    tell("forgotten")
 
 
 def save_all(place, rows, ids, more):
@@ -3750,19 +3750,19 @@ def save_all(place, rows, ids, more):
         return until_it_works(journal.save, Record(*row))
 
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        say(list(pool.map(save, rows)))
+        tell(list(pool.map(save, rows)))
     until_it_works(journal.delete, ids)
-    say(list(map(save, more)))
+    tell(list(map(save, more)))
 
 
-def storm(place):
+def save_versions(place):
     """Save one version after the other of a few records; say which are saved."""
     journal, _ = opened(place)
 
     def save(sequence):
         for n in range(100_000):
             until_it_works(journal.save, numbered(sequence, message=str(n)))
-            say((sequence, n))
+            tell((sequence, n))
 
     for i in range(8):
         threading.Thread(target=save, args=(i + 1,), daemon=True).start()
@@ -3770,13 +3770,13 @@ def storm(place):
 
 def loaded(place):
     """Return the records that a new process finds."""
-    with Process(show, place) as process:
+    with Process(tell_records, place) as process:
         rows = process.says()
         assert isinstance(rows, list), rows
         return [Record(*row) for row in rows]
 
 
-def saved(place, records, ids=(), more=()):
+def saved_and_killed(place, records, ids=(), more=()):
     """Save and delete in a process that is killed then; return how the saves ended."""
     rows, more_rows = [[tuple(record) for record in some] for some in (records, more)]
     with Process(save_all, place, rows, list(ids), more_rows) as process:
@@ -3807,7 +3807,7 @@ def test_every_journal_gives_back_what_was_saved_last_in_the_order_of_the_sequen
     gone = [record.id for record in created[::3]]
     unknown = [str(uuid.uuid4()) for _ in range(1000 - len(gone))]
     again = created[0]._replace(name="a key that comes again", sequence=2**63 - 1)
-    assert set(saved(place, created, gone + unknown, [*ends, again])) == {"done"}
+    assert set(saved_and_killed(place, created, gone + unknown, [*ends, again])) == {"done"}
     expected = {record.id: record for record in created if record.id not in gone}
     expected.update((record.id, record) for record in [*ends, again])
     in_order = sorted(expected.values(), key=lambda record: record.sequence)
@@ -3827,14 +3827,14 @@ def test_every_journal_takes_a_record_as_it_is_or_refuses_it_alone(place):
         {"created_at": 5e-324, "started_at": sys.float_info.max, "progress": 0.1 + 0.2},
     ]
     records = [numbered(n + 1, **(odd[n // 8] if n % 8 == 0 else {})) for n in range(64)]
-    outcomes = saved(place, records)
+    outcomes = saved_and_killed(place, records)
     refused = {record.id for record, end in zip(records, outcomes) if end == "refused"}
     assert refused <= {record.id for record in records[:40:8]}  # not for what JSON is made of
     assert loaded(place) == [record for record in records if record.id not in refused]
 
 
 def test_every_journal_keeps_what_it_has_said_to_be_saved_through_kill_9(place):
-    with Process(storm, place) as process:
+    with Process(save_versions, place) as process:
         said = [process.says() for _ in range(60)]
         said += process.kill()
     found = {record.sequence: int(record.message) for record in loaded(place)}
@@ -3843,9 +3843,9 @@ def test_every_journal_keeps_what_it_has_said_to_be_saved_through_kill_9(place):
 
 
 def test_every_journal_keeps_a_second_server_out_as_long_as_the_first_lives(place):
-    with Process(show, place) as first:
+    with Process(tell_records, place) as first:
         assert first.says() == []
-        with Process(show, place) as second:
+        with Process(tell_records, place) as second:
             said = queue.Queue()
             threading.Thread(target=lambda: said.put(second.says()), daemon=True).start()
             try:
