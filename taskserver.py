@@ -547,7 +547,7 @@ class Store:
         self.lost = ""  # why the journal belongs to this server no more; set once, by any thread
         self._clock = clock
         self._failed_at = -math.inf  # when the journal failed, by the monotonic clock
-        self._lock = ReadersWriterLock()  # guards all below but `_leaving`
+        self._lock = ReadersWriterLock()  # guards all below but `_left` and `_deleting`
         # In the order of creation. None keeps the place of a record that is just being saved.
         self._records: dict[str, Record | None] = collections.OrderedDict()
         if sys.version_info >= (3, 8):

@@ -26,6 +26,7 @@ import functools
 import gc
 import hashlib
 import http.client
+import importlib
 import importlib.util
 import json
 import logging
@@ -41,7 +42,6 @@ import select
 import shutil
 import signal
 import socket
-import sqlite3
 import struct
 import subprocess
 import sys
@@ -7173,15 +7173,52 @@ def test_a_full_stderr_that_nobody_reads_stops_nobody():
 def test_healthz_counts_what_there_is(application, gate):
     application.pool.max_workers = 2
     empty = ask(application, "GET", "/healthz")
+    none = {"pending": 0, "completed": 0, "failed": 0}
     assert empty.status == 200
-    counts = {"waiting": 0, "running": 0, "completed": 0, "failed": 0}
-    assert empty.json == {"status": "ok", **counts, "types": ["gate", "echo"]}
-    outcome(application, fail), final(application, create(application, "echo"))
+    assert empty.json == {
+        "status": "ok",
+        "waiting": 0,
+        "running": 0,
+        "completed": 0,
+        "failed": 0,
+        "oldest_waiting": None,
+        "types": ["gate", "echo"],
+        "tasks": {"echo": none, "gate": none},
+    }
+    outcome(application, fail)
+    final(application, create(application, "echo"))
     for _ in range(5):
         create(application, "gate")
     gate.wait_for(2)
     counted = ask(application, "GET", "/healthz").json
-    assert [counted[key] for key in ("waiting", "running", "completed", "failed")] == [3, 2, 1, 1]
+    keys = "waiting", "running", "completed", "failed"
+    assert [counted[key] for key in keys] == [3, 2, 1, 1]
+    assert counted["tasks"]["gate"] == {**none, "pending": 5}
+    assert counted["tasks"]["echo"] == {**none, "completed": 1}
+    assert counted["tasks"][counted["types"][-1]] == {**none, "failed": 1}
+
+
+def test_healthz_says_for_how_long_the_oldest_task_has_waited(application, gate):
+    application.pool.max_workers = 1
+    for _ in range(3):
+        create(application, "gate")
+    gate.wait_for()
+    begun = time.time()
+    seconds = ask(application, "GET", "/healthz").json["oldest_waiting"]
+    assert 0 <= seconds < LONG
+    assert eventually(lambda: time.time() > begun + 0.01)
+    assert ask(application, "GET", "/healthz").json["oldest_waiting"] > seconds
+    gate.opened.set()
+    gate.wait_for(2)
+    assert ask(application, "GET", "/healthz").json["oldest_waiting"] is None
+
+
+def test_healthz_tells_those_without_the_token_its_status_alone(application):
+    application.checks.append(taskserver.check_token("secret"))
+    answer = ask(application, "GET", "/healthz")
+    assert (answer.status, answer.json) == (200, {"status": "ok"})
+    trusted = ask(application, "GET", "/healthz", authorization="Bearer secret")
+    assert trusted.json["waiting"] == 0
 
 
 def test_healthz_says_when_the_server_stops(application):
@@ -7190,17 +7227,37 @@ def test_healthz_says_when_the_server_stops(application):
     assert (answer.status, answer.json) == (503, {"status": "stopping"})
 
 
-@pytest.mark.parametrize("query, count", [
-    ("", 50), ("?limit=0", 0), ("?limit=1", 1), ("?limit=500", 500), ("?limit=501", 500), ("?limit=0050", 50), ("?x=1", 50),
-])  # fmt: skip
+DONE = RECORD._replace(status="completed", finished_at=1700000001.0, result=b"[1]", payload=None)
+
+
+def listed(application, **query):
+    """Return the ids that /tasks lists."""
+    words = "&".join(f"{key}={value}" for key, value in query.items())
+    answer = ask(application, "GET", f"/tasks?{words}")
+    assert answer.status == 200, answer
+    return [record["id"] for record in answer.json["tasks"]]
+
+
+@pytest.mark.parametrize(
+    "query, count",
+    [
+        ("", 50),
+        ("?limit=0", 0),
+        ("?limit=1", 1),
+        ("?limit=500", 500),
+        ("?limit=501", 500),
+        ("?limit=0050", 50),
+        ("?limit=" + "9" * 4000, 500),
+        ("?x=1", 50),
+    ],
+    ids=brief,
+)
 def test_tasks_lists_the_newest_without_results(application, query, count):
     for n in range(502):
-        application.store.add(
-            RECORD._replace(id=str(n), status="completed", finished_at=1700000001.0, result=b"[1]")
-        )
-    listed = ask(application, "GET", "/tasks" + query).json["tasks"]
-    assert [record["id"] for record in listed] == [str(501 - n) for n in range(count)]
-    assert all(list(record) == [key for key in KEYS if key != "result"] for record in listed)
+        application.store.add(DONE._replace(id=str(n)))
+    records = ask(application, "GET", "/tasks" + query).json["tasks"]
+    assert [record["id"] for record in records] == [str(501 - n) for n in range(count)]
+    assert all(list(record) == [key for key in KEYS if key != "result"] for record in records)
 
 
 @pytest.mark.parametrize(
@@ -7210,41 +7267,132 @@ def test_a_limit_that_is_no_plain_number_is_400(application, limit):
     assert ask(application, "GET", "/tasks?limit=" + limit).status == 400
 
 
+def test_tasks_can_be_filtered_by_status_and_type(application, gate):
+    failed = DONE._replace(status="failed", result=None, error="E")
+    kinds = [DONE, failed, DONE._replace(type="gate"), RECORD, DONE, DONE]
+    for n, record in enumerate(kinds):
+        application.store.add(record._replace(id=str(n)))
+    assert listed(application, status="completed") == ["5", "4", "2", "0"]
+    assert listed(application, status="failed") == ["1"]
+    assert listed(application, status="pending") == ["3"]
+    assert listed(application, type="gate") == ["2"]
+    assert listed(application, type="gate", status="failed") == []
+    assert listed(application, type="echo", status="completed", limit=2) == ["5", "4"]
+    assert listed(application, limit=3) == ["5", "4", "3"]
+
+
+def test_a_type_that_is_registered_no_more_can_be_asked_for_while_there_are_such_tasks(application):
+    application.store.add(DONE._replace(id="0", type="former"))
+    assert listed(application, type="former") == ["0"]
+
+
+@pytest.mark.parametrize(
+    "query, advice",
+    [
+        ("status=done", "failed"),
+        ("status=", "failed"),
+        ("status=FAILED", "failed"),
+        ("status=failed&status=failed", "status"),
+        ("type=none", "echo, gate"),
+        ("type=Echo", "echo, gate"),
+        ("type=echo&type=gate", "type"),
+    ],
+)
+def test_a_filter_that_can_match_nothing_is_400_and_says_what_there_is(application, query, advice):
+    answer = ask(application, "GET", "/tasks?" + query)
+    assert answer.status == 400 and advice in answer.json["error"]
+
+
+def test_what_has_outlived_its_time_goes_by_itself(application):
+    application.store.keep = 0
+    with serving(application) as server, server.client() as client:
+        where = client.ask("POST", "/create-echo", {"name": "x"}).headers["Location"]
+        assert eventually(lambda: client.ask("GET", where).status == 404)
+
+
+def test_payloads_and_results_are_bounded_and_the_refusal_names_the_flag(application, gate):
+    def size(n):  # of a payload that makes a body of so many bytes
+        return "x" * (n - len(json.dumps({"name": "sample", "result": ""})))
+
+    application.store.max_memory = 1000
+    application.store.keep = 60
+    waiting = create(application, "gate", result=size(700))
+    body = {"name": "sample", "result": size(301)}
+    refused = ask(application, "POST", "/create-gate", body)
+    assert refused.status == 503 and 0 < int(refused.headers["Retry-After"]) <= 60
+    assert "--max-memory" in refused.json["error"] and "--max-tasks" not in refused.json["error"]
+    assert listed(application) == [waiting["id"]]
+    create(application, "gate", result=size(300))
+    gate.opened.set()
+    assert eventually(lambda: listed(application, status="pending") == [])  # two results now
+    assert ask(application, "POST", "/create-gate", body).status == 503
+    application.store.keep = 0  # now they give way
+    assert ask(application, "POST", "/create-gate", body).status == 201
+
+
 # -- 10. Durability --------------------------------------------------------------------------------
 
 
-class Journal:
-    """A journal in memory that a test can hold up, break, or look into."""
+class ObedientJournal(taskserver.Journal):
+    """A journal that a test can hold up, break, or look into."""
 
     def __init__(self, *records):
-        self.records, self.deleted = {record.id: record for record in records}, []
-        self.error = None
-        self.writable = threading.Event()
+        self.records = {record.id: record for record in records}
+        self.calls = []  # "save" or "delete", and an id
+        self.refuse = lambda record: False  # whether it can never take a record
+        self.error = self.late_error = None  # instead of saving; after it has saved
+        self.delete_error = None
+        self.writable, self.deletable = threading.Event(), threading.Event()
         self.writable.set()
-        self.asked = threading.Semaphore(0)
+        self.deletable.set()
+        self.asked = threading.Semaphore(0)  # to save
+        self.asked_to_delete = threading.Semaphore(0)
 
     def load(self):
-        return list(self.records.values())
+        return sorted(self.records.values(), key=lambda record: record.sequence)
 
     def save(self, record):
         self.asked.release()
         assert self.writable.wait(LONG)
+        if self.refuse(record):
+            raise taskserver.RecordRefused("this disk takes no such thing")
         if self.error:
             raise self.error
+        self.calls.append(("save", record.id))
         self.records[record.id] = record
+        if self.late_error:
+            raise self.late_error
 
     def delete(self, ids):
-        self.deleted += ids
+        self.asked_to_delete.release()
+        assert self.deletable.wait(LONG)
+        if self.delete_error:
+            raise self.delete_error
+        for id in ids:
+            self.calls.append(("delete", id))
+            self.records.pop(id, None)
 
 
 @pytest.fixture
 def journal(application):
     """A journal of the application."""
-    journal = Journal()
-    application.store = taskserver.Store(journal=journal)
+    journal = application.store.journal = ObedientJournal()
     yield journal
+    journal.error = journal.late_error = None
     journal.writable.set()
+    journal.deletable.set()
     application.store.stop()
+
+
+def forget_asked(journal):
+    while journal.asked.acquire(blocking=False):
+        pass
+
+
+def evict(store):
+    """Drop what has outlived its time, as a server does."""
+    while store.evict() or store.delete_left():
+        pass
 
 
 def test_a_create_is_answered_once_its_record_is_on_disk_and_nobody_else_waits(
@@ -7252,16 +7400,15 @@ def test_a_create_is_answered_once_its_record_is_on_disk_and_nobody_else_waits(
 ):
     before = create(application, "gate")
     gate.wait_for()
+    forget_asked(journal)
     journal.writable.clear()
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         creating = pool.submit(create, application, "echo")
         assert journal.asked.acquire(timeout=LONG) and not creating.done()
         assert poll(application, before)["status"] == "pending"
-        assert [record["id"] for record in ask(application, "GET", "/tasks").json["tasks"]] == [
-            before["id"]
-        ]
+        assert listed(application) == listed(application, type="gate") == [before["id"]]
         assert ask(application, "GET", "/healthz").status == 200
-        application.store.evict()
+        evict(application.store)
         assert not creating.done()
         journal.writable.set()
         assert creating.result(LONG)["id"] in journal.records
@@ -7273,9 +7420,7 @@ def test_the_start_of_a_task_is_on_disk_before_it_runs_unless_it_may_run_again(
     seen = {}
 
     def look(payload, report):
-        (record,) = [
-            record for record in journal.records.values() if record.name == payload["name"]
-        ]
+        (record,) = [r for r in journal.records.values() if r.name == payload["name"]]
         seen[record.name] = record.started_at
 
     application.task("once")(look)
@@ -7289,9 +7434,8 @@ def test_the_start_of_a_task_is_on_disk_before_it_runs_unless_it_may_run_again(
 def test_a_final_state_is_seen_once_it_is_on_disk(application, journal, gate):
     record = create(application, "gate", result=5)
     gate.wait_for()
+    forget_asked(journal)
     journal.writable.clear()
-    while journal.asked.acquire(blocking=False):
-        pass
     gate.opened.set()
     assert journal.asked.acquire(timeout=LONG)
     assert poll(application, record)["status"] == "pending"
@@ -7311,18 +7455,12 @@ def test_a_journal_that_fails_refuses_creates_and_loses_no_final_state(
     gate.wait_for()
     journal.error = error
     refused = ask(application, "POST", "/create-echo", {"name": "x"})
-    assert (
-        refused.status == 503
-        and refused.headers["Retry-After"]
-        and "journal" in refused.json["error"]
-    )
+    assert refused.status == 503 and refused.headers["Retry-After"]
+    assert "journal" in refused.json["error"]
     health = ask(application, "GET", "/healthz")
     assert (health.status, health.json) == (503, {"status": "journal failing"})
-    assert len(
-        ask(application, "GET", "/tasks").json["tasks"]
-    ) == 1 and application.pool.counts() == (0, 1)
-    while journal.asked.acquire(blocking=False):
-        pass
+    assert listed(application) == [record["id"]] and application.pool.counts() == (0, 1)
+    forget_asked(journal)
     gate.opened.set()
     for _ in range(2):
         assert journal.asked.acquire(timeout=LONG)  # it is tried, and tried again
@@ -7340,136 +7478,779 @@ def test_a_final_state_that_cannot_be_saved_is_tried_on_while_the_server_stops(
     record = create(application, "gate", result=5)
     gate.wait_for()
     journal.error = OSError()
-    while journal.asked.acquire(blocking=False):
-        pass
+    forget_asked(journal)
     gate.opened.set()
     assert journal.asked.acquire(timeout=LONG)
-    application.store.stop()
-    assert poll(application, record)["status"] == "pending" and application.pool.counts() == (0, 1)
+    application.stop()
+    assert poll(application, record)["status"] == "pending"
+    assert application.pool.counts() == (0, 1)
     journal.error = None
     application.pool.join(LONG)
     assert poll(application, record)["result"] == 5
 
 
-def test_a_journal_that_cannot_delete_stops_nothing(application, journal, caplog):
-    gone = final(application, create(application, "echo"))
-    application.store.keep = 0
-    journal.deleted = None  # which makes delete() fail
-    application.store.evict()
-    assert ask(application, "GET", f"/poll-echo/{gone['id']}").status == 404
+def test_a_create_whose_saving_failed_leaves_nothing_behind_though_it_was_written(
+    application, journal
+):
+    def create_it():
+        body = {"name": "x", "result": 1}
+        return ask(application, "POST", "/create-echo", body, idempotency_key=key)
+
+    key = str(uuid.uuid4())
+    journal.late_error = ConnectionError("nobody knows whether that was committed")
+    for _ in range(2):
+        assert create_it().status == 503 and list(journal.records) == [key]
+    evict(application.store)
+    assert journal.records == {} and listed(application) == []
+    assert create_it().status == 503
+    journal.late_error = None  # the client tries once more, and its record replaces what is left
+    created = create_it()
+    assert created.status == 201
+    evict(application.store)
+    assert final(application, created.json)["result"] == 1
+    assert [record.status for record in journal.records.values()] == ["completed"]
+
+
+def test_what_is_saved_and_said_to_have_failed_is_saved_again(application, journal, gate):
+    record = create(application, "gate", result=3)
+    gate.wait_for()
+    journal.late_error = ConnectionError("nobody knows whether that was committed")
+    gate.opened.set()
+    assert eventually(lambda: journal.calls.count(("save", record["id"])) >= 4)
+    assert poll(application, record)["status"] == "pending"
+    journal.late_error = None
+    assert final(application, record)["result"] == 3
+    assert [record.result for record in journal.records.values()] == [b"3"]
+
+
+def test_a_task_that_the_journal_can_never_take_is_refused_alone(application, journal):
+    journal.refuse = lambda record: "\0" in record.name
+    key = str(uuid.uuid4())
+    body = {"name": "a\0b"}
+    refused = ask(application, "POST", "/create-echo", body, idempotency_key=key)
+    assert refused.status == 400
+    assert "this disk takes no such thing" in refused.json["error"]
+    assert listed(application) == [] and application.pool.counts() == (0, 0)
     assert ask(application, "GET", "/healthz").json["status"] == "ok"
-    assert caplog.text.count("has not deleted 1 records") == 1
-    create(application, "echo")
+    again = ask(application, "POST", "/create-echo", {"name": "ab"}, idempotency_key=key)
+    assert again.status == 201  # the key is free
+    assert final(application, again.json)["status"] == "completed"
+
+
+def test_an_outcome_that_the_journal_can_never_take_becomes_a_failure_that_says_so(
+    application, journal
+):
+    journal.refuse = lambda record: record.result == b'"bad"'
+    record = final(application, create(application, "echo", result="bad"))
+    consistent(record)
+    assert record["status"] == "failed"
+    assert "this disk takes no such thing" in record["error"]
+    assert journal.records[record["id"]].status == "failed"
+    assert ask(application, "GET", "/healthz").json["status"] == "ok"
+    journal.refuse = lambda record: record.status != "pending"
+    record = final(application, create(application, "echo", result="good"))
+    assert "this disk takes no such thing" in record["error"]  # as long as this server lives
+
+
+def test_a_task_whose_start_the_journal_can_never_take_is_not_run(application, journal, gate):
+    def is_start(record):
+        return record.status == "pending" and record.started_at is not None
+
+    journal.refuse = is_start
+    record = final(application, create(application, "gate"))
+    assert record["status"] == "failed" and not gate.begun.acquire(blocking=False)
+
+
+def test_a_lost_journal_begins_nothing_more(application, journal, gate):
+    losses = []
+    application.store.journal_lost = lambda reason: (losses.append(reason), application.stop())
+    application.pool.max_workers = 1
+    running = create(application, "gate", result=1)
+    waiting = create(application, "gate")
+    gate.wait_for()
+    journal.error = taskserver.JournalLost("somebody else has the lock")
+    refused = ask(application, "POST", "/create-echo", {"name": "x"})
+    assert refused.status == 503 and losses == ["somebody else has the lock"]
+    journal.error = None  # whatever it says now: it is not asked any more
+    journal.calls.clear()
+    gate.opened.set()
+    application.pool.join(LONG)
+    for record in running, waiting:
+        assert poll(application, record)["status"] == "pending"
+    assert journal.calls == [] and not gate.begun.acquire(blocking=False)
+    application.store.keep = 0
+    evict(application.store)
+    assert journal.calls == []
+
+
+# What is evicted
 
 
 def test_evicted_records_are_deleted_from_the_journal(application, journal):
     record = final(application, create(application, "echo"))
-    application.store.evict()
-    assert journal.deleted == []
+    evict(application.store)
+    assert list(journal.records) == [record["id"]]
     application.store.keep = 0
-    application.store.evict()
-    assert journal.deleted == [record["id"]]
+    evict(application.store)
+    assert journal.records == {}
+
+
+def test_a_journal_that_cannot_delete_stops_nothing_and_is_asked_again(
+    application, journal, caplog, monkeypatch
+):
+    gone = final(application, create(application, "echo"))
+    application.store.keep = 0
+    journal.delete_error = RuntimeError("out of order")
+    evict(application.store)
+    assert ask(application, "GET", f"/poll-echo/{gone['id']}").status == 404
+    assert ask(application, "GET", "/healthz").json["status"] == "ok"
+    evict(application.store)  # not at once
+    assert caplog.text.count("has not deleted 1 records") == 1
+    assert caplog.text.count("out of order") == 1 and "Traceback" not in caplog.text
+    application.store.keep = 60
+    kept = final(application, create(application, "echo"))
+    journal.delete_error = None
+    monkeypatch.setattr(application.store, "_delete_at", 0)  # it is time to try again
+    evict(application.store)
+    assert list(journal.records) == [kept["id"]]
+
+
+def test_a_server_deletes_by_itself_in_bounded_pieces_and_no_create_waits_for_that(application):
+    journal = application.store.journal = ObedientJournal()
+    pieces, real = [], journal.delete
+    journal.delete = lambda ids: (pieces.append(len(ids)), real(ids))
+    for n in range(2500):
+        application.store.add(DONE._replace(id=str(n)))
+    journal.deletable.clear()
+    application.store.keep, application.store.max_tasks = 0, 2500
+    with serving(application) as server, server.client() as client:
+        assert journal.asked_to_delete.acquire(timeout=LONG)
+        created = client.ask("POST", "/create-echo", {"name": "x"})
+        assert created.status == 201
+        journal.deletable.set()
+        assert eventually(lambda: journal.records.keys() <= {created.json["id"]})
+    assert max(pieces) <= 1000 and sum(pieces) >= 2500
+
+
+def test_a_create_in_a_full_store_makes_room_without_waiting_for_the_journal(application, journal):
+    application.store.max_tasks = 1
+    final(application, create(application, "echo"))
+    application.store.keep = 0
+    journal.deletable.clear()
+    final(application, create(application, "echo"))
+
+
+def is_being_stored(application, id):
+    try:
+        application.store.find(id)
+    except taskserver.Duplicate:
+        return True
+    return False
+
+
+def test_a_key_that_comes_again_while_its_old_record_is_deleted_makes_a_record_that_stays(
+    application, journal
+):
+    key = str(uuid.uuid4())
+
+    def create_again(n):
+        body = {"name": "x", "result": n}
+        return ask(application, "POST", "/create-echo", body, idempotency_key=key)
+
+    first = create_again(1)
+    final(application, first.json)
+    application.store.keep = 0
+    journal.deletable.clear()
+    journal.calls.clear()
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        evicting = pool.submit(evict, application.store)
+        assert journal.asked_to_delete.acquire(timeout=LONG)
+        application.store.keep = 60
+        creating = pool.submit(create_again, 2)
+        assert eventually(lambda: is_being_stored(application, key))
+        assert create_again(2).status == 409
+        assert not creating.done() and journal.calls == []
+        journal.deletable.set()
+        evicting.result(LONG)
+        assert creating.result(LONG).status == 201
+    assert final(application, creating.result().json)["result"] == 2
+    assert journal.calls[:2] == [("delete", key), ("save", key)]
+    evict(application.store)
+    assert journal.records[key].result == b"2"
+
+
+def test_a_key_that_comes_again_before_its_old_record_is_deleted_replaces_it(application, journal):
+    key = str(uuid.uuid4())
+    first = ask(application, "POST", "/create-echo", {"name": "x"}, idempotency_key=key)
+    final(application, first.json)
+    application.store.keep = 0
+    assert application.store.evict() == 1
+    application.store.keep = 60
+    again = ask(application, "POST", "/create-echo", {"name": "y"}, idempotency_key=key)
+    assert again.status == 201
+    final(application, again.json)
+    evict(application.store)
+    assert journal.records[key].name == "y" and ("delete", key) not in journal.calls
+
+
+# The next start
 
 
 def left_by_a_process():
     """Return what is in a journal after a process has ended while it had much to do."""
     ids = [str(uuid.UUID(int=n, version=4)) for n in range(7)]
     now = time.time()
-    records = [
-        RECORD._replace(
-            id=id, name=id, created_at=now - 100, payload=b'{"name": "x", "result": [7]}'
-        )
-        for id in ids
-    ]
-    records[0] = records[0]._replace(status="completed", started_at=now - 90, finished_at=now - 50, progress=1.0, result=b"[1]",
-                                     payload=None)  # fmt: skip
-    records[1] = records[1]._replace(
-        status="failed", started_at=now - 90, finished_at=now + 1e6, error="E", payload=None
-    )
-    records[2] = records[2]._replace(started_at=now - 90)
-    records[3] = records[3]._replace(started_at=now - 90, type="again")
+    new = RECORD._replace(created_at=now - 100, payload=b'{"name": "x", "result": [7]}')
+    records = [new._replace(id=id, name=id, sequence=n + 1) for n, id in enumerate(ids)]
+    begun = {"started_at": now - 90}
+    done = {**begun, "payload": None}
+    completed = {**done, "status": "completed", "progress": 1.0}
+    records[0] = records[0]._replace(**completed, finished_at=now - 50, result=b"[1]")
+    records[1] = records[1]._replace(**done, status="failed", finished_at=now + 1e6, error="E")
+    records[2] = records[2]._replace(**begun)
+    records[3] = records[3]._replace(**begun, type="again")
     records[5] = records[5]._replace(type="gone")
-    records[6] = records[6]._replace(
-        status="completed", started_at=now - 90, finished_at=now - 80, result=b"[6]", payload=None
-    )
+    records[6] = records[6]._replace(**completed, finished_at=now - 80, result=b"[6]")
     return ids, records
 
 
-def test_the_next_start_settles_what_the_last_process_left(application, gate):
+def test_the_next_start_settles_what_the_last_process_left(application):
     ids, records = left_by_a_process()
     application.task("again", rerun=True)(echo)
     application.pool.max_waiting = 0
-    journal = Journal(*records)
-    application.store = taskserver.Store(60, journal=journal)
+    journal = application.store.journal = ObedientJournal(*records)
+    application.store.keep = 60
     taskserver.recover(application)
-    types = ["echo", "echo", "echo", "again", "echo", "gone"]
-    got = [poll(application, {"type": t, "id": id}, LONG) for t, id in zip(types[:5], ids)]
-    assert [record["status"] for record in got] == [
-        "completed",
-        "failed",
-        "failed",
-        "completed",
-        "completed",
-    ]
+    types = ["echo", "echo", "echo", "again", "echo"]
+    got = [poll(application, {"type": t, "id": id}, LONG) for t, id in zip(types, ids)]
+    statuses = ["completed", "failed", "failed", "completed", "completed"]
+    assert [record["status"] for record in got] == statuses
     assert [record["result"] for record in got] == [[1], None, None, [7], [7]]
     assert got[2]["error"].startswith("interrupted: ") and got[1]["error"] == "E"
-    (gone,) = [
-        record
-        for record in ask(application, "GET", "/tasks").json["tasks"]
-        if record["id"] == ids[5]
-    ]
-    assert gone["status"] == "failed" and gone["error"].startswith("interrupted: ")
+    assert got[2]["started_at"] is not None
     for record in got[2:]:
         consistent(record)
-    application.store.evict()
+    assert eventually(lambda: ids[5] in listed(application, status="failed"))
+    assert journal.records[ids[5]].error.startswith("interrupted: ")
+    evict(application.store)
     assert ask(application, "GET", f"/poll-echo/{ids[6]}").status == 404  # older than it is kept
-    assert journal.deleted == [ids[6]]
-    assert {id: record.status for id, record in journal.records.items()}[ids[2]] == "failed"
+    assert ids[6] not in journal.records
+    assert journal.records[ids[2]].status == "failed"
     assert application.pool.counts() == (0, 0)
 
 
-def test_records_keep_their_order_across_a_restart(application):
+def test_a_journal_that_fails_at_the_start_keeps_nobody_from_serving(application, gate):
     ids, records = left_by_a_process()
-    application.store = taskserver.Store(journal=Journal(*records))
+    journal = application.store.journal = ObedientJournal(*records[:4])
+    journal.error = OSError("no space")
     taskserver.recover(application)
-    assert [record["id"] for record in ask(application, "GET", "/tasks").json["tasks"]] == ids[::-1]
-    for id in ids[4], ids[0]:
-        poll(application, {"type": "echo", "id": id}, LONG)
+    got = poll(application, {"type": "echo", "id": ids[2]})
+    assert got["status"] == "pending" and got["started_at"] is not None
+    assert eventually(lambda: ask(application, "GET", "/healthz").status == 503)
+    journal.error = None
+    got = poll(application, {"type": "echo", "id": ids[2]}, LONG)
+    assert got["error"].startswith("interrupted: ")
 
 
-JOURNALS = {"sqlite": lambda: "journal = SQLiteJournal(sys.argv[1])",
-            "lines": lambda: f"import taskserver\n{lines_journal()}\njournal = LinesJournal(sys.argv[1])"}  # fmt: skip
+def test_tasks_that_many_threads_created_have_the_same_order_after_a_restart(application, journal):
+    in_threads(16, lambda i: [create(application, "echo", f"{i}-{n}") for n in range(25)])
+    before = listed(application, limit=500)
+    assert len(before) == 400
+    assert eventually(lambda: listed(application, status="pending") == [])
+    restarted = Application()
+    taskserver.add_monitoring(restarted)
+    restarted.store.journal = journal
+    taskserver.recover(restarted)
+    assert listed(restarted, limit=500) == before
+    newest = restarted.store.add(RECORD._replace(id="new"))
+    assert listed(restarted, limit=500) == ["new", *before][:500]
+    assert newest.sequence > max(journal.records[id].sequence for id in before)
 
 
-def python(code, *arguments, **options):
-    """Return what a process prints that knows all names of taskserver; it ends without tidying up."""
-    code = f"from taskserver import *\n{code}\nsys.stdout.flush()\nos._exit(0)"
-    return subprocess.check_output([sys.executable, "-c", code, *map(str, arguments)], cwd=str(PROGRAM.parent), timeout=LONG,
-                                   **options).decode()  # fmt: skip
+OWN_JOURNAL = '''
+import os, sys, time, taskserver
+application = taskserver.demo()
+
+class Journal(taskserver.Journal):
+    def load(self):
+        """Do what the test says; wait until it lets this go on."""
+        yield taskserver.Record("a" * 36, "loaded", "completed", "task", 1.0, 1.0, time.time(), 1.0)
+        while sys.argv[-1].startswith("wait") and not os.path.exists(sys.argv[-1][4:]):
+            time.sleep(0.01)
+        exec(sys.argv[-1] if sys.argv[-1].startswith("raise ") else "")
+
+    def save(self, record):
+        if record.name == "lose it":
+            raise taskserver.JournalLost("another server has the lock")
+
+    def delete(self, ids):
+        pass
+
+if __name__ == "__main__":
+    application.store.journal = Journal()
+    taskserver.main(application, sys.argv[1:-1])
+'''
 
 
-@pytest.mark.parametrize("kind", sorted(JOURNALS))
-def test_every_journal_gives_back_what_was_saved_in_the_order_of_creation(kind, tmp_path):
-    if kind == "sqlite":
+@pytest.fixture
+def own_journal(tmp_path):
+    """A program with a journal of its own."""
+    path = tmp_path / "own.py"
+    path.write_text(OWN_JOURNAL)
+    return path
+
+
+def test_nobody_can_connect_before_the_journal_is_loaded_and_the_log_says_how_far_it_is(
+    own_journal, tmp_path
+):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+    go = tmp_path / "go"
+    with concurrent.futures.ThreadPoolExecutor(1) as pool, open(str(tmp_path / "log"), "w") as log:
+        starting = pool.submit(Program, f"wait{go}", file=own_journal, port=port, stderr=log)
+        try:
+            said = "loading the journal: 1 tasks so far"
+            assert eventually(lambda: said in (tmp_path / "log").read_text())
+            with socket.socket() as client:
+                client.settimeout(LONG)
+                assert client.connect_ex(("127.0.0.1", port)) != 0
+            assert not starting.done()
+        finally:
+            go.write_text("")
+        with starting.result(LONG) as program:
+            (loaded,) = program.ask("GET", "/tasks").json["tasks"]
+            assert loaded["name"] == "loaded"
+
+
+@pytest.mark.parametrize(
+    "statement, text",
+    [
+        ("raise OSError('see that the disk is there')", "see that the disk is there"),
+        ("raise RuntimeError('two\\nlines')", "cannot be loaded: RuntimeError: two lines"),
+        ("raise KeyError", "cannot be loaded: KeyError"),
+        ("raise taskserver.JournalLost('the lock is taken')", "the lock is taken"),
+    ],
+)
+def test_a_journal_that_cannot_be_loaded_is_one_line_and_status_1(own_journal, statement, text):
+    status, output = run_to_its_end(own_journal, "--port", "0", statement)
+    assert status == 1 and output.startswith("taskserver: ")
+    assert text in output and output.count("\n") == 1
+
+
+def run_to_its_end(file, *arguments):
+    """Return the exit status and what a program says on stderr."""
+    environment = dict(os.environ, PYTHONPATH=str(PROGRAM.parent), TASKSERVER_TOKEN="")
+    command = [sys.executable, str(file), *arguments]
+    done = subprocess.run(
+        command,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        env=environment,
+        timeout=LONG,
+        check=False,
+    )
+    return done.returncode, done.stderr.decode().replace("\r\n", "\n")
+
+
+def test_a_server_that_has_lost_its_journal_ends_with_status_1_and_says_why(own_journal):
+    with Program("--grace", "20", "go", file=own_journal) as program:
+        running = program.ask("POST", "/create-task", {"name": "x", "seconds": 600})
+        assert running.status == 201
+        assert program.ask("POST", "/create-task", {"name": "lose it"}).status == 503
+        assert program.process.wait(LONG / 2) == 1  # there is no grace
+        log = program.log("another server has the lock")
+        assert log.count("another server has the lock") == 1 and "Traceback" not in log
+
+
+needs_freeze = pytest.mark.skipif(
+    not hasattr(gc, "freeze"), reason="this Python's collector does not stop all for long"
+)
+
+
+def collected(type):
+    """Return how many records of a type Python's garbage collector looks at."""
+    return sum(isinstance(thing, Record) and thing.type == type for thing in gc.get_objects())
+
+
+@needs_freeze
+def test_the_garbage_collector_overlooks_what_was_loaded(application):
+    records = [numbered(n + 1, status="failed", type="loaded") for n in range(1000)]
+    application.store.journal = ObedientJournal(*records)
+    assert collected("loaded") == 1000
+    try:
+        taskserver.recover(application)
+        assert gc.isenabled() and collected("loaded") == 0
+    finally:
+        gc.unfreeze()
+
+
+@needs_freeze
+def test_the_garbage_collector_overlooks_many_records_and_only_many(monkeypatch):
+    store = taskserver.Store()
+    monkeypatch.setattr(store, "MANY", 300)
+    monkeypatch.setattr(store, "MANY_NEW", 200)
+
+    def add(n):
+        for _ in range(n):
+            store.add(RECORD._replace(id=str(uuid.uuid4()), status="failed", type="many"))
+        store.spare_collector()
+        return collected("many")
+
+    try:
+        assert [add(n) for n in (200, 99, 1, 199, 1, 50)] == [200, 299, 0, 199, 0, 50]
+    finally:
+        gc.unfreeze()
+
+
+# Every journal: the contract in its docstring. Each of them lives in processes that are killed.
+
+
+class LinesJournal(taskserver.Journal):
+    """Appends a line for each record, saved or deleted, to a file, which grows for ever."""
+
+    def __init__(self, path):
+        self.path, self.writing = path, threading.Lock()
+
+    def load(self):
+        self.locked = open(self.path + ".lock", "ab+")  # noqa: SIM115
+        lock_file(self.locked)
+        self.file = open(self.path, "ab+", buffering=0)  # noqa: SIM115
+        rows = {}
+        self.file.seek(0)
+        for line in self.file.readlines():
+            with contextlib.suppress(ValueError, SyntaxError):  # a crash has cut it short
+                id, row = ast.literal_eval(line.decode())
+                rows[id] = row
+        records = [Record(**dict(zip(taskserver.JOURNALED, row))) for row in rows.values() if row]
+        return sorted(records, key=lambda record: record.sequence)
+
+    def save(self, record):
+        row = tuple(getattr(record, field) for field in taskserver.JOURNALED)
+        self.write([(record.id, row)])
+
+    def delete(self, ids):
+        self.write([(id, None) for id in ids])
+
+    def write(self, lines):
+        data = b"".join(b"\n" + ascii(line).encode() for line in lines)
+        with self.writing:
+            self.file.write(data)
+            os.fsync(self.file.fileno())
+
+    def close(self):
+        self.file.close()
+        self.locked.close()
+
+
+def lock_file(file):
+    """Lock a file until it is closed or this process ends. OSError: another process has it."""
+    try:
+        if os.name == "nt":
+            import msvcrt
+
+            file.seek(0)
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise OSError(f"{file.name} is locked; stop the server that uses it") from None
+
+
+class LyingJournal(LinesJournal):
+    """Says that it has failed before it has done a thing, half done it, or done it; and refuses."""
+
+    def load(self):
+        yield from super().load()
+
+    def save(self, record):
+        self.lie()
+        if "\0" in record.name:
+            raise taskserver.RecordRefused("it holds a NUL")
+        super().save(record)
+        self.lie()
+
+    def delete(self, ids):
+        self.lie()
+        super().delete(ids[: len(ids) // 2])
+        self.lie()
+        super().delete(ids)
+        self.lie()
+
+    def lie(self):
+        if random.random() < 0.15:
+            raise random.choice([OSError("not now"), RuntimeError("perhaps")])
+
+
+YOURS = os.environ.get("TASKSERVER_JOURNAL")  # "module:expression", say "mine:MyJournal('path')"
+
+
+@pytest.fixture(params=["sqlite", "lines", "lying", "yours"])
+def place(request, tmp_path):
+    """Where there is an empty journal: a module, and an expression in its words that makes it."""
+    path = str(tmp_path / "tasks")
+    if request.param == "yours":
+        if not YOURS:
+            pytest.skip("TASKSERVER_JOURNAL names no journal, as in 'module:expression'")
+        assert loaded(YOURS) == [], "TASKSERVER_JOURNAL must name a journal that is empty"
+        yield YOURS
+        ids = [record.id for record in loaded(YOURS)]
+        with Process(empty_it, YOURS, ids) as process:
+            assert process.says() == "forgotten"
+    elif request.param == "sqlite":
         pytest.importorskip("sqlite3")
-    ids = random.Random(1).sample(range(10**6), 200)
-    records = [RECORD._replace(id=str(id), payload=b'{"name": "\xc3\xa9"}') for id in ids]
-    final = [record._replace(status="completed", started_at=1.5, finished_at=2.25, progress=1.0, message="Zoë\0\n",
-                             result=b'"\\ud800 ' + record.id.encode() + b'"', error="'; DROP TABLE task; --", payload=None)
-             for record in random.Random(2).sample(records, 100)]  # fmt: skip
-    code = JOURNALS[kind]() + ("\nsaved, deleted = eval(sys.stdin.read())\n"
-                             "for row in saved: journal.save(Record(*row))\n"
-                             "journal.delete(deleted)\njournal.save(Record(*saved[-1]))")  # fmt: skip
-    deleted = {record.id for record in records[::7]} - {final[-1].id} | {"unknown"}
-    # Through stdin, because it is too long for a command line of Windows.
-    told = ascii(([tuple(record) for record in records + final], sorted(deleted)))
-    python(code, tmp_path / "tasks", input=told.encode())
-    latest = {record.id: record for record in records + final}
-    code = JOURNALS[kind]() + "\nprint(ascii([tuple(record) for record in journal.load()]))"
-    loaded = eval(python(code, tmp_path / "tasks"))
-    assert [Record(*row) for row in loaded] == [
-        latest[record.id] for record in records if record.id not in deleted
+        yield f"taskserver:SQLiteJournal({path!r})"
+    else:
+        name = {"lines": "LinesJournal", "lying": "LyingJournal"}[request.param]
+        yield f"test_taskserver:{name}({path!r})"
+
+
+class Process:
+    """A process that calls a function of this file, and is killed at the end."""
+
+    def __init__(self, function, *arguments):
+        here = os.path.dirname(os.path.abspath(__file__))
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", "import test_taskserver; test_taskserver.obey()"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=dict(os.environ, PYTHONPATH=os.pathsep.join([here, os.getcwd()])),
+        )
+        self.process.stdin.write(ascii((function.__name__, arguments)).encode() + b"\n")
+        self.process.stdin.flush()
+
+    def says(self):
+        """Return what it says next, None when it has ended."""
+        line = self.process.stdout.readline()
+        return ast.literal_eval(line.decode()) if line.endswith(b"\n") else None
+
+    def kill(self):
+        """Kill it; return what else it has said."""
+        self.process.kill()
+        return list(iter(self.says, None))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.process.kill()
+        self.process.wait(LONG)
+        self.process.stdin.close()
+        self.process.stdout.close()
+
+
+def obey():
+    """Be the process of a `Process`."""
+    name, arguments = ast.literal_eval(sys.stdin.readline())
+    globals()[name](*arguments)
+    sys.stdin.read()  # until this is killed
+
+
+def tell(thing):
+    """Tell a test something."""
+    taskserver.write_all(1, ascii(thing).encode() + b"\n")
+
+
+in_use = []  # journals
+
+
+def opened(place):
+    """Return a journal, which stays in use as long as this process lives, and what it holds."""
+    module, _, expression = place.partition(":")
+    journal = eval(expression, vars(importlib.import_module(module)))
+    in_use.append(journal)
+    return journal, list(journal.load())
+
+
+def until_it_works(call, *arguments):
+    """Call something until it works, as the server does; return how it ended."""
+    for _ in range(1000):
+        try:
+            call(*arguments)
+            return "done"
+        except taskserver.RecordRefused:
+            return "refused"
+        except taskserver.JournalLost:
+            raise
+        except Exception:
+            time.sleep(0.001)
+    raise AssertionError("it has not worked in a thousand times")
+
+
+def tell_records(place):
+    """Say what a journal holds, or why that cannot be said."""
+    try:
+        _, records = opened(place)
+    except Exception as error:
+        tell(f"{type(error).__name__}: {error}")
+    else:
+        tell([tuple(record) for record in records])
+
+
+def empty_it(place, ids):
+    """Delete records."""
+    journal, _ = opened(place)
+    for start in range(0, len(ids), 1000):
+        until_it_works(journal.delete, ids[start : start + 1000])
+    tell("forgotten")
+
+
+def save_all(place, rows, ids, more):
+    """Save rows by eight threads, delete some, and save more of them. Say how each save ended."""
+    journal, _ = opened(place)
+
+    def save(row):
+        return until_it_works(journal.save, Record(*row))
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        tell(list(pool.map(save, rows)))
+    until_it_works(journal.delete, ids)
+    tell(list(map(save, more)))
+
+
+def save_versions(place):
+    """Save one version after the other of a few records; say which are saved."""
+    journal, _ = opened(place)
+
+    def save(sequence):
+        for n in range(100_000):
+            until_it_works(journal.save, numbered(sequence, message=str(n)))
+            tell((sequence, n))
+
+    for i in range(8):
+        threading.Thread(target=save, args=(i + 1,), daemon=True).start()
+
+
+def loaded(place):
+    """Return the records that a new process finds."""
+    with Process(tell_records, place) as process:
+        rows = process.says()
+        assert isinstance(rows, list), rows
+        return [Record(*row) for row in rows]
+
+
+def saved_and_killed(place, records, ids=(), more=()):
+    """Save and delete in a process that is killed then; return how the saves ended."""
+    rows, more_rows = [[tuple(record) for record in some] for some in (records, more)]
+    with Process(save_all, place, rows, list(ids), more_rows) as process:
+        return process.says() + process.says()
+
+
+def numbered(n, **changes):
+    """Return a record with a sequence, and an id that goes with it."""
+    return RECORD._replace(id=str(uuid.UUID(int=n, version=4)), sequence=n, **changes)
+
+
+def test_every_journal_gives_back_what_was_saved_last_in_the_order_of_the_sequence(place):
+    numbers = random.Random(1).sample(range(1, 2**62), 120)
+    created = [numbered(n, payload=b'{"name": "\xc3\xa9"}') for n in numbers]
+    ends = [
+        record._replace(
+            status="completed",
+            started_at=1.1,
+            finished_at=1700000000.1234567,
+            progress=1 / 3,
+            message="Zo\u00eb \U0001f600\n'; DROP TABLE task; --",
+            result=b'"\\ud800 \xf0\x9f\x98\x80"',
+            error="E" * 2000,
+            payload=None,
+        )
+        for record in created[1::2]
     ]
+    gone = [record.id for record in created[::3]]
+    unknown = [str(uuid.uuid4()) for _ in range(1000 - len(gone))]
+    again = created[0]._replace(name="a key that comes again", sequence=2**63 - 1)
+    assert set(saved_and_killed(place, created, gone + unknown, [*ends, again])) == {"done"}
+    expected = {record.id: record for record in created if record.id not in gone}
+    expected.update((record.id, record) for record in [*ends, again])
+    in_order = sorted(expected.values(), key=lambda record: record.sequence)
+    assert loaded(place) == in_order
+    assert loaded(place) == in_order  # to load it changes nothing
+
+
+def test_every_journal_takes_a_record_as_it_is_or_refuses_it_alone(place):
+    odd = [
+        {"name": "a\0b"},
+        {"message": "\0"},
+        {"error": "\0" * 2000},
+        {"name": "\U0010ffff" * 256, "type": "t" * 1000},
+        {"name": "\ud800"},
+        {"payload": b'{"name": "' + b"x" * MIB + b'"}'},
+        {"status": "completed", "payload": None, "result": b'"\\u0000"'},
+        {"created_at": 5e-324, "started_at": sys.float_info.max, "progress": 0.1 + 0.2},
+    ]
+    records = [numbered(n + 1, **(odd[n // 8] if n % 8 == 0 else {})) for n in range(64)]
+    outcomes = saved_and_killed(place, records)
+    refused = {record.id for record, end in zip(records, outcomes) if end == "refused"}
+    assert refused <= {record.id for record in records[:40:8]}  # not for what JSON is made of
+    assert loaded(place) == [record for record in records if record.id not in refused]
+
+
+def test_every_journal_keeps_what_it_has_said_to_be_saved_through_kill_9(place):
+    with Process(save_versions, place) as process:
+        said = [process.says() for _ in range(60)]
+        said += process.kill()
+    found = {record.sequence: int(record.message) for record in loaded(place)}
+    for sequence, n in dict(said).items():
+        assert n <= found[sequence] <= n + 1
+
+
+def test_every_journal_keeps_a_second_server_out_as_long_as_the_first_lives(place):
+    with Process(tell_records, place) as first:
+        assert first.says() == []
+        with Process(tell_records, place) as second:
+            said = queue.Queue()
+            threading.Thread(target=lambda: said.put(second.says()), daemon=True).start()
+            try:
+                answer = said.get(timeout=3)
+                assert isinstance(answer, str), "it has opened the journal of another server"
+            except queue.Empty:  # it waits
+                answer = None
+            first.kill()
+            answer = answer or said.get(timeout=LONG)
+    assert answer == [] or answer.startswith("OSError: ") and "\n" not in answer, answer
+    assert loaded(place) == []
+
+
+def test_a_server_with_a_journal_that_lies_loses_nothing_and_keeps_nothing_refused(
+    application, tmp_path
+):
+    path = str(tmp_path / "tasks")
+    journal = application.store.journal = LyingJournal(path)
+    taskserver.recover(application)
+    application.store.DELETE_AGAIN_SECONDS = 0
+    acknowledged, refused = {}, []
+
+    def create_some(i):
+        for n in range(6):
+            key = str(uuid.uuid4())
+            body = {"name": "x" if n else "\0", "result": [i, n]}
+            statuses = set()
+            for _ in range((1, 30)[n % 2]):
+                answer = ask(application, "POST", "/create-echo", body, idempotency_key=key)
+                statuses.add(answer.status)
+                if answer.status == 201:
+                    acknowledged[key] = [i, n]
+                    break
+            else:
+                refused.append(key)
+            assert statuses <= ({503, 201} if n else {503, 400})
+
+    in_threads(8, create_some)
+    assert len(acknowledged) > 20 and len(refused) >= 8
+    for key, result in acknowledged.items():
+        assert poll(application, {"type": "echo", "id": key}, LONG)["result"] == result
+    store = application.store
+    assert eventually(lambda: (store.delete_left(), store.has_left())[1] is False)
+    journal.close()
+    found = loaded(f"test_taskserver:LinesJournal({path!r})")
+    assert {record.id: json.loads(record.result.decode()) for record in found} == acknowledged
+    assert [record.id for record in found][::-1] == listed(application, limit=500)
+
+
+# The journal in SQLite
 
 
 @pytest.fixture
@@ -7478,9 +8259,16 @@ def path(tmp_path):
     return str(tmp_path / "tasks.db")
 
 
+def python(code, *arguments):
+    """Return what a process prints that knows all names of taskserver; it does not tidy up."""
+    code = f"from taskserver import *\n{code}\nsys.stdout.flush()\nos._exit(0)"
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.check_output(command, cwd=str(PROGRAM.parent), timeout=LONG).decode()
+
+
 @pytest.fixture
 def commits(monkeypatch):
-    """A list of the commits that SQLite journals make from now on; each takes 5 ms more, or raises .error."""
+    """A list of the commits that SQLite journals make; each takes 5 ms more, or raises .error."""
     import sqlite3
 
     class Commits(list):
@@ -7502,48 +8290,97 @@ def commits(monkeypatch):
     return commits
 
 
+@contextlib.contextmanager
+def sqlite_journal(path):
+    journal = taskserver.SQLiteJournal(str(path))
+    try:
+        yield journal
+    finally:
+        journal.close()
+
+
 def test_threads_that_save_at_once_share_commits(path, commits):
-    journal = taskserver.SQLiteJournal(path)
-    del commits[:]
-    in_threads(40, lambda i: [journal.save(RECORD._replace(id=f"{i}-{n}")) for n in range(10)])
-    assert 10 <= len(commits) <= 40 * 10 / 5
-    assert {record.id for record in journal.load()} == {
-        f"{i}-{n}" for i in range(40) for n in range(10)
-    }
+    with sqlite_journal(path) as journal:
+        del commits[:]
+        in_threads(40, lambda i: [journal.save(numbered(i * 10 + n + 1)) for n in range(10)])
+        assert 10 <= len(commits) <= 40 * 10 / 5
+        assert [record.sequence for record in journal.load()] == list(range(1, 401))
 
 
 def test_a_failed_commit_fails_all_who_wait_for_it_and_the_next_one_works(path, commits):
     import sqlite3
 
-    journal = taskserver.SQLiteJournal(path)
-    journal.save(RECORD._replace(id="old"))
-    journal.delete(["old"])
-    commits.error = sqlite3.OperationalError("disk I/O error")
+    with sqlite_journal(path) as journal:
+        journal.save(numbered(1))
+        journal.save(numbered(2))
+        journal.delete([numbered(1).id])
+        commits.error = sqlite3.OperationalError("disk I/O error")
 
-    def save(i):
+        def save(i):
+            with pytest.raises(OSError, match="cannot be written: disk I/O error"):
+                journal.save(numbered(i + 10))
+
+        in_threads(10, save)
         with pytest.raises(OSError, match="cannot be written: disk I/O error"):
-            journal.save(RECORD._replace(id=str(i)))
-
-    in_threads(10, save)
-    assert [record.id for record in journal.load()] == ["old"]
-    commits.error = None
-    journal.save(RECORD._replace(id="new"))
-    assert [record.id for record in journal.load()] == ["new"]
+            journal.delete([numbered(2).id])
+        assert list(journal.load()) == [numbered(2)]
+        commits.error = None
+        journal.save(numbered(3))
+        assert list(journal.load()) == [numbered(2), numbered(3)]
 
 
-def test_the_file_does_not_grow_without_bound(path):
-    journal, sizes = taskserver.SQLiteJournal(path), []
-    for n in range(6):
-        ids = [f"{n}-{i}" for i in range(200)]
-        in_threads(
-            20,
-            lambda i, ids=ids: [
-                journal.save(RECORD._replace(id=id, payload=b"x" * 2000)) for id in ids[i::20]
-            ],
-        )
-        journal.delete(ids)
-        sizes.append(os.path.getsize(path))
-    assert sizes[-1] <= 2 * 200 * 4000
+def test_the_file_does_not_grow_while_records_come_and_go(path):
+    sizes = []
+    with sqlite_journal(path) as journal:
+        for n in range(9):
+            records = [numbered(n * 200 + i + 1, payload=b"x" * 2000) for i in range(200)]
+
+            def save(i, records=records):
+                for record in records[i::20]:
+                    journal.save(record)
+
+            in_threads(20, save)
+            journal.delete([record.id for record in records])
+            sizes.append(os.path.getsize(path))
+            assert os.path.getsize(path + "-wal") < 17 * MIB
+        assert list(journal.load()) == []
+    assert max(sizes) < 2 * 200 * 4000
+
+
+def test_a_file_of_version_1_is_read_and_written_as_it_was(path):
+    import sqlite3
+
+    columns = (
+        "id, name, status, type, created_at, started_at, finished_at, progress, message, result, "
+        "error, payload"
+    )
+    schema = f"CREATE TABLE task (seq INTEGER PRIMARY KEY, {columns}, UNIQUE (id))"
+    id = str(uuid.UUID(int=7, version=4))
+    new = RECORD._replace(id=id, name="new", sequence=2)
+    old = DONE._replace(started_at=1700000000.75, progress=1.0, message="m", error="E", sequence=1)
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        database.execute("PRAGMA journal_mode = WAL")
+        database.execute(schema)
+        for record in new, old:  # the second one has the lower number
+            row = [record.sequence, *record[:12]]
+            database.execute("INSERT INTO task VALUES (?" + ", ?" * 12 + ")", row)
+        database.execute("PRAGMA user_version = 1")
+        database.commit()
+    with sqlite_journal(path) as journal:
+        assert list(journal.load()) == [old, new]
+        journal.save(new._replace(started_at=1.0))
+        journal.save(numbered(3))
+    with sqlite_journal(path) as journal:
+        assert list(journal.load()) == [old, new._replace(started_at=1.0), numbered(3)]
+    ours = path + "2"
+    with sqlite_journal(ours):
+        pass
+    for file in path, ours:
+        with contextlib.closing(sqlite3.connect(file)) as database:
+            assert list(database.execute("PRAGMA user_version")) == [(1,)]
+            assert list(database.execute("SELECT sql FROM sqlite_master WHERE sql > ''")) == [
+                (schema,)
+            ]
 
 
 def refusal(path):
@@ -7552,10 +8389,10 @@ def refusal(path):
         warnings.simplefilter("always")
         gc.collect()
         del seen[:]
-        try:
+        with pytest.raises(OSError) as caught:
             taskserver.SQLiteJournal(str(path))
-        except OSError as error:
-            text = str(error)
+        text = str(caught.value)
+        del caught
         gc.collect()
     assert not seen  # Python 3.13 and later warn when a database was left open
     assert str(path) in text and "\n" not in text
@@ -7563,50 +8400,63 @@ def refusal(path):
 
 
 def test_a_file_that_cannot_be_a_journal_is_refused_with_advice(path, tmp_path):
-    import sqlite3
-
     for nowhere in tmp_path / "none" / "tasks.db", tmp_path:
-        # SQLite's words or PyPy's
+        # SQLite's words or PyPy's.
         assert re.search("unable to open|[Cc]ould not open", refusal(nowhere))
     text = tmp_path / "text"
     text.write_text("hello " * 1000)
     assert "not a database" in refusal(text)
-    for name, statement, reason in (
-        ("theirs", "CREATE TABLE theirs (x)", "another program"),
-        ("newer", None, "newer server"),
-    ):
-        if name == "newer":
-            python("SQLiteJournal(sys.argv[1])", tmp_path / name)
-        with contextlib.closing(sqlite3.connect(str(tmp_path / name))) as database:
-            database.execute(statement or "PRAGMA user_version = 99")
-            database.commit()
-        before = (tmp_path / name).read_bytes()
-        assert reason in refusal(tmp_path / name)
-        assert (tmp_path / name).read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "statement, reason",
+    [
+        ("CREATE TABLE theirs (x)", "another program"),
+        ("CREATE TABLE task (x)", "another program"),
+        ("PRAGMA user_version = 99", "newer server"),
+    ],
+)
+def test_a_file_of_another_program_or_version_is_refused_and_stays_as_it_is(
+    path, statement, reason
+):
+    import sqlite3
+
+    if statement.startswith("PRAGMA"):
+        with sqlite_journal(path):
+            pass
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        database.execute(statement)
+        database.commit()
+    before = pathlib.Path(path).read_bytes()
+    assert reason in refusal(path)
+    assert pathlib.Path(path).read_bytes() == before
 
 
 def test_a_second_process_on_the_same_file_is_refused(path):
     code = "try: SQLiteJournal(sys.argv[1])\nexcept OSError as error: print(error)"
-    taskserver.SQLiteJournal(path).save(RECORD)
-    assert "is locked; stop the server that uses it" in python(code, path)
-    assert "is locked" in refusal(path)
+    with sqlite_journal(path) as journal:
+        journal.save(numbered(1))
+        assert "is locked; stop the server that uses it" in python(code, path)
+        assert "is locked" in refusal(path)
 
 
 @posix
 @pytest.mark.parametrize("mode", [0o444, 0o000])
-def test_a_file_without_rights_is_refused_with_advice(path, tmp_path, mode):
+def test_a_file_without_rights_is_refused_with_advice(path, mode):
     folder = pathlib.Path(tempfile.mkdtemp())  # pytest's own folders are closed to other users
+    file = folder / "tasks.db"
     try:
-        python("SQLiteJournal(sys.argv[1])", folder / "tasks.db")
-        python(
-            "import sqlite3\nd = sqlite3.connect(sys.argv[1])\nlist(d.execute('SELECT 1 FROM task'))\nd.close()",
-            folder / "tasks.db",
-        )  # removes the log beside it
-        os.chmod(str(folder / "tasks.db"), mode)
+        with sqlite_journal(file):
+            pass
+        os.chmod(str(file), mode)
         os.chmod(str(folder), 0o777)
-        code = ("import sqlite3\nif os.geteuid() == 0: os.setuid(65534)\n"
-                "try: SQLiteJournal(sys.argv[1])\nexcept OSError as error: print(error)")  # fmt: skip
-        assert "cannot be opened" in python(code, folder / "tasks.db")
+        code = (
+            "import sqlite3\n"
+            "if os.geteuid() == 0: os.setuid(65534)\n"
+            "try: SQLiteJournal(sys.argv[1])\n"
+            "except OSError as error: print(error)"
+        )
+        assert "cannot be opened" in python(code, file)
     finally:
         shutil.rmtree(str(folder))
 
@@ -7617,17 +8467,17 @@ def test_a_file_without_rights_is_refused_with_advice(path, tmp_path, mode):
 def test_a_file_that_is_removed_meanwhile_acknowledges_nothing_until_it_is_back(
     path, suffix, replaced
 ):
-    journal = taskserver.SQLiteJournal(path)
-    journal.save(RECORD._replace(id="a"))
-    os.rename(path + suffix, path + ".away")
-    if replaced:
-        shutil.copy(path + ".away", path + suffix)
-    for _ in range(2):
-        with pytest.raises(OSError, match="No such file|not at its path any more"):
-            journal.save(RECORD._replace(id="b"))
-    os.replace(path + ".away", path + suffix)
-    journal.save(RECORD._replace(id="c"))
-    assert [record.id for record in journal.load()] == ["a", "c"]
+    with sqlite_journal(path) as journal:
+        journal.save(numbered(1))
+        os.rename(path + suffix, path + ".away")
+        if replaced:
+            shutil.copy(path + ".away", path + suffix)
+        for _ in range(2):
+            with pytest.raises(OSError, match="No such file|not at its path any more"):
+                journal.save(numbered(2))
+        os.replace(path + ".away", path + suffix)
+        journal.save(numbered(3))
+        assert list(journal.load()) == [numbered(1), numbered(3)]
 
 
 @linux
@@ -7635,17 +8485,16 @@ def test_a_disk_that_is_full_refuses_creates_loses_nothing_and_recovers(path):
     import resource
 
     with Program("--db", path) as program, program.client() as client:
-        kept = [
-            client.ask("POST", "/create-task", {"name": "x", "seconds": 0}).json for _ in range(3)
-        ]
-        resource.prlimit(
-            program.process.pid, resource.RLIMIT_FSIZE, (65_536, resource.RLIM_INFINITY)
-        )
+
+        def create_task(**more):
+            return client.ask("POST", "/create-task", {"name": "x", "seconds": 0, **more})
+
+        kept = [create_task().json for _ in range(3)]
+        limits = (65_536, resource.RLIM_INFINITY)
+        resource.prlimit(program.process.pid, resource.RLIMIT_FSIZE, limits)
         refused = 0
         while refused < 3:
-            answer = client.ask(
-                "POST", "/create-task", {"name": "x", "seconds": 0, "more": "x" * 20_000}
-            )
+            answer = create_task(more="x" * 20_000)
             if answer.status == 201:
                 kept.append(answer.json)
                 assert len(kept) < 50
@@ -7656,11 +8505,10 @@ def test_a_disk_that_is_full_refuses_creates_loses_nothing_and_recovers(path):
         assert program.stops(signal.SIGKILL) == -signal.SIGKILL
     with Program("--db", path) as program, program.client() as client:
         for record in kept:
-            assert client.ask("GET", f"/poll-task/{record['id']}?wait=30").json["status"] in (
-                "completed",
-                "failed",
-            )
-        assert client.ask("POST", "/create-task", {"name": "x", "more": "x" * 20_000}).status == 201
+            answer = client.ask("GET", f"/poll-task/{record['id']}?wait=30")
+            assert answer.json["status"] in ("completed", "failed")
+        body = {"name": "x", "more": "x" * 20_000}
+        assert client.ask("POST", "/create-task", body).status == 201
         assert "Traceback" not in program.log()
 
 
@@ -7669,15 +8517,13 @@ def test_a_disk_that_has_room_again_is_written_again(path):
     import resource
 
     with Program("--db", path) as program, program.client() as client:
-        resource.prlimit(program.process.pid, resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
-        assert client.ask("POST", "/create-task", {"name": "x", "seconds": 0}).status == 503
-        resource.prlimit(
-            program.process.pid,
-            resource.RLIMIT_FSIZE,
-            (resource.RLIM_INFINITY, resource.RLIM_INFINITY),
-        )
-        record = client.ask("POST", "/create-task", {"name": "x", "seconds": 0}).json
-        assert client.ask("GET", f"/poll-task/{record['id']}?wait=30").json["status"] == "completed"
+        for size, status in (1000, 503), (resource.RLIM_INFINITY, 201):
+            limits = (size, resource.RLIM_INFINITY)
+            resource.prlimit(program.process.pid, resource.RLIMIT_FSIZE, limits)
+            created = client.ask("POST", "/create-task", {"name": "x", "seconds": 0})
+            assert created.status == status
+        record = client.ask("GET", f"/poll-task/{created.json['id']}?wait=30").json
+        assert record["status"] == "completed"
         assert client.ask("GET", "/healthz").json["status"] == "ok"
 
 
@@ -7704,10 +8550,7 @@ if __name__ == "__main__":
 @pytest.mark.parametrize("seed", range(2))
 def test_what_was_acknowledged_survives_kill_9_and_nothing_runs_twice(path, tmp_path, seed):
     chance, marks = random.Random(seed), tmp_path / "marks"
-    acknowledged, finals = (
-        {},
-        {},
-    )  # by id: the record as created; the record as it was when it was final
+    acknowledged, finals = {}, {}  # by id: the record as created; the record once it was final
     file = tmp_path / "crashing.py"
     file.write_text(CRASHING)
 
@@ -7716,20 +8559,21 @@ def test_what_was_acknowledged_survives_kill_9_and_nothing_runs_twice(path, tmp_
 
     def load(program, moment, i):
         type, mine = ("once", "again")[i % 2], []
-        with contextlib.suppress(
-            OSError, AssertionError, ValueError, AttributeError
-        ), program.client() as client:
+        errors = OSError, AssertionError, ValueError, AttributeError
+        with contextlib.suppress(*errors), program.client() as client:
             while True:  # until the connection breaks off somewhere
-                created = client.ask(
-                    "POST", f"/create-{type}", {"name": f"{seed}-{moment}-{i}-{len(mine)}"}
-                )
+                name = f"{seed}-{moment}-{i}-{len(mine)}"
+                created = client.ask("POST", f"/create-{type}", {"name": name})
                 acknowledged[created.json["id"]] = created.json
                 mine.append(created.json["id"])
-                record = client.ask(
-                    "GET", f"/poll-{type}/{random.Random(len(mine)).choice(mine)}"
-                ).json
+                chosen = random.Random(len(mine)).choice(mine)
+                record = client.ask("GET", f"/poll-{type}/{chosen}").json
                 if record["status"] != "pending":
                     finals[record["id"]] = record
+
+    def is_idle(client):
+        health = client.ask("GET", "/healthz").json
+        return health["waiting"] == health["running"] == 0
 
     for moment in range(3):
         with start() as program:
@@ -7738,14 +8582,10 @@ def test_what_was_acknowledged_survives_kill_9_and_nothing_runs_twice(path, tmp_
             in_threads(6, lambda i, moment=moment, program=program: load(program, moment, i))
             killer.join()
     with start() as program, program.client() as client:
-        ends = {
-            id: client.ask("GET", f"/poll-{record['type']}/{id}?wait=30").json
-            for id, record in acknowledged.items()
-        }
-        assert eventually(
-            lambda: client.ask("GET", "/healthz").json["waiting"] == 0
-        )  # what was not acknowledged, too
-        assert eventually(lambda: client.ask("GET", "/healthz").json["running"] == 0)
+        ends = {}
+        for id, record in acknowledged.items():
+            ends[id] = client.ask("GET", f"/poll-{record['type']}/{id}?wait=30").json
+        assert eventually(lambda: is_idle(client))  # what was not acknowledged, too
         assert program.stops(signal.SIGTERM) == 0
         assert "Traceback" not in program.log()
     ran = marks.read_text().split("\n")
@@ -7761,18 +8601,6 @@ def test_what_was_acknowledged_survives_kill_9_and_nothing_runs_twice(path, tmp_
             assert record["status"] == "completed"
         if record["status"] == "completed":
             assert times >= 1 and record["result"] == record["name"]
-
-
-def test_a_database_of_another_program_stays_as_it_is_whatever_its_version(tmp_path):
-    path = tmp_path / "other.db"
-    with contextlib.closing(sqlite3.connect(str(path))) as database:
-        database.execute("PRAGMA user_version = 1")
-        database.execute("CREATE TABLE other (x)")
-        database.commit()
-    before = path.read_bytes()
-    with pytest.raises(OSError, match="another program"):
-        taskserver.SQLiteJournal(str(path))
-    assert path.read_bytes() == before
 
 
 # -- 11. Access ------------------------------------------------------------------------------------
