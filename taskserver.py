@@ -2901,7 +2901,7 @@ def _read_chunks(buffer: bytearray) -> Generator[str, Any, bytes]:
         line = yield from _read_line(buffer, MAX_CHUNK_LINE, 400)
         match = _CHUNK_LINE.fullmatch(line)
         if not match:
-            raise HTTPError(400, "Send chunk sizes in hexadecimal digits.")
+            raise HTTPError(400, "Send chunk sizes in hexadecimal digits, with correct extensions.")
         size = int(match.group(1), 16)
         if size == 0:
             break
