@@ -4379,6 +4379,10 @@ def test_whatever_a_coroutine_raises_fails_it_alone(coroutines, door, caplog, ra
     assert not left_behind(caplog)
 
 
+@pytest.mark.skipif(
+    sys.version_info < (3, 8),
+    reason="asyncio of Python 3.7 never wakes who awaits what raised SystemExit",
+)
 @pytest.mark.parametrize("raised", [SystemExit("inner"), KeyboardInterrupt("inner")], ids=brief)
 def test_what_an_awaited_task_raises_fails_the_coroutine_that_awaits_it(coroutines, caplog, raised):
     async def inner():
@@ -4588,7 +4592,8 @@ def test_a_coroutine_that_blocks_holds_up_its_sisters_and_nobody_else(coroutines
         for name in "block", "door", "echo":
             created = client.ask("POST", f"/create-{name}", {"name": "x", "result": 1})
             assert created.status == 201
-        gate.wait_for()
+            if name == "block":
+                gate.wait_for()
         blocked, sister, other = ask(coroutines, "GET", "/tasks").json["tasks"][::-1]
         assert final(coroutines, other)["result"] == 1  # in a thread
         for record in blocked, sister:
