@@ -27,6 +27,7 @@ import gc
 import hashlib
 import http.client
 import importlib.util
+import inspect
 import json
 import logging
 import math
@@ -7163,21 +7164,43 @@ def test_a_log_that_is_closed_stops_nobody():
 
 
 class Program:
-    """A server in a process of its own."""
+    """A server in a process of its own: a file, or what `command` says."""
 
-    def __init__(self, *flags, file=PROGRAM, port=0, stderr=None, token=None, **options):
-        environment = dict(os.environ, PYTHONPATH=str(PROGRAM.parent), TASKSERVER_TOKEN=token or "")
-        self.stderr = tempfile.TemporaryFile()  # noqa: SIM115
-        command = [sys.executable, str(file), "--port", str(port), *flags]
-        self.process = subprocess.Popen(
-            command,
-            stdout=subprocess.PIPE,
-            stderr=stderr or self.stderr,
-            env=environment,
-            **options,
-        )
-        self.hello = [self.process.stdout.readline().decode() for _ in range(3)]
-        found = re.search(r" on https?://\S+:(\d+)\b", self.hello[0])
+    def __init__(
+        self,
+        *flags,
+        file=PROGRAM,
+        command=None,
+        port=0,
+        stdout=subprocess.PIPE,
+        stderr=None,
+        token=None,
+        environment=(),
+        **options,
+    ):
+        self.folder = pathlib.Path(tempfile.mkdtemp())
+        self.stderr = self.folder / "stderr"
+        with self.stderr.open("ab") as own_stderr:
+            self.process = subprocess.Popen(
+                [sys.executable, *(command or [str(file)]), "--port", str(port), *flags],
+                stdout=stdout,
+                stderr=stderr or own_stderr,
+                env={
+                    **os.environ,
+                    "PYTHONPATH": str(PROGRAM.parent),
+                    "PYTHONUNBUFFERED": "",
+                    "TASKSERVER_TOKEN": token or "",
+                    **dict(environment),
+                },
+                **options,
+            )
+        if stdout == subprocess.PIPE:
+            self.hello = [self.process.stdout.readline().decode() for _ in range(3)]
+            address = self.hello[0]
+        else:
+            self.hello = []
+            address = self.log(wait_for="serving ")
+        found = re.search(r" https?://\S+:(\d+)\b", address)
         self.port = int(found.group(1)) if found else None
 
     def __enter__(self):
@@ -7191,8 +7214,9 @@ class Program:
         if self.process.poll() is None:
             self.process.kill()
         self.process.wait(LONG)
-        self.process.stdout.close()
-        self.stderr.close()
+        if self.process.stdout:
+            self.process.stdout.close()
+        shutil.rmtree(str(self.folder), ignore_errors=True)
 
     def client(self):
         return Client(self.port)
@@ -7201,15 +7225,28 @@ class Program:
         with self.client() as client:
             return client.ask(method, target, body, *lines)
 
+    def create(self, type, **payload):
+        """Create a task; return where it can be polled."""
+        created = self.ask("POST", f"/create-{type}", {"name": "x", **payload})
+        assert created.status == 201, created
+        return created.headers["Location"]
+
+    def final(self, path):
+        """Return the final record of a task."""
+        record = self.ask("GET", path + "?wait=30").json
+        assert record["status"] != "pending", record
+        return record
+
+    def result(self, type, **payload):
+        """Create a task, and return its result."""
+        record = self.final(self.create(type, **payload))
+        assert record["status"] == "completed", record
+        return record["result"]
+
     def log(self, wait_for=""):
         """Return what is in the log, once a text is there."""
-
-        def read():
-            self.stderr.seek(0)
-            return self.stderr.read().decode()
-
-        eventually(lambda: wait_for in read(), 10)
-        return read()
+        eventually(lambda: wait_for.encode() in self.stderr.read_bytes(), 10)
+        return self.stderr.read_bytes().decode()
 
     def stops(self, number):
         """Send a signal; return the exit status."""
@@ -7239,13 +7276,13 @@ def waiting(tmp_path):
     """Start a server with tasks that wait for a file."""
     (tmp_path / "waiting.py").write_text(WAITING)
     with contextlib.ExitStack() as stack:
-        yield lambda *flags: stack.enter_context(Program(*flags, file=tmp_path / "waiting.py"))
+        file = tmp_path / "waiting.py"
+        yield lambda *flags, **more: stack.enter_context(Program(*flags, file=file, **more))
 
 
 def begin(program, path, name="one"):
     """Create a task that waits for a file; return its path once it runs."""
-    created = program.ask("POST", "/create-wait", {"name": name, "path": str(path)})
-    where = created.headers["Location"]
+    where = program.create("wait", name=name, path=str(path))
     assert eventually(lambda: program.ask("GET", where).json["message"] == "begun")
     return where
 
@@ -7256,10 +7293,7 @@ def test_a_signal_drains_running_tasks_and_drops_waiting_ones(waiting, tmp_path,
     program = waiting("--workers", "1")
     running = begin(program, tmp_path / "go")
     for name in "two", "three":
-        assert (
-            program.ask("POST", "/create-wait", {"name": name, "path": str(tmp_path / "go")}).status
-            == 201
-        )
+        program.create("wait", name=name, path=str(tmp_path / "go"))
     with program.client() as poll, program.client() as client:
         poll.send(raw("GET", running + "?wait=30"))
         assert not poll.says(0.1)
@@ -7308,9 +7342,7 @@ def test_a_second_signal_leaves_at_once(waiting, tmp_path, first, second, status
 def test_with_a_journal_waiting_tasks_stay_for_the_next_start(waiting, tmp_path, path):
     program = waiting("--workers", "1", "--db", path, "--grace", "0.2")
     running = begin(program, tmp_path / "go")
-    later = program.ask(
-        "POST", "/create-wait", {"name": "two", "path": str(tmp_path / "go")}
-    ).headers["Location"]
+    later = program.create("wait", name="two", path=str(tmp_path / "go"))
     assert program.stops(signal.SIGTERM) == 0
     assert "1 waiting tasks stay" in program.log() and "memory" not in program.hello[2]
     (tmp_path / "go").write_text("")
@@ -7357,33 +7389,9 @@ def test_a_closed_stderr_stops_nobody():
 
     with Program(preexec_fn=close) as program:
         for _ in range(3):
-            record = program.ask("POST", "/create-task", {"name": "x", "seconds": 0}).json
-            assert (
-                program.ask("GET", f"/poll-task/{record['id']}?wait=30").json["status"]
-                == "completed"
-            )
+            assert program.result("task", seconds=0) == {"seconds": 0}
+        assert program.result("primes", limit=10)["primes"] == 4
         assert program.stops(signal.SIGTERM) == 0
-
-
-@posix
-def test_a_stdout_that_nobody_reads_stops_nobody(tmp_path):
-    log = tmp_path / "log"
-    with pipe() as (far, end), log.open("wb") as stderr:
-        os.close(far)
-        process = subprocess.Popen(
-            [sys.executable, str(PROGRAM), "--port", "0"], stdout=end, stderr=stderr
-        )
-    try:
-        assert eventually(lambda: re.search(r"serving http://\S+:\d+", log.read_text()), 10), (
-            log.read_text()
-        )
-        with Client(int(re.findall(r"serving http://\S+:(\d+)", log.read_text())[0])) as client:
-            assert client.ask("GET", "/healthz").status == 200
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(LONG) == 0 and "Traceback" not in log.read_text()
-    finally:
-        process.kill()
-        process.wait(LONG)
 
 
 @posix
@@ -7402,6 +7410,433 @@ def test_a_full_stderr_that_nobody_reads_stops_nobody():
             begun = time.monotonic()
             assert program.stops(signal.SIGTERM) == 0
             assert time.monotonic() - begun < 10
+
+
+@posix
+@pytest.mark.parametrize("is_ignored", [False, True], ids=["", "with nohup"])
+def test_sighup_stops_unless_it_is_ignored(waiting, tmp_path, is_ignored):
+    def ignore():
+        if is_ignored:
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+    program = waiting("--workers", "1", preexec_fn=ignore)
+    running = begin(program, tmp_path / "go")
+    program.process.send_signal(signal.SIGHUP)
+    if is_ignored:
+        (tmp_path / "go").write_text("")
+        assert program.final(running)["status"] == "completed"
+        assert "stopping" not in program.log()
+        assert program.stops(signal.SIGTERM) == 0
+    else:
+        assert "stopping" in program.log(wait_for="stopping")
+        assert program.stops(signal.SIGHUP) == 129  # the second one
+    assert "Traceback" not in program.log()
+
+
+# Tasks that hold on to a test's leash. A child does so, too, when it is to import its file slowly.
+HOLDING = '''
+import asyncio, logging, multiprocessing, os, signal, socket, sys, threading, time
+import taskserver
+
+{hold_on}
+
+if __name__ != "__main__" and "SLOW_IMPORT" in os.environ:
+    hold_on(int(os.environ["SLOW_IMPORT"]), str(os.getpid()))
+application = taskserver.Application()
+
+def hold(payload, report):
+    """Print, and go on when the test lets it."""
+    report(0.5, "begun")
+    print(payload.get("text", "holding").replace("(lone)", "\\ud800"))
+    hold_on(payload["port"], str(os.getpid()))
+    return payload.get("text")
+
+async def hold_in_the_loop(payload, report):
+    """The same, without holding up its sisters."""
+    report(0.5, "begun")
+    print(payload.get("text", "holding").replace("(lone)", "\\ud800"))
+    run = asyncio.get_running_loop().run_in_executor
+    await run(None, hold_on, payload["port"], str(os.getpid()))
+    return payload.get("text")
+
+application.task("thread")(hold)
+application.task("coroutine")(hold_in_the_loop)
+application.task("child", cpu=True)(hold)
+application.task("child-with-a-limit", cpu=True, timeout=0.5)(hold)
+'''.replace("{hold_on}", inspect.getsource(hold_on))
+
+AND_SERVE = """
+if __name__ == "__main__":
+    taskserver.main(application)
+"""
+
+
+@pytest.fixture
+def holding(tmp_path):
+    """Start a server with tasks that hold on to a leash; it may do something first."""
+    file = tmp_path / "holding.py"
+    with contextlib.ExitStack() as stack:
+
+        def start(*flags, first="", then=AND_SERVE, **options):
+            file.write_text(HOLDING + textwrap.dedent(first) + textwrap.dedent(then))
+            return stack.enter_context(Program(*flags, file=file, **options))
+
+        yield start
+
+
+@posix
+@pytest.mark.parametrize("where", ["at its start", "at work"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP"])
+def test_a_child_outlives_a_signal_to_all_processes_and_has_the_grace(holding, leash, where, name):
+    """As a service manager or a terminal sends it. The server decides what becomes of tasks."""
+    number = getattr(signal, name)
+    environment = {"SLOW_IMPORT": str(leash.port)}
+    program = holding("--grace", "60", start_new_session=True, environment=environment)
+    path = program.create("child", port=leash.port, text="done")
+    end, child = leash.next()  # it imports its file
+    if where == "at its start":
+        os.kill(int(child), number)
+        os.killpg(program.process.pid, number)
+        assert "stopping" in program.log(wait_for="stopping")
+    let_go(end)
+    end, child = leash.next()  # it is called
+    if where == "at work":
+        os.killpg(program.process.pid, number)
+        os.kill(int(child), number)
+        assert "stopping" in program.log(wait_for="stopping")
+    with program.client() as client:
+        client.send(raw("GET", path))
+        assert client.answer().json["status"] == "pending"
+        let_go(end)
+        assert program.process.wait(LONG) == 0
+    assert "completed" in program.log()
+    assert "Traceback" not in program.log()
+
+
+@posix
+def test_a_child_that_may_run_again_does_so_after_a_signal_to_all(tmp_path, leash, path):
+    again = "application.task('again', cpu=True, rerun=True)(hold)\n"
+    file = tmp_path / "holding.py"
+    file.write_text(HOLDING + again + AND_SERVE)
+    with Program("--db", path, "--grace", "0.2", file=file) as program:
+        where = program.create("again", port=leash.port, text="done")
+        _, child = leash.next()
+        os.kill(int(child), signal.SIGTERM)
+        assert program.stops(signal.SIGTERM) == 0
+    with Program("--db", path, file=file) as program:
+        let_go(leash.next()[0])
+        assert program.final(where)["result"] == "done"
+
+
+FORKING = '''
+import multiprocessing, os, time, taskserver
+application = taskserver.Application()
+
+def square(n):
+    return n * n
+
+def use_processes(payload, report):
+    """Use a pool; end a process; leave another one."""
+    context = multiprocessing.get_context(payload["how"])
+    with context.Pool(2) as pool:
+        squares = pool.map(square, range(4))
+    process = context.Process(target=time.sleep, args=(600,))
+    process.start()
+    process.terminate()
+    process.join()
+    return [squares, process.exitcode]
+
+application.task("thread")(use_processes)
+application.task("child", cpu=True)(use_processes)
+
+if __name__ == "__main__":
+    taskserver.main(application)
+'''
+
+
+@pytest.mark.parametrize("how", multiprocessing.get_all_start_methods())
+def test_a_task_may_use_processes_and_terminate_ends_them(tmp_path, how):
+    file = tmp_path / "forking.py"
+    file.write_text(FORKING)
+    with Program(file=file) as program:
+        for type in "thread", "child":
+            for _ in range(2):
+                got = program.result(type, how=how)
+                assert got == [[0, 1, 4, 9], -signal.SIGTERM], type
+
+
+@needs_fork
+def test_a_signal_that_reaches_a_copy_at_once_is_not_lost():
+    """Before Python has noticed that it is a copy, it has the handlers of the server."""
+    code = (
+        "import os, signal\n"
+        "end = lambda: os.kill(os.getpid(), signal.SIGTERM)\n"
+        "os.register_at_fork(after_in_child=end)\n"  # it is called before that of the next line
+        "import taskserver\n"
+        "taskserver.handle_stop_signals(lambda number, frame: None)\n"
+        "pid = os.fork()\n"
+        "if pid == 0: os._exit(0)\n"
+        "print(os.waitpid(pid, 0)[1])\n"
+    )
+    out = subprocess.check_output([sys.executable, "-c", code], cwd=str(PROGRAM.parent))
+    assert int(out) == signal.SIGTERM
+
+
+@posix
+@pytest.mark.parametrize("how", multiprocessing.get_all_start_methods())
+def test_the_stop_waits_for_no_process_that_a_task_has_left_behind_and_ends_none(
+    holding, leash, how
+):
+    first = """
+        @application.task("leave")
+        def leave(payload, report):
+            context = multiprocessing.get_context(payload["how"])
+            context.Process(target=hold_on, args=(payload["port"],)).start()
+    """
+    program = holding("--grace", "1", first=first)
+    program.result("leave", port=leash.port, how=how)
+    end, _ = leash.next()
+    assert program.stops(signal.SIGTERM) == 0
+    assert not select.select([end], [], [], 0)[0]
+    assert "Traceback" not in program.log()
+    let_go(end)
+    assert has_ended(end)
+
+
+@needs_fork
+def test_the_port_is_free_after_kill_9_while_a_copy_of_the_server_lives(holding, leash):
+    first = """
+        @application.task("leave")
+        def leave(payload, report):
+            context = multiprocessing.get_context("fork")
+            context.Process(target=hold_on, args=(payload["port"],)).start()
+    """
+    program = holding(first=first)
+    with program.client() as client:  # it has a connection of a client, too
+        created = client.ask("POST", "/create-leave", {"name": "x", "port": leash.port})
+        end, _ = leash.next()
+        client.ask("GET", created.headers["Location"] + "?wait=30")
+        assert program.stops(signal.SIGKILL) == -signal.SIGKILL
+        assert client.ended()
+    taskserver.Server(("127.0.0.1", program.port), Application()).server_close()
+    assert not select.select([end], [], [], 0)[0]
+
+
+def test_the_logging_of_the_application_is_left_alone(holding, leash):
+    first = """
+        def switches():
+            names = "logThreads", "logProcesses", "logMultiprocessing", "raiseExceptions"
+            found = [getattr(logging, name) for name in names]
+            return found + [len(logging.root.handlers), logging.root.level, logging.root.disabled]
+
+        before = switches()
+
+        @application.task("log")
+        def log(payload, report):
+            "Configure logging after main was called, if nobody has before, and use it."
+            assert switches()[:4] == before[:4]
+            logging.basicConfig(
+                level="INFO",
+                format="%(levelname)s|%(threadName)s|%(processName)s|%(process)d|%(filename)s|"
+                "%(funcName)s|%(message)s",
+            )
+            logging.getLogger("application").info("seen %s", payload["name"])
+            return [os.getpid(), threading.current_thread().name, before == switches()]
+
+        application.task("log-there", cpu=True)(log)
+        if "CONFIGURE" in os.environ:
+            logging.basicConfig(level="INFO", format="%(levelname)s|%(threadName)s|%(message)s")
+            before = switches()
+    """
+    for configures in False, True:
+        environment = {"CONFIGURE": "1"} if configures else {}
+        program = holding(first=first, environment=environment)
+        for type, process in ("log", "MainProcess"), ("log-there", "taskserver-child"):
+            number, thread, is_as_before = program.result(type)
+            line = f"INFO|{thread}|{process}|{number}|holding.py|log|seen x"
+            if configures:
+                assert is_as_before
+                line = f"INFO|{thread}|seen x"
+            assert line in program.log(wait_for=line).splitlines()
+        for text in "created: type log, ", "created: type log-there, ", "serving http":
+            assert program.log().count(text) == 1  # by the handler of the server alone
+
+
+def test_a_configuration_that_disables_all_loggers_does_not_mean_that_of_the_server(holding):
+    first = """
+        import logging.config
+        logging.config.dictConfig({"version": 1})
+    """
+    program = holding(first=first)
+    assert "serving http" in program.log(wait_for="serving http")
+
+
+@pytest.mark.parametrize("type", ["thread", "coroutine", "child"])
+def test_what_a_task_prints_is_seen_at_once_in_a_file(holding, leash, tmp_path, type):
+    file = tmp_path / "stdout"
+    with file.open("wb") as stdout:
+        program = holding(stdout=stdout)
+    path = program.create(type, port=leash.port, text="seen")
+    end, _ = leash.next()
+    assert "seen" in file.read_text().splitlines()  # while the task goes on
+    let_go(end)
+    assert program.final(path)["result"] == "seen"
+    if type == "child":
+        path = program.create("child-with-a-limit", port=leash.port, text="seen, too")
+        assert program.final(path)["error"] == "timed out after 0.5 seconds"
+        assert "seen, too" in file.read_text().splitlines()
+
+
+@pytest.mark.parametrize("type", ["thread", "coroutine", "child"])
+def test_what_a_task_prints_is_seen_at_once_in_a_pipe(holding, leash, type):
+    program = holding()
+    path = program.create(type, port=leash.port, text="seen")
+    end, _ = leash.next()
+    seen = []
+    in_threads(1, lambda _: seen.append(program.process.stdout.readline()))
+    assert seen[0].split() == [b"seen"]
+    let_go(end)
+    assert program.final(path)["result"] == "seen"
+
+
+@pytest.mark.parametrize("type", ["thread", "coroutine", "child"])
+def test_any_text_can_be_printed_in_any_locale(holding, leash, tmp_path, type):
+    no_utf_8 = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    no_utf_8.update(PYTHONIOENCODING="")
+    text = "é \u2028 😀 (lone) done"
+    file = tmp_path / "stdout"
+    with file.open("wb") as stdout:
+        program = holding(stdout=stdout, environment=no_utf_8)
+    path = program.create(type, port=leash.port, text=text)
+    let_go(leash.next()[0])
+    record = program.final(path)
+    assert (record["error"], record["result"]) == (None, text)
+    assert b"done" in file.read_bytes()
+
+
+@posix
+@pytest.mark.parametrize("how", ["by whoever starts it", "by the program"])
+def test_a_closed_stdout_stops_nobody(holding, leash, how):
+    def close():
+        if how == "by whoever starts it":
+            os.close(1)
+
+    first = "sys.stdout.close()" if how == "by the program" else ""
+    program = holding(first=first, stdout=subprocess.DEVNULL, preexec_fn=close)
+    for type in "thread", "coroutine", "child":
+        path = program.create(type, port=leash.port, text="not seen")
+        let_go(leash.next()[0])
+        assert program.final(path)["result"] == "not seen"
+    assert program.stops(signal.SIGTERM) == 0
+    assert "Traceback" not in program.log()
+
+
+@posix
+def test_a_stdout_that_nobody_reads_stops_nobody(holding, leash):
+    with pipe() as (far, end):
+        os.close(far)
+        program = holding(first="print('before')", stdout=end)
+        for type in "thread", "coroutine", "child":
+            path = program.create(type, port=leash.port, text="not seen")
+            let_go(leash.next()[0])
+            assert program.final(path)["result"] == "not seen"
+        assert program.ask("GET", "/healthz").status == 200
+        assert program.stops(signal.SIGTERM) == 0
+        assert "Traceback" not in program.log()
+
+
+def test_main_works_in_a_thread_of_its_own_without_signals(holding, leash):
+    then = """
+        class RememberedServer(taskserver.Server):
+            def __init__(self, *arguments, **options):
+                super().__init__(*arguments, **options)
+                servers.append(self)
+
+        if __name__ == "__main__":
+            servers, before = [], signal.getsignal(signal.SIGINT)
+            taskserver.Server = RememberedServer
+            thread = threading.Thread(target=taskserver.main, args=(application,))
+            thread.start()
+            hold_on(int(os.environ["LEASH"]))
+            assert signal.getsignal(signal.SIGINT) == before
+            servers[0].shutdown()
+            thread.join(30)
+            assert not thread.is_alive()
+            names = sorted(thread.name for thread in threading.enumerate())
+            hold_on(int(os.environ["LEASH"]), " ".join(names))
+    """
+    program = holding(then=then, environment={"LEASH": str(leash.port)})
+    end, _ = leash.next()
+    for type in "thread", "coroutine", "child":
+        path = program.create(type, port=leash.port, text="done")
+        let_go(leash.next()[0])
+        assert program.final(path)["result"] == "done"
+    let_go(end)
+    end, names = leash.next()
+    assert "stop" not in names.split()
+    assert "log" not in names.split()
+    let_go(end)
+    assert program.process.wait(LONG) == 0
+    assert "Traceback" not in program.log()
+
+
+@pytest.mark.parametrize("how", multiprocessing.get_all_start_methods())
+def test_main_works_in_a_process_of_multiprocessing(holding, leash, how):
+    then = """
+        @application.task("pid")
+        def pid(payload, report):
+            return os.getpid()
+
+        def serve():
+            taskserver.main(application)
+
+        if __name__ == "__main__":
+            process = multiprocessing.get_context(sys.argv.pop()).Process(target=serve)
+            process.start()
+            process.join()
+            sys.exit(process.exitcode + 7)
+    """
+    program = holding(how, then=then)
+    number = program.result("pid")
+    assert number != program.process.pid
+    for type in "thread", "coroutine", "child":
+        path = program.create(type, port=leash.port, text="done")
+        let_go(leash.next()[0])
+        assert program.final(path)["result"] == "done"
+    os.kill(number, signal.SIGTERM)
+    status = program.process.wait(LONG)
+    assert "Traceback" not in program.log()
+    if os.name == "posix":
+        assert status == 7
+        assert "stopping" in program.log()
+
+
+def test_a_journal_that_is_lost_ends_the_program_with_status_1(holding, leash):
+    """Whatever runs, for another server may run it by now."""
+    first = """
+        class Taken(taskserver.Journal):
+            def load(self):
+                return []
+
+            def save(self, record):
+                if record.name == "the last":
+                    raise taskserver.JournalLost("somebody else has it")
+
+            def delete(self, ids):
+                pass
+
+        application.store.journal = Taken()
+    """
+    program = holding("--grace", "1000", first=first)
+    program.create("thread", port=leash.port)
+    program.create("child", port=leash.port)
+    ends = [leash.next()[0] for _ in range(2)]
+    refused = program.ask("POST", "/create-thread", {"name": "the last", "port": leash.port})
+    assert refused is None or refused.status == 503
+    assert program.process.wait(LONG) == 1
+    assert all(has_ended(end) for end in ends)
+    assert "somebody else has it" in program.log()
+    assert "Traceback" not in program.log()
 
 
 # -- 9. Monitoring and retention -------------------------------------------------------------------
