@@ -26,7 +26,6 @@ import functools
 import gc
 import hashlib
 import http.client
-import importlib
 import importlib.util
 import inspect
 import json
@@ -729,12 +728,6 @@ def test_what_the_log_says_of_an_exception_ends_with_what_it_said():
     )
 
 
-def lines_journal():
-    """Return the journal that README.md shows as the pattern for others."""
-    found = re.search(r"(?ms)^class LinesJournal.*?(?=^\S(?<!c))", readme())
-    return found.group() if found else pytest.skip("README.md shows no journal")
-
-
 class Clock:
     def __init__(self):
         self.now = 1000.0
@@ -806,15 +799,11 @@ def store(request, tmp_path):
         pytest.importorskip("sqlite3")
         store.journal = taskserver.SQLiteJournal(str(tmp_path / "tasks.db"))
     elif request.param == "lines":
-        names = {"os": os, "json": json, "threading": threading, "taskserver": taskserver}
-        exec(lines_journal(), names)  # noqa: S102
-        store.journal = names["LinesJournal"](str(tmp_path / "tasks.lines"))
+        store.journal = LinesJournal(str(tmp_path / "tasks.lines"))
+    store.recover()
     yield store
-    if request.param == "sqlite":
+    if store.journal is not None:
         store.journal.close()
-    elif request.param == "lines":
-        for value in vars(store.journal).values():
-            getattr(value, "close", int)()
 
 
 def put(store, n=1, status="pending", **changes):
@@ -8086,11 +8075,13 @@ def test_payloads_and_results_are_bounded_and_the_refusal_names_the_flag(applica
 # -- 10. Durability --------------------------------------------------------------------------------
 
 
-class ObedientJournal(taskserver.Journal):
-    """A journal that a test can hold up, break, or look into."""
+class ObedientJournal(MemoryJournal):
+    """A journal in memory that waits, refuses and fails as it is told."""
 
     def __init__(self, *records):
-        self.records = {record.id: record for record in records}
+        super().__init__()
+        self.records.update((record.id, record) for record in records)
+        self.before_save, self.before_delete = self.obey_before_save, self.obey_before_delete
         self.calls = []  # "save" or "delete", and an id
         self.refuse = lambda record: False  # whether it can never take a record
         self.error = self.late_error = None  # instead of saving; after it has saved
@@ -8101,29 +8092,26 @@ class ObedientJournal(taskserver.Journal):
         self.asked = threading.Semaphore(0)  # to save
         self.asked_to_delete = threading.Semaphore(0)
 
-    def load(self):
-        return sorted(self.records.values(), key=lambda record: record.sequence)
-
-    def save(self, record):
+    def obey_before_save(self, record):
         self.asked.release()
         assert self.writable.wait(LONG)
         if self.refuse(record):
             raise taskserver.RecordRefused("this disk takes no such thing")
         if self.error:
             raise self.error
+
+    def save(self, record):
+        super().save(record)
         self.calls.append(("save", record.id))
-        self.records[record.id] = record
         if self.late_error:
             raise self.late_error
 
-    def delete(self, ids):
+    def obey_before_delete(self, ids):
         self.asked_to_delete.release()
         assert self.deletable.wait(LONG)
         if self.delete_error:
             raise self.delete_error
-        for id in ids:
-            self.calls.append(("delete", id))
-            self.records.pop(id, None)
+        self.calls += [("delete", id) for id in ids]
 
 
 @pytest.fixture
@@ -8393,14 +8381,6 @@ def test_a_create_in_a_full_store_makes_room_without_waiting_for_the_journal(app
     final(application, create(application, "echo"))
 
 
-def is_being_stored(application, id):
-    try:
-        application.store.find(id)
-    except taskserver.Duplicate:
-        return True
-    return False
-
-
 def test_a_key_that_comes_again_while_its_old_record_is_deleted_makes_a_record_that_stays(
     application, journal
 ):
@@ -8420,7 +8400,7 @@ def test_a_key_that_comes_again_while_its_old_record_is_deleted_makes_a_record_t
         assert journal.asked_to_delete.acquire(timeout=LONG)
         application.store.keep = 60
         creating = pool.submit(create_again, 2)
-        assert eventually(lambda: is_being_stored(application, key))
+        assert eventually(lambda: is_being_saved(application.store, key))
         assert create_again(2).status == 409
         assert not creating.done() and journal.calls == []
         journal.deletable.set()
@@ -9154,7 +9134,7 @@ def refusal(path):
 
 def test_a_file_that_cannot_be_a_journal_is_refused_with_advice(path, tmp_path):
     for nowhere in tmp_path / "none" / "tasks.db", tmp_path:
-        # SQLite's words or PyPy's.
+        # SQLite's words or PyPy's
         assert re.search("unable to open|[Cc]ould not open", refusal(nowhere))
     text = tmp_path / "text"
     text.write_text("hello " * 1000)
