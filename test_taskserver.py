@@ -5143,8 +5143,9 @@ def test_work_in_a_pool_of_threads_reports_and_a_cancel_reaches_it(coroutines, g
         async def pooled(payload, report):
             return await asyncio.get_running_loop().run_in_executor(pool, work, payload, report)
 
-        running, waiting, last = [create(coroutines, "pooled", name) for name in ("a", "b", "c")]
+        running = create(coroutines, "pooled", "a")
         gate.wait_for()
+        waiting, last = create(coroutines, "pooled", "b"), create(coroutines, "pooled", "c")
         assert poll(coroutines, running)["message"] == "at the gate"
         for record in waiting, running:
             cancelled(coroutines, record)
