@@ -3758,7 +3758,8 @@ def test_a_create_that_is_being_journaled_when_the_stop_begins_is_not_begun(appl
 
 
 @pytest.fixture
-def memory_journal(application):
+def memory_journal(application, monkeypatch):
+    monkeypatch.setattr(taskserver, "CANCEL_SECONDS", LONG)
     application.store.journal = MemoryJournal()
     return application.store.journal
 
@@ -3965,16 +3966,28 @@ def test_what_is_final_stays_as_it_is(application, type):
     assert cancelled(application, record) == record == poll(application, record)
 
 
-def test_a_hundred_cancels_of_one_task_are_one(application, gate):
-    lines, answers = [], []
+def test_a_hundred_cancels_of_one_task_are_one(application, gate, memory_journal, monkeypatch):
+    lines, held, waiting = [], Gate(), threading.Semaphore(0)
     application.log_task = lambda *line: lines.append(line[0] % line[1:])
-    application.store.journal = MemoryJournal()
     application.pool.max_workers = 1
     create(application, "gate")
     gate.wait_for()
     record = create(application, "echo")
-    in_threads(20, lambda i: [answers.append(cancelled(application, record)) for _ in range(5)])
-    assert len(answers) == 100 and answers == [answers[0]] * 100
+    memory_journal.before_save = lambda record: held({})
+    watch = application.store.watch
+
+    def watch_and_tell(id, wake):
+        watch(id, wake)
+        waiting.release()
+
+    monkeypatch.setattr(application.store, "watch", watch_and_tell)
+    with concurrent.futures.ThreadPoolExecutor(100) as executor:
+        futures = [executor.submit(cancelled, application, record) for _ in range(100)]
+        for _ in futures:
+            assert waiting.acquire(timeout=LONG)
+        held.opened.set()
+        answers = [future.result(LONG) for future in futures]
+    assert answers == [answers[0]] * 100 and answers[0]["error"] == BY_REQUEST
     about = [line for line in lines if record["id"] in line]
     assert len(about) == 3  # it was created, is to be cancelled, and has failed
     assert application.store.counts()["echo", "failed"] == 1
@@ -5130,8 +5143,9 @@ def test_work_in_a_pool_of_threads_reports_and_a_cancel_reaches_it(coroutines, g
         async def pooled(payload, report):
             return await asyncio.get_running_loop().run_in_executor(pool, work, payload, report)
 
-        running, waiting, last = [create(coroutines, "pooled", name) for name in ("a", "b", "c")]
+        running = create(coroutines, "pooled", "a")
         gate.wait_for()
+        waiting, last = create(coroutines, "pooled", "b"), create(coroutines, "pooled", "c")
         assert poll(coroutines, running)["message"] == "at the gate"
         for record in waiting, running:
             cancelled(coroutines, record)
