@@ -7253,7 +7253,7 @@ class Program:
         **options,
     ):
         arguments = [*(command or [str(file)]), "--port", str(port), *flags]
-        if os.name == "nt":
+        if os.name == "nt" and not command:
             arguments[:0] = ["-c", OBEDIENT]
             options["stdin"] = subprocess.PIPE
         self.folder = pathlib.Path(tempfile.mkdtemp())
