@@ -1132,6 +1132,9 @@ class CoroutineRun:
         self.given_up = False  # it goes on, although its outcome is settled
 
 
+_ASYNC = inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR  # of the code of a function
+
+
 class CoroutinePool(BoundedQueue):
     """Coroutines in one event loop, which has a thread of its own; it starts with the first item.
 
@@ -1339,9 +1342,6 @@ class CoroutinePool(BoundedQueue):
             self._leave()
         else:
             self._threads.call(functools.partial(self._last_step, run.item, value, error))
-
-
-_ASYNC = inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR  # of the code of a function
 
 
 def _outcome(run: CoroutineRun) -> tuple[Any, BaseException | None]:
@@ -2294,7 +2294,8 @@ def _check_import(name: str, function: Any, default: Default) -> None:
     if getattr(_unwrapped(function), "__module__", "") == "__main__":
         spec = getattr(main_module, "__spec__", None)
         is_package = spec is not None and spec.name.rpartition(".")[2] == "__main__"
-        has_file = hasattr(main_module, "__file__") or hasattr(sys, "frozen")
+        file = getattr(main_module, "__file__", "<none>")
+        has_file = not file.startswith("<") or hasattr(sys, "frozen")  # it may be <stdin>
         if is_package or not has_file:
             raise ValueError(
                 f"task type {name!r}: a child process cannot import this program; with cpu=True, "
@@ -2747,8 +2748,8 @@ class Application:
             return
         if error is None:
             self.log_task("task %s completed", record.id)
-        else:
-            self.log_task("task %s failed: %s", record.id, ascii(description))
+        else:  # this is said with --quiet, too
+            log.info("task %s failed: %s", record.id, ascii(description))
 
     def _begin_coroutine(self, record: Record) -> tuple[Callable[[], Any] | None, float | None]:
         """Return what starts the coroutine of a task, and its time limit; None: it is final."""
@@ -3333,6 +3334,10 @@ class Connection:
         return "done"
 
 
+# The servers of this process.
+_servers: weakref.WeakSet[Server] = weakref.WeakSet()
+
+
 class Server(http.server.ThreadingHTTPServer):
     """Accepts connections, watches all of them in one loop, lends a thread to who would block it.
 
@@ -3595,10 +3600,6 @@ class Server(http.server.ThreadingHTTPServer):
             if connection.phase == WAITING:
                 self._act(connection, connection.resume)
         return bool(self._connections) and time.monotonic() < self._end
-
-
-# The servers of this process.
-_servers: weakref.WeakSet[Server] = weakref.WeakSet()
 
 
 def _leave_servers() -> None:

@@ -20,6 +20,7 @@ import concurrent.futures
 import contextlib
 import contextvars
 import decimal
+import dis
 import errno
 import fractions
 import functools
@@ -49,7 +50,6 @@ import tempfile
 import textwrap
 import threading
 import time
-import tokenize
 import uuid
 import warnings
 import weakref
@@ -1882,7 +1882,7 @@ class Leash:
         return end, said.decode().strip()
 
     def close(self):
-        for sock in (self.listener, *self.ends):
+        for sock in [self.listener, *self.ends]:
             sock.close()
 
 
@@ -7146,9 +7146,6 @@ def test_more_clients_than_descriptors_make_no_busy_loop_and_it_recovers():
         assert program.log().count("have to wait") == 1
 
 
-# ==== The core ends here ============================================================================
-
-
 # -- 8. Running ------------------------------------------------------------------------------------
 
 
@@ -7166,34 +7163,22 @@ def logging_to(descriptor):
 
 @contextlib.contextmanager
 def pipe():
-    ends = os.pipe()
-    try:
-        yield ends
-    finally:
-        for end in ends:
-            with contextlib.suppress(OSError):
-                os.close(end)
-
-
-def read_all(descriptor):
-    data = b""
-    while True:
-        piece = os.read(descriptor, 1 << 16)
-        data += piece
-        if not piece:
-            return data.decode("ascii")
+    """Make a pipe of two files: unlike a number, a file may be closed twice."""
+    reading, writing = os.pipe()
+    with open(reading, "rb", buffering=0) as far, open(writing, "wb", buffering=0) as end:
+        yield far, end
 
 
 def test_the_log_escapes_what_came_from_outside():
     with pipe() as (ends, end):
-        with logging_to(end) as (logger, _):
+        with logging_to(end.fileno()) as (logger, _):
             logger.warning("task %s: %s", 1, "a\nb\x1b[2J\r\0\x7f\x85\u2028é\ud800😀")
             try:
                 raise ValueError("what\nit said")
             except ValueError:
                 logger.exception("failed")
-        os.close(end)
-        text = read_all(ends)
+        end.close()
+        text = ends.readall().decode("ascii")
     lines = text.splitlines()
     assert re.match(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ WARNING task 1: a", lines[0])
     assert not set(text) - set(map(chr, range(32, 127))) - {"\n"}
@@ -7211,38 +7196,38 @@ def test_the_log_escapes_what_came_from_outside():
 
 def test_a_line_that_cannot_be_composed_does_not_end_the_log():
     with pipe() as (far, end):
-        with logging_to(end) as (logger, _):
+        with logging_to(end.fileno()) as (logger, _):
             logger.warning("%d", "no number")
             try:
                 raise Unspeakable
             except Unspeakable:
                 logger.exception("failed")
             logger.warning("the last")
-        os.close(end)
-        text = read_all(far)
+        end.close()
+        text = far.readall().decode("ascii")
     assert "WARNING %d" in text and "ERROR failed" in text and "WARNING the last" in text
 
 
 def test_a_log_that_nobody_reads_blocks_nobody_and_says_what_it_dropped():
-    with pipe() as (far, end), logging_to(end) as (
+    with pipe() as (far, end), logging_to(end.fileno()) as (
         logger,
         handler,
     ), concurrent.futures.ThreadPoolExecutor(1) as pool:
         lines = taskserver.LogHandler.MAX_LINES * 2
         in_threads(1, lambda _: [logger.warning("%d %s", n, "x" * 50) for n in range(lines)])
         in_threads(1, lambda _: handler.finish(0.1))  # in vain, yet it returns
-        reading = pool.submit(read_all, far)
+        reading = pool.submit(far.readall)
         handler.finish(LONG)
-        os.close(end)
-        text = reading.result(LONG)
+        end.close()
+        text = reading.result(LONG).decode("ascii")
     numbers = [int(line.split()[2]) for line in text.splitlines() if "WARNING" in line]
     (dropped,) = re.findall(r"(\d+) lines of the log did not fit", text)
     assert numbers == sorted(numbers) and len(numbers) + int(dropped) == lines
 
 
 def test_a_log_that_is_closed_stops_nobody():
-    with pipe() as (far, end), logging_to(end) as (logger, _):
-        os.close(far)
+    with pipe() as (far, end), logging_to(end.fileno()) as (logger, _):
+        far.close()
         for n in range(100):
             logger.warning("%d", n)
 
@@ -7282,7 +7267,7 @@ class Program:
         **options,
     ):
         arguments = [*(command or [str(file)]), "--port", str(port), *flags]
-        if os.name == "nt":
+        if os.name == "nt" and not command:
             arguments[:0] = ["-c", OBEDIENT]
             options["stdin"] = subprocess.PIPE
         self.folder = pathlib.Path(tempfile.mkdtemp())
@@ -7507,11 +7492,11 @@ def test_a_closed_stderr_stops_nobody():
 @posix
 def test_a_full_stderr_that_nobody_reads_stops_nobody():
     with pipe() as (_, end):
-        os.set_blocking(end, False)
+        os.set_blocking(end.fileno(), False)
         with contextlib.suppress(BlockingIOError):
             while True:
-                os.write(end, b"x" * 4096)
-        os.set_blocking(end, True)
+                os.write(end.fileno(), b"x" * 4096)
+        os.set_blocking(end.fileno(), True)
         with Program("--verbose", stderr=end) as program, program.client() as client:
             for _ in range(20):
                 client.send(raw("GET", "/healthz") * 100)
@@ -7844,7 +7829,7 @@ def test_a_closed_stdout_stops_nobody(holding, leash, how):
 @posix
 def test_a_stdout_that_nobody_reads_stops_nobody(holding, leash):
     with pipe() as (far, end):
-        os.close(far)
+        far.close()
         program = holding(first="print('before')", stdout=end)
         for type in "thread", "coroutine", "child":
             path = program.create(type, port=leash.port, text="not seen")
@@ -7947,6 +7932,9 @@ def test_a_journal_that_is_lost_ends_the_program_with_status_1(holding, leash):
     assert all(has_ended(end) for end in ends)
     assert "somebody else has it" in program.log()
     assert "Traceback" not in program.log()
+
+
+# ==== The core ends here. =========================================================================
 
 
 # -- 9. Monitoring and retention -------------------------------------------------------------------
@@ -9924,12 +9912,16 @@ def test_in_a_browser_a_task_is_created_moves_completes_and_its_name_stays_text(
 # -- 14. Demo and command line ---------------------------------------------------------------------
 
 
-def command(*flags, file=PROGRAM, **environment):
-    """Return the status of a run that ends by itself, and what it printed."""
+def command(*flags, file=PROGRAM, program=None, text=None, **environment):
+    """Return the status of a run that ends by itself, and what it printed.
+
+    What runs is a file, or what `program` says; it gets the text on stdin.
+    """
     environment = {**os.environ, "TASKSERVER_TOKEN": "", "COLUMNS": "200", **environment}
     done = subprocess.run(
-        [sys.executable, str(file), *flags],
+        [sys.executable, *(program or [str(file)]), *flags],
         capture_output=True,
+        input=text.encode() if text is not None else None,
         timeout=LONG,
         env=environment,
         check=False,
@@ -9938,55 +9930,132 @@ def command(*flags, file=PROGRAM, **environment):
     return done.returncode, out, err
 
 
-def refused(*flags, status=1, **environment):
+def refused(*flags, status=1, **more):
     """Return the one line with which a start is refused."""
-    got, out, err = command(*flags, **environment)
-    assert (got, out) == (status, "") and err.count("\n") == 1 and "Traceback" not in err, err
+    got, out, err = command(*flags, **more)
+    assert (got, out) == (status, ""), err
+    assert err.count("\n") == 1
+    assert "Traceback" not in err
     return err
+
+
+FLAGS = """
+    --host --port --workers --cpu-workers --max-waiting --max-tasks --max-memory --keep --db --grace
+    --allow-host --allow-anonymous --tls-cert --tls-key --verbose --quiet --self-check --version
+"""
 
 
 def test_help_and_version_are_printed():
     assert command("--version") == (0, f"taskserver {taskserver.__version__}\n", "")
     status, out, err = command("--help")
     assert (status, err) == (0, "")
-    for flag in ["--host", "--port", "--workers", "--cpu-workers", "--max-waiting", "--max-tasks", "--keep", "--db", "--grace",
-                 "--allow-host", "--allow-anonymous", "--tls-cert", "--tls-key", "--verbose", "--self-check", "--version"]:  # fmt: skip
-        assert re.search(rf"^ +{flag}\b", out, re.MULTILINE), flag
+    assert set(re.findall(r"(?m)^ +(?:-h, )?(--[a-z-]+)", out)) == {"--help", *FLAGS.split()}
 
 
 def test_what_an_author_has_set_is_the_default_of_the_options(capsys):
     application = Application()
     application.store.keep, application.store.max_tasks = 71, 72
-    application.pool.max_workers, application.pool.max_waiting, application.cpu_pool.max_workers = (
-        73,
-        74,
-        75,
-    )
+    application.pool.max_workers, application.pool.max_waiting = 73, 74
+    application.cpu_pool.max_workers, application.store.max_memory = 75, 76 << 20
     with pytest.raises(SystemExit):
         taskserver.main(application, ["--help"])
     out = capsys.readouterr().out
-    assert all(f"({value})" in out for value in range(71, 76))
+    assert all(f"({value})" in out for value in range(71, 77))
 
 
-def test_self_check_says_what_works():
-    status, out, err = command("--self-check")
-    assert (status, err) == (0, ""), out + err
-    assert sys.version.split()[0] in out and sys.platform in out and out.count("works") >= 2
-    assert "primes" in out and "all is well" in out
+CHECKS = ["a task in a thread", "a coroutine", "a child process", "a journal", "TLS"]
 
 
-@pytest.mark.parametrize("flags", [
-    ["--nonsense"], ["extra"], ["--port"], ["--port", "x"], ["--port", "-1"], ["--port", "65536"], ["--port", "1.5"],
-    ["--workers", "0"], ["--workers", "-5"], ["--cpu-workers", "0"], ["--max-waiting", "-1"], ["--max-tasks", "0"],
-    ["--keep", "-1"], ["--keep", "nan"], ["--keep", "x"], ["--grace", "-0.1"], ["--tls-cert", "x"], ["--tls-key", "x"], ["--work", "5"],
-    ["--port", "1_0"],
-], ids=" ".join)  # fmt: skip
+def self_check(**broken):
+    """Run --self-check where some names of the program are something else.
+
+    Return its status and the outcome of each check.
+    """
+    broken = "".join(f"taskserver.{name} = {value}\n" for name, value in broken.items())
+    code = (
+        "import sys\n"
+        "def fail(*_, **__):\n"
+        "    raise OSError('broken')\n"
+        "sys.modules.update(dict.fromkeys(sys.argv.pop().split()))\n"  # there is no such module
+        f"import taskserver\n{broken}taskserver.main()\n"
+    )
+    return lambda missing="": outcomes(
+        command("--self-check", missing, program=["-c", code], PYTHONPATH=str(PROGRAM.parent))
+    )
+
+
+def outcomes(done):
+    """Return the status, what each check has seen, and the last line."""
+    status, out, err = done
+    assert status == 1 or err == "", err
+    first, *lines, last = out.splitlines()
+    assert first.startswith(f"taskserver {taskserver.__version__}, Python ")
+    assert sys.version.split()[0] in first
+    assert sys.platform in first
+    assert len(lines) == len(CHECKS)
+    assert all(line.startswith("  " + check) for line, check in zip(lines, CHECKS))
+    return status, [line.partition(": ")[2] for line in lines], last
+
+
+def test_self_check_tries_each_kind_of_task_a_journal_and_tls():
+    status, seen, last = outcomes(command("--self-check"))
+    assert status == 0
+    assert '{"seconds": 0.1}' in seen[0]
+    assert '{"seconds": 0.1}' in seen[1]
+    assert '{"limit": 10000, "primes": 1229}' in seen[2]
+    if importlib.util.find_spec("_sqlite3"):
+        assert "read again" in seen[3]
+    if importlib.util.find_spec("_ssl"):
+        assert "TLSv1." in seen[4]
+    assert last == "all that is here works"
+
+
+@pytest.mark.parametrize(
+    "check, broken",
+    [
+        (0, {"wait": "fail"}),
+        (1, {"is_coroutine_function": "lambda function: False"}),
+        (2, {"Child.run": "fail"}),
+        (3, {"SQLiteJournal.load": "lambda journal: []"}),
+        (3, {"SQLiteJournal.save": "fail"}),
+        (4, {"tls_context": "fail"}),
+        (4, {"SELF_CHECK_PEM": "'no certificate'"}),
+    ],
+    ids=brief,
+)
+def test_self_check_that_finds_a_fault_says_so_and_ends_with_status_1(check, broken):
+    status, seen, last = self_check(**broken)()
+    if check == 3 and not importlib.util.find_spec("_sqlite3"):
+        pytest.skip("this Python has no sqlite3")
+    assert status == 1
+    assert [n for n, text in enumerate(seen) if text.startswith("FAILED")] == [check]
+    assert "works" not in last.replace("does not work", "")
+
+
+@pytest.mark.parametrize("module, check", [("ssl _ssl", 4), ("sqlite3 _sqlite3", 3)])
+def test_self_check_passes_nothing_that_it_cannot_try(module, check):
+    status, seen, last = self_check()(module)
+    assert status == 0
+    assert [n for n, text in enumerate(seen) if text.startswith("not here")] == [check]
+    assert last == "all that is here works"
+
+
+WRONG_USAGE = """
+    --nonsense | extra | --port | --port x | --port -1 | --port 65536 | --port 1.5 | --port 1_0
+    --workers 0 | --workers -5 | --cpu-workers 0 | --max-waiting -1 | --max-tasks 0 | --max-memory 0
+    --keep -1 | --keep nan | --keep x | --grace -0.1 | --tls-cert x | --tls-key x | --work 5
+    --quiet=1 | --max-memory 1.5 | --self
+"""
+
+
+@pytest.mark.parametrize("flags", re.split(r" \| |\n +", WRONG_USAGE.strip()))
 def test_wrong_usage_is_one_line_and_status_2(flags, capsys):
     with pytest.raises(SystemExit) as caught:
-        taskserver.main(Application(), flags)
+        taskserver.main(Application(), flags.split())
     out, err = capsys.readouterr()
-    assert caught.value.code == 2 and out == "" and err.count("\n") == 1
-    assert "taskserver: " in err and "--help" in err
+    assert (caught.value.code, out, err.count("\n")) == (2, "", 1)
+    assert "taskserver: " in err
+    assert "--help" in err
 
 
 def test_wrong_usage_of_the_program_is_status_2():
@@ -10000,15 +10069,15 @@ def test_a_port_that_is_taken_or_an_address_that_is_not_ours_is_one_line_and_sta
         port = str(other.getsockname()[1])
         assert port in refused("--port", port)
     assert "192.0.2.1" in refused("--host", "192.0.2.1", "--allow-anonymous", "--port", "0")
-    assert "no.such.invalid" in refused(
-        "--host", "no.such.invalid", "--allow-anonymous", "--port", "0"
-    )
+    unknown = ["--host", "no.such.invalid", "--allow-anonymous", "--port", "0"]
+    assert "no.such.invalid" in refused(*unknown)
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "tasks.example"])
 def test_a_foreign_address_is_refused_without_a_token_or_permission(host):
     err = refused("--host", host, "--port", "0")
-    assert "TASKSERVER_TOKEN" in err and "--allow-anonymous" in err
+    assert "TASKSERVER_TOKEN" in err
+    assert "--allow-anonymous" in err
 
 
 def test_a_foreign_address_is_served_with_permission_or_with_a_token():
@@ -10020,40 +10089,52 @@ def test_a_foreign_address_is_served_with_permission_or_with_a_token():
         assert program.ask("GET", "/tasks", b"", "Authorization: Bearer s3crex").status == 401
         assert program.ask("GET", "/healthz").status == 200
         assert program.stops(signal.SIGTERM) == 0
-        assert "s3cre" not in program.log() and "/tasks" in program.log()
+        assert "s3cre" not in program.log()
+        assert "/tasks" in program.log()
 
 
 def test_a_token_that_cannot_be_sent_is_refused():
     err = refused("--port", "0", TASKSERVER_TOKEN="two words")
-    assert "TASKSERVER_TOKEN" in err and "two words" not in err
+    assert "TASKSERVER_TOKEN" in err
+    assert "two words" not in err
 
 
 def test_a_name_must_be_allowed_to_be_used():
     with Program("--allow-host", "tasks.example") as program, program.client() as client:
-        for host, status in (
-            ("evil.example", 421),
-            ("tasks.example:80", 200),
-            ("127.0.0.1", 200),
-            ("localhost", 200),
-        ):
-            client.send(
-                raw("GET", "/healthz").replace(b"Host: localhost", b"Host: " + host.encode())
-            )
+        for host, status in {
+            b"evil.example": 421,
+            b"tasks.example:80": 200,
+            b"127.0.0.1": 200,
+            b"localhost": 200,
+        }.items():
+            client.send(raw("GET", "/tasks").replace(b"Host: localhost", b"Host: " + host))
             assert client.answer().status == status
 
 
 def test_a_journal_that_cannot_be_used_is_one_line_and_status_1(path, tmp_path):
-    assert "choose another file" in refused(
-        "--port", "0", "--db", str(tmp_path / "none" / "tasks.db")
-    )
+    nowhere = str(tmp_path / "none" / "tasks.db")
+    assert "choose another file" in refused("--port", "0", "--db", nowhere)
     with Program("--db", path):
         assert "stop the server that uses it" in refused("--port", "0", "--db", path)
 
 
-def test_a_certificate_that_cannot_be_used_is_one_line_and_status_1(certificate):
-    cert, key = certificate
-    for files in (cert, cert), (cert, cert + "-none"), (key, key):
-        assert "TLS" in refused("--port", "0", "--tls-cert", files[0], "--tls-key", files[1])
+def test_a_certificate_that_cannot_be_used_is_one_line_and_status_1(certificate, tmp_path):
+    certificate, _ = certificate
+    alone, none, empty = (str(tmp_path / name) for name in ("alone", "none", "empty"))
+    pem = pathlib.Path(certificate).read_text(encoding="ascii")
+    pathlib.Path(alone).write_text(pem.partition("-----BEGIN PRIVATE")[0], encoding="ascii")
+    pathlib.Path(empty).write_text("")
+    for cert, key in (
+        (certificate, alone),
+        (certificate, none),
+        (none, certificate),
+        (empty, certificate),
+        (certificate, empty),
+    ):
+        err = refused("--port", "0", "--tls-cert", cert, "--tls-key", key)
+        assert "TLS" in err
+        assert cert in err
+        assert key in err
 
 
 def test_tls_is_spoken_on_request(certificate):
@@ -10072,23 +10153,49 @@ def test_tls_is_spoken_on_request(certificate):
 
 def test_the_first_lines_say_address_usage_and_whether_tasks_outlive_it(path):
     with Program() as program:
-        assert program.hello[0].startswith(
-            f"taskserver {taskserver.__version__} on http://127.0.0.1:{program.port}"
-        )
-        assert (
-            "curl" in program.hello[1]
-            and f"http://127.0.0.1:{program.port}/create-task" in program.hello[1]
-        )
-        assert "memory" in program.hello[2] and "--db" in program.hello[2]
-        record = program.ask("POST", "/create-task", {"name": "a\nb\x1b", "seconds": 0}).json
-        assert program.ask("GET", f"/poll-task/{record['id']}?wait=30").json["result"] == {
-            "seconds": 0
-        }
-        log = program.log(wait_for="completed")
-        assert f"task {record['id']} created" in log and f"task {record['id']} completed" in log
-        assert "a\\nb\\x1b" in log and "GET /poll" not in log
+        address = f"http://127.0.0.1:{program.port}"
+        version = taskserver.__version__
+        assert program.hello[0].rstrip() == f"taskserver {version} on {address}"
+        assert "curl" in program.hello[1]
+        assert f"{address}/create-task" in program.hello[1]
+        assert "memory" in program.hello[2]
+        assert "--db" in program.hello[2]
     with Program("--db", path) as program:
         assert path in program.hello[2]
+
+
+def test_the_log_has_two_lines_for_each_task():
+    with Program() as program:
+        record = program.ask("POST", "/create-task", {"name": "a\nb\x1b", "seconds": 0}).json
+        program.final("/poll-task/" + record["id"])
+        log = program.log(wait_for="completed")
+        assert log.count(f"task {record['id']} created: type task, name 'a\\nb\\x1b'") == 1
+        assert log.count(f"task {record['id']} completed") == 1
+        assert "/poll-task" not in log
+
+
+def test_quiet_leaves_the_lines_of_tasks_out_but_says_what_failed(holding, leash):
+    first = """
+        @application.task("fail")
+        def fail(payload, report):
+            raise ValueError("what it said")
+    """
+    program = holding("--quiet", first=first)
+    path = program.create("thread", port=leash.port)
+    let_go(leash.next()[0])
+    assert program.final(path)["status"] == "completed"
+    failed = [program.create("fail"), program.create("child-with-a-limit", port=leash.port)]
+    for path in failed:
+        assert program.final(path)["status"] == "failed"
+    assert program.stops(signal.SIGTERM) == 0
+    log = program.log()
+    for word in " created", " completed":
+        assert word not in log
+    assert "serving http" in log
+    assert "Traceback" in log  # that of the function
+    for path, error in zip(failed, ["what it said", "timed out after 0.5 seconds"]):
+        assert any(path[-36:] in line and error in line for line in log.splitlines())
+    assert "stopping" in log
 
 
 def test_verbose_logs_requests():
@@ -10105,15 +10212,54 @@ def test_someones_own_file_gets_the_whole_command_line(waiting, tmp_path):
     (tmp_path / "go").write_text("")
 
 
+MODULE = """
+import taskserver
+application = taskserver.Application()
+
+@application.task("x", cpu={cpu})
+def work(payload, report):
+    return __name__
+
+if __name__ == "__main__":
+    taskserver.main(application)
+"""
+
+
+@pytest.fixture
+def package(tmp_path):
+    """Make a package, and a module, that serve a task type; return the folder for PYTHONPATH."""
+
+    def make(cpu):
+        (tmp_path / "package").mkdir()
+        for name in "package/__main__.py", "module.py":
+            (tmp_path / name).write_text(MODULE.format(cpu=cpu))
+        return os.pathsep.join([str(tmp_path), str(PROGRAM.parent)])
+
+    return make
+
+
+@pytest.mark.parametrize("how", ["package", "stdin", "command line"])
+def test_a_program_that_no_child_can_import_is_refused_at_the_start(package, how):
+    program, text = {
+        "package": (["-m", "package"], None),
+        "stdin": (["-"], MODULE.format(cpu=True)),
+        "command line": (["-c", MODULE.format(cpu=True)], None),
+    }[how]
+    err = refused("--port", "0", program=program, text=text, PYTHONPATH=package(True))
+    assert "taskserver: task type 'x': " in err
+    assert "move the function into a module of its own" in err
+
+
+@pytest.mark.parametrize("name, cpu", [("module", True), ("package", False)])
+def test_a_program_that_is_run_as_a_module_serves(package, name, cpu):
+    environment = {"PYTHONPATH": package(cpu)}
+    with Program(command=["-m", name], environment=environment) as program:
+        assert program.result("x") in ("__mp_main__", "__main__")
+
+
 def test_primes_are_counted_and_computing_does_not_stop_polls():
-    assert [taskserver.primes({"limit": n}, print)["primes"] for n in (0, 2, 3, 4, 10, 100)] == [
-        0,
-        0,
-        1,
-        2,
-        4,
-        25,
-    ]
+    for limit, count in {0: 0, 2: 0, 3: 1, 4: 2, 10: 4, 100: 25}.items():
+        assert taskserver.primes({"limit": limit}, print)["primes"] == count
     with Program("--cpu-workers", "1") as program, program.client() as client:
         record = client.ask("POST", "/create-primes", {"name": "x", "limit": 200_000}).json
         seen = set()
@@ -10138,56 +10284,152 @@ def test_the_demo_refuses_what_are_no_seconds(seconds):
 
 def test_the_demo_waits_and_reports():
     reports = []
-    assert taskserver.wait({"seconds": 0.02}, lambda *report: reports.append(report)) == {
-        "seconds": 0.02
-    }
-    assert reports and all(0 <= fraction <= 1 for fraction, _ in reports)
+    result = taskserver.wait({"seconds": 0.02}, lambda *report: reports.append(report))
+    assert result == {"seconds": 0.02}
+    assert reports
+    assert all(0 <= fraction <= 1 for fraction, _ in reports)
 
 
 # -- 15. Guards ------------------------------------------------------------------------------------
 
 
-def sections():
-    """Return the top-level statements of the program by section."""
-    lines = PROGRAM.read_text(encoding="utf-8").splitlines()
-    starts = [(n, line) for n, line in enumerate(lines, 1) if re.match(r"# -- \d+\. ", line)]
-    found = [[] for _ in range(len(starts) + 1)]
-    for node in ast.parse("\n".join(lines)).body:
-        found[sum(start <= node.lineno for start, _ in starts)].append(node)
-    return [line for _, line in starts], found
+class Statement(NamedTuple):
+    """A statement at the top level of a module."""
+
+    section: int
+    node: ast.AST
+    uses: set  # the names that it looks up in the module, whenever that may be
+    defines: set
 
 
-def defined(nodes):
-    for node in nodes:
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-            yield node.name
-        else:
-            for part in ast.walk(node):
-                if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store):
-                    yield part.id
+def headings(source):
+    """Return the headings of the sections, each with its line."""
+    lines = enumerate(source.splitlines(), 1)
+    return [(number, line) for number, line in lines if re.match(r"# -- \d+\. ", line)]
 
 
-def test_no_section_knows_a_later_one():
-    _, found = sections()
-    where = {name: n for n, nodes in enumerate(found) for name in defined(nodes)}
-    too_early = [
-        (n, part.id)
-        for n, nodes in enumerate(found)
-        for node in nodes
-        for part in ast.walk(node)
-        if isinstance(part, ast.Name)
-        and isinstance(part.ctx, ast.Load)
-        and where.get(part.id, 0) > n
-    ]
-    local = {"wait"}  # also the name of a method's variable or of a local one
-    assert [use for use in too_early if use[1] not in local] == []
+def statements(source):
+    starts = [number for number, _ in headings(source)]
+    found = []
+    for node in ast.parse(source).body:
+        section = sum(start <= node.lineno for start in starts)
+        module = ast.Module(body=[node], type_ignores=[])
+        code = compile(module, "", "exec", flags=annotations.compiler_flag, dont_inherit=True)
+        found.append(Statement(section, node, looked_up(code), defined(node)))
+    return found
+
+
+def looked_up(code):
+    """Return the names that the compiler has looked up in the module, in functions, too."""
+    loads = ("LOAD_NAME", "LOAD_GLOBAL", "LOAD_FROM_DICT_OR_GLOBALS")
+    names = {step.argval for step in dis.get_instructions(code) if step.opname in loads}
+    return names.union(*(looked_up(part) for part in code.co_consts if hasattr(part, "co_consts")))
+
+
+def defined(node):
+    if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+        return {node.name}
+    names = [part for part in ast.walk(node) if isinstance(part, ast.Name)]
+    return {name.id for name in names if isinstance(name.ctx, ast.Store)}
+
+
+def changed(node, classes):
+    """Yield the names of those classes that get or lose an attribute in a statement."""
+    for part in ast.walk(node):
+        target = None
+        if isinstance(part, ast.Attribute) and not isinstance(part.ctx, ast.Load):
+            target = part.value
+        elif isinstance(part, ast.Call) and getattr(part.func, "id", "") in ("setattr", "delattr"):
+            target = part.args[0]
+        if getattr(target, "id", "") in classes:
+            yield target.id
+
+
+def misplaced(source):
+    """Return what stands in the wrong place, as (section, what is used or changed too early).
+
+    No section knows a later one; no value is used above the line in which it is defined; no class
+    gets an attribute elsewhere than in its own text. Within a section, functions and classes may
+    follow those that use them.
+    """
+    found = statements(source)
+    classes = {part.node.name for part in found if isinstance(part.node, ast.ClassDef)}
+    first = {}
+    for place, part in enumerate(found):
+        for name in part.defines:
+            first.setdefault(name, place)
+    problems = []
+    for place, part in enumerate(found):
+        problems += [(part.section, f"{name}.") for name in changed(part.node, classes)]
+        for name in part.uses & set(first):
+            definition = found[first[name]]
+            is_value = not isinstance(definition.node, (ast.FunctionDef, ast.ClassDef))
+            if first[name] > place and (is_value or definition.section > part.section):
+                problems.append((part.section, name))
+    return sorted(problems)
+
+
+def test_what_a_section_uses_stands_above_it_and_no_class_is_changed_elsewhere():
+    assert misplaced(PROGRAM.read_text(encoding="utf-8")) == []
+
+
+TWO_SECTIONS = """
+# -- 1. One ---
+class First:
+    value = 1
+    def method(self, parameter: Later, value=1):
+        later = [later for later in parameter]  # a local name, though there is another one
+        return helper() + value + len(later)
+
+def helper():
+    return 1
+
+def early():
+    {early}
+
+# -- 2. Two ---
+class Later(First):
+    pass
+
+def later():
+    return Later()
+
+VALUE = 2
+
+def late():
+    {late}
+"""
+
+
+@pytest.mark.parametrize(
+    "early, late, expected",
+    [
+        ("pass", "return First, VALUE, later()", []),
+        ("later = 1; return later", "First().value = 2", []),
+        ("def later(): pass", "for VALUE in (1, 2): First().value", []),
+        ("return Later", "pass", [(1, "Later")]),
+        ("return lambda: [later() for _ in range(3)]", "pass", [(1, "later")]),
+        ("return VALUE", "pass", [(1, "VALUE")]),
+        ("class Local: value = VALUE", "pass", [(1, "VALUE")]),
+        ("def local(value=VALUE): pass", "pass", [(1, "VALUE")]),
+        ("pass", "First.more = 1", [(2, "First.")]),
+        ("pass", "First.value += 1", [(2, "First.")]),
+        ("pass", "First.value: int = 1", [(2, "First.")]),
+        ("pass", "del First.value", [(2, "First.")]),
+        ("pass", "setattr(First, 'more', 1)", [(2, "First.")]),
+        ("pass", "for First.value in (1, 2): pass", [(2, "First.")]),
+        ("pass", "return AFTER\n\nAFTER = 1", [(2, "AFTER")]),
+    ],
+)
+def test_the_guard_of_the_order_sees_what_it_is_to_see(early, late, expected):
+    assert misplaced(TWO_SECTIONS.format(early=early, late=late)) == expected
 
 
 def test_program_and_tests_have_the_same_sections():
-    headings, _ = sections()
-    mine = re.findall(r"(?m)^# -- \d+\. .*$", pathlib.Path(__file__).read_text(encoding="utf-8"))
-    assert mine[: len(headings)] == headings
-    assert all(len(heading) == len(headings[0]) for heading in headings)
+    found = [line for _, line in headings(PROGRAM.read_text(encoding="utf-8"))]
+    mine = [line for _, line in headings(pathlib.Path(__file__).read_text(encoding="utf-8"))]
+    assert mine[: len(found)] == found
+    assert {len(line) for line in found} == {100}
 
 
 def test_only_the_standard_library_is_imported():
@@ -10203,30 +10445,80 @@ def test_only_the_standard_library_is_imported():
         if hasattr(sys, "stdlib_module_names"):
             assert name in sys.stdlib_module_names
         else:
-            origin = importlib.util.find_spec(name).origin or ""
-            assert "site-packages" not in origin and (
-                home in pathlib.Path(origin).resolve().parents or "lib-dynload" in origin
-            ), name
+            origin = pathlib.Path(importlib.util.find_spec(name).origin or "").resolve()
+            assert "site-packages" not in origin.parts
+            assert home in origin.parents or "lib-dynload" in origin.parts, name
 
 
-def test_the_size_is_counted():
-    """Print the lines of Python without blank lines, comments and docstrings."""
-    code, before = set(), tokenize.NEWLINE
-    with PROGRAM.open(encoding="utf-8") as file:
-        for token in tokenize.generate_tokens(file.readline):
-            if token.type in (tokenize.COMMENT, tokenize.NL):
-                continue
-            space = token.type in (tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
-            docstring = token.type == tokenize.STRING and before in (
-                tokenize.NEWLINE,
-                tokenize.INDENT,
-                tokenize.DEDENT,
-            )
-            if not space and not docstring:
-                code.update(range(token.start[0], token.end[0] + 1))
-            before = token.type
-    page = taskserver.PAGE.count("\n") + 1
-    print(f"{len(code) - page} lines of Python, {page} lines of HTML")
+def test_no_line_is_longer_than_100_columns_and_the_formatter_is_never_switched_off():
+    for number, line in enumerate(PROGRAM.read_text(encoding="utf-8").splitlines(), 1):
+        assert len(line) <= 100, number
+        assert not re.search(r"# *fmt: *(off|skip)", line), number
+
+
+RULED_LINE = re.compile(r"(?m)^# ==== The core ends here\..* =+$")
+
+CORE_AT_WORK = '''
+import http.client, json, sys, threading
+import taskserver
+
+application = taskserver.Application()
+
+@application.task("thread")
+def work(payload, report):
+    """Say what came, when the time has come."""
+    report(0.5, "begun")
+    if "wait" in payload:
+        assert released.wait(30)
+    report(0.75)
+    return [payload["name"], __name__]
+
+application.task("child", cpu=True)(work)
+released = threading.Event()
+
+def ask(method, target, body=None):
+    client = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=30)
+    headers = {"Content-Type": "application/json"}
+    client.request(method, target, json.dumps(body) if body else None, headers)
+    answer = client.getresponse()
+    record = json.loads(answer.read().decode())
+    client.close()
+    return answer.status, record
+
+if __name__ == "__main__":
+    server = taskserver.Server(("127.0.0.1", 0), application)
+    serving = threading.Thread(target=server.serve_forever)
+    serving.start()
+    for type, module in ("thread", "__main__"), ("child", "__mp_main__"):
+        status, record = ask("POST", f"/create-{type}", {"name": "x"})
+        assert (status, record["status"]) == (201, "pending"), record
+        status, record = ask("GET", f"/poll-{type}/{record['id']}?wait=30")
+        assert (status, record["result"]) == (200, ["x", module]), record
+    status, record = ask("POST", "/create-thread", {"name": "waits", "wait": True})
+    path = "thread/" + record["id"]
+    assert ask("GET", f"/poll-{path}")[1]["status"] == "pending"
+    assert ask("GET", f"/poll-{path}?wait=0.01")[1]["status"] == "pending"
+    assert ask("POST", f"/cancel-{path}")[0] == 200
+    released.set()
+    assert ask("GET", f"/poll-{path}?wait=30")[1]["error"] == "cancelled: by request"
+    assert ask("GET", "/tasks")[0] == 404  # that is beyond the core
+    server.shutdown()
+    serving.join(30)
+    assert not serving.is_alive()
+    print("well done")
+'''
+
+
+def test_a_copy_that_is_cut_off_where_the_core_ends_serves_and_ends_by_itself(tmp_path):
+    source = PROGRAM.read_text(encoding="utf-8")
+    (cut,) = RULED_LINE.finditer(source)
+    assert len(cut.group()) == 100
+    later = [line for _, line in headings(source[cut.start() :])]
+    assert later[0].startswith("# -- 9. Monitoring")
+    (tmp_path / "taskserver.py").write_text(source[: cut.start()], encoding="utf-8")
+    (tmp_path / "work.py").write_text(CORE_AT_WORK)
+    done = command(file=tmp_path / "work.py", PYTHONPATH=str(tmp_path))
+    assert done == (0, "well done\n", "")
 
 
 # -- 16. README ------------------------------------------------------------------------------------
