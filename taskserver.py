@@ -1271,11 +1271,12 @@ class CoroutinePool(BoundedQueue):
         """Do with an exception that ends the loop, SystemExit, as asyncio does with all others.
 
         The task that raised it keeps it for whoever awaits the task; if nobody does, it tells
-        `_log_stray_exception` when it is deleted. The loop's part of the traceback holds the task,
-        so it goes. What no task has raised is logged here.
+        `_log_stray_exception` when it is deleted. But the loop's part of the traceback holds the
+        task, so that is forgotten. What no task has raised is logged here.
         """
-        trace = error.__traceback__
+        trace = error.__traceback__ and error.__traceback__.tb_next  # without _run_loop
         while trace is not None and not trace.tb_frame.f_code.co_flags & _ASYNC:
+            trace.tb_frame.clear()
             trace = trace.tb_next
         if trace is None:
             log.warning("what a coroutine left behind failed: %s", traceback_of(error))
