@@ -4481,7 +4481,10 @@ def coroutines(application, door):
     return application
 
 
-def left_behind(caplog, about, collect=not hasattr(sys, "getrefcount")):
+COUNTS_REFERENCES = hasattr(sys, "getrefcount")  # PyPy does not
+
+
+def left_behind(caplog, about, collect=not COUNTS_REFERENCES):
     """Return what the log says of what coroutines have left behind, if it is about something."""
     if collect:  # that it was left is found when it is deleted
         gc.collect()
