@@ -413,6 +413,10 @@ def test_a_record_has_all_keys_in_the_agreed_order():
     ],
 )
 def test_timestamps_are_rfc_3339_with_milliseconds(seconds, text):
+    try:
+        time.gmtime(seconds)
+    except OverflowError:
+        pytest.skip("the clock of this system ends in 2038")
     assert document(RECORD._replace(created_at=seconds, finished_at=seconds))["created_at"] == text
 
 
