@@ -413,6 +413,10 @@ def test_a_record_has_all_keys_in_the_agreed_order():
     ],
 )
 def test_timestamps_are_rfc_3339_with_milliseconds(seconds, text):
+    try:
+        time.gmtime(seconds)
+    except OverflowError:
+        pytest.skip("the clock of this system ends in 2038")
     assert document(RECORD._replace(created_at=seconds, finished_at=seconds))["created_at"] == text
 
 
@@ -2110,6 +2114,17 @@ def error_of(child, function, **more):
 
 def is_gone(pid):
     """Return whether a process has ended; one that nobody has waited for yet has, too."""
+    if os.name == "nt":
+        import ctypes
+
+        kernel = ctypes.windll.kernel32
+        handle = kernel.OpenProcess(0x100000, False, pid)  # SYNCHRONIZE: the right to wait for it
+        if not handle:
+            return True
+        try:
+            return kernel.WaitForSingleObject(handle, 0) == 0
+        finally:
+            kernel.CloseHandle(handle)
     try:
         os.kill(pid, 0)
     except OSError:
@@ -2454,13 +2469,16 @@ def burning(program):
     return numbers
 
 
-@posix
 @pytest.mark.parametrize(
-    "name, grace, status",
-    [("SIGKILL", "1", -9), ("SIGTERM", "0.2", 0), ("SIGINT", "0.2", 0), ("SIGTERM", "1000", 143)],
+    "number, grace, status",
+    [
+        (None, "1", None),
+        (signal.SIGTERM, "0.2", 0),
+        (signal.SIGINT, "0.2", 0),
+        (signal.SIGTERM, "1000", 143),
+    ],
 )
-def test_children_end_with_their_server_however_it_ends(tmp_path, name, grace, status):
-    number = getattr(signal, name)
+def test_children_end_with_their_server_however_it_ends(tmp_path, number, grace, status):
     file = tmp_path / "mine.py"
     file.write_text(MAIN.format(guard="if __name__ == '__main__': "))
     with Program("--cpu-workers", "2", "--grace", grace, file=file) as program:
@@ -2471,7 +2489,11 @@ def test_children_end_with_their_server_however_it_ends(tmp_path, name, grace, s
         if status == 143:  # a second signal follows
             program.send(number)
             assert "stopping" in program.log(wait_for="stopping")
-        assert program.stops(number) == status
+        if number is None:  # no signal but kill -9, or what is like it on Windows
+            program.process.kill()
+            assert program.process.wait(LONG)
+        else:
+            assert program.stops(number) == status
         assert eventually(lambda: all(map(is_gone, numbers)), 5)
         assert "Traceback" not in program.log()
 
