@@ -4536,7 +4536,9 @@ h2, h3, summary { font-size: 1rem; font-weight: 600; }
 .stack { display: grid; grid-template-columns: minmax(0, 1fr); gap: 1rem; padding: 0;
   list-style: none; }
 .line { display: flex; flex-wrap: wrap; gap: 0.25rem 0.75rem; align-items: center; }
-.status { min-height: 3rem; }  /* so that a button that comes pushes nothing */
+.status { min-height: 2.25rem; }  /* so that a button that comes pushes nothing */
+.copy { min-width: 5rem; }  /* nor does its answer */
+.cancel { margin-left: auto; }
 .card { padding: 1.25rem; border: 1px solid var(--line); border-radius: 0.75rem;
   background: var(--card); }
 .quiet, .wrong { font-size: 0.875rem; color: var(--quiet); }
@@ -4580,14 +4582,14 @@ progress:indeterminate { background: repeating-linear-gradient(
   #jump { display: none; }
 }
 @media (forced-colors: active) {
-  .task { --hue: CanvasText; --line: Canvas; }
-  progress { border-color: CanvasText; }
+  progress { --hue: CanvasText; --line: Canvas; border-color: CanvasText; }
   nav a[aria-current], button[aria-disabled=true] { border: 3px double; }
 }
 @media print {
   :root { color-scheme: light; }
-  aside, form, nav, button { display: none !important; }
-  .task { break-inside: avoid; }
+  aside, form, button, nav a:not([aria-current]) { display: none !important; }
+  main, .stack { display: block; }
+  .task { margin-top: 1rem; break-inside: avoid; }
   .task h3, .message, pre { max-height: none; }
 }
 </style>
@@ -4634,7 +4636,7 @@ progress:indeterminate { background: repeating-linear-gradient(
     </form>
     <details id="commands" class="card">
       <summary>The same in a terminal</summary>
-      <p id="no-command" class="quiet">There is no command as long as the form is wrong.</p>
+      <p id="no-command" class="quiet">There is a command as soon as the form is complete.</p>
       <div id="shells" hidden>
         <div class="line"><h3>curl</h3>
           <button data-of="curl" aria-label="Copy the command of curl">Copy</button></div>
@@ -4672,6 +4674,8 @@ const NAMES = [["", "All"], ["pending", "Waiting or running"], ["completed", "Co
   ["failed", "Failed"]];
 const MOST = 500;     // records that the server lists at once
 const PART = 20000;   // characters of a result that are shown
+const IDLE = 3.4;     // seconds between two requests when nothing runs
+const SLOW = 1.4;     // seconds after which an answer is missed: both together are less than five
 
 let token = "";       // lives in memory only
 let limit = 50;       // how many tasks are asked for
@@ -4804,7 +4808,7 @@ async function follow(path, show) {  // returns what is wrong
   const watchdog = setTimeout(() => {
     showConnection(NO_ANSWER);
     setText(byId("countdown"), "Still waiting for it.");
-  }, 2000);
+  }, 1000 * SLOW);
   const {answer, error} = await request(path, {patience});
   clearTimeout(watchdog);
   if (isHurried) return "";  // it was broken off, or is about what is asked for no more
@@ -4819,7 +4823,7 @@ async function follow(path, show) {  // returns what is wrong
 }
 
 function pace() {  // seconds; a listing that is ten times as long comes not as often
-  return document.hidden ? 20 : isBusy ? Math.min(2.5, 0.55 * limit / 50) : 2.5;
+  return document.hidden ? 20 : isBusy ? Math.min(IDLE, 0.55 * limit / 50) : IDLE;
 }
 
 function pause(seconds) {
@@ -4914,7 +4918,8 @@ function showAmount() {
 
 function showHealth(health) {
   if (!health.tasks) return;  // who has no token is told the status alone
-  const oldest = health.oldest_waiting ? `, the oldest for ${duration(health.oldest_waiting)}` : "";
+  const seconds = health.oldest_waiting;
+  const oldest = seconds === null ? "" : `, the oldest for ${duration(seconds, 0)}`;
   held = health.tasks;
   isBusy = health.waiting + health.running > 0;
   setText(byId("counts"), `${health.running} running · ${health.waiting} waiting${oldest}`);
@@ -5016,7 +5021,8 @@ function showTask(record, row) {
 function about({type, created_at, started_at, finished_at, progress}) {
   const percent = progress === null || finished_at ? "" : ` · ${Math.floor(100 * progress)} %`;
   const until = finished_at ? Date.parse(finished_at) : serverTime;
-  const lasted = duration((until - Date.parse(started_at || created_at)) / 1000);
+  const seconds = (until - Date.parse(started_at || created_at)) / 1000;
+  const lasted = finished_at ? duration(seconds) : duration(Math.floor(seconds), 0);
   const words = started_at ? `began ${clock(started_at)}, ${finished_at ? "took" : "for"} ${lasted}`
     : finished_at ? `created ${clock(created_at)}, never begun` : `waiting for ${lasted}`;
   return `${type}${percent} · ${words}`;
@@ -5029,8 +5035,8 @@ function clock(moment) {  // 14:03:22, or 2026-11-27 14:03:22 if it was on anoth
   return swedish.format(new Date(serverTime)).startsWith(day) ? time : `${day} ${time}`;
 }
 
-function duration(seconds) {  // 0.3 s, 12 s, 3 min 20 s, 2 h 5 min, 3 d 4 h
-  if (seconds < 10) return `${Math.max(0, seconds).toFixed(1)} s`;
+function duration(seconds, digits = 1) {  // 0.3 s, 12 s, 3 min 20 s, 2 h 5 min, 3 d 4 h
+  if (seconds < 10) return `${Math.max(0, seconds).toFixed(digits)} s`;
   if (seconds < 60) return `${Math.floor(seconds)} s`;
   const units = [[86400, "d", 3600, "h"], [3600, "h", 60, "min"], [60, "min", 1, "s"]];
   const [big, bigName, small, smallName] = units.find(([size]) => size <= seconds);
@@ -5092,7 +5098,8 @@ async function showOutcome(row) {
   if (isWhole) return;
   link.href = URL.createObjectURL(new Blob([text], {type: "application/json"}));
   link.download = `${row.id}.json`;
-  setText(link, `Save the whole record (${(text.length / 1048576).toFixed(1)} MiB)`);
+  const size = (text.length / 1048576).toFixed(1);
+  setText(link, `This is the first part. Save the whole record (${size} MiB).`);
   link.hidden = false;
 }
 
@@ -5183,9 +5190,23 @@ function showCommands() {
   ${create}\n\n${invoke} ${poll}`);
 }
 
+// What is typed outlives a reload: browsers forget it, because the page is not to be stored.
+function keepDraft() {
+  const draft = JSON.stringify([fields.name.value, fields.rest.value]);
+  try { sessionStorage.setItem(here, draft); } catch {}  // where a browser forbids it: not kept
+}
+
+function bringDraft() {
+  try {
+    const draft = JSON.parse(sessionStorage.getItem(here));
+    if (draft) [fields.name.value, fields.rest.value] = draft;
+  } catch {}
+}
+
 // -- What happens when --
 
 form.oninput = () => {
+  keepDraft();
   setText(byId("answer"), "");
   showCommands();
 };
@@ -5220,11 +5241,13 @@ byId("jump").onclick = () => fields.name.focus();
 onhashchange = () => {
   limit = 50;
   if (list.contains(document.activeElement)) focusOn(byId("tasks-title"));
+  records = [];
   list.replaceChildren();
   showFilters();
   hurry();
 };
 document.onvisibilitychange = () => document.hidden || hurry();
+bringDraft();
 byId("commands").open = innerWidth > 900;
 setText(byId("connection"), "Connecting …");
 document.querySelector("main").hidden = false;  // without scripts it would be of no use
