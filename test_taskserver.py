@@ -1882,7 +1882,7 @@ class Leash:
         return end, said.decode().strip()
 
     def close(self):
-        for sock in self.listener, *self.ends:
+        for sock in (self.listener, *self.ends):
             sock.close()
 
 
