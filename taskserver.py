@@ -802,13 +802,15 @@ class Store:
         return pending
 
     def _load(self) -> list[Record]:
-        """Return what the journal holds; every two seconds, say in the log how far that is."""
+        """Return what the journal holds; when that takes long, say in the log how far it is."""
         loaded: list[Record] = []
         done = threading.Event()
 
         def say_how_far() -> None:
-            while not done.wait(2):
+            seconds = 2.0
+            while not done.wait(seconds):
                 log.info("loading the journal: %d tasks so far", len(loaded))
+                seconds *= 2  # who stands by for another server may wait for days
 
         threading.Thread(target=say_how_far, name="loading", daemon=True).start()
         try:
@@ -3936,9 +3938,9 @@ def add_monitoring(application: Application) -> None:
 class Journal:
     """Where records outlive the process: the contract of `application.store.journal`.
 
-    A journal is an object with the three methods below. Its constructor only takes note of where
-    the records are; `load` opens what there is to be opened. To write one, nothing else of this
-    file needs to be known.
+    A journal is an object with the three methods below. To write one, nothing else of this file
+    needs to be known. It had better open its database in `load`, not earlier: what goes wrong there
+    is said in one line.
 
     What is kept of a record are the fields in JOURNALED, each exactly as it is:
 
