@@ -1074,7 +1074,7 @@ class WorkerPool(BoundedQueue):
             self._on_the_way = True
             self._workers += 1
         try:
-            threading.Thread(target=self._run, name=self.name, daemon=True).start()
+            threading.Thread(target=self._be_worker, name=self.name, daemon=True).start()
         except (RuntimeError, MemoryError):
             with self._lock:
                 self._workers -= 1
@@ -1087,7 +1087,7 @@ class WorkerPool(BoundedQueue):
         self.put(key, function)
         self.wake()
 
-    def _run(self) -> None:
+    def _be_worker(self) -> None:
         """Be a worker."""
         item = self._get(sent=True)
         while item is not None:
@@ -1608,7 +1608,7 @@ def _send_reports(pipe: Any, live: Live, done: threading.Event) -> None:
 class Child:
     """A process that runs one task at a time, and a pipe to it. It belongs to one worker.
 
-    The process starts with the first run(), serves the later ones, too, and is replaced when it has
+    The process starts with the first call(), serves the later ones, too, and is replaced when it has
     ended. On Windows, what a task has started itself may outlive it.
     """
 
@@ -1616,11 +1616,11 @@ class Child:
         self._reaping = reaping  # that of all children, see there
         self._process: Any = None
         self._pipe: Any = None  # our end
-        # Through this a cancel wakes run(), which then looks whether it was meant.
+        # Through this a cancel wakes call(), which then looks whether it was meant.
         self._woken, self._waker = _SPAWN.Pipe(duplex=False)
         self._waking = threading.Lock()  # held from the sending of a wake until it has arrived
 
-    def run(
+    def call(
         self,
         function: Callable[..., Any],
         payload: bytes,
@@ -1656,7 +1656,7 @@ class Child:
             raise TaskError(f"the child process died ({self.end()})") from None
 
     def wake(self) -> None:
-        """Have run() look whether its task was cancelled. Never blocks; called by any thread."""
+        """Have call() look whether its task was cancelled. Never blocks; called by any thread."""
         if self._waking.acquire(blocking=False):  # else there is such a message already
             with contextlib.suppress(OSError):
                 self._waker.send_bytes(b"")
@@ -1771,7 +1771,7 @@ class Children:
         self._all: set[Child] = set()
         self._closed = False
 
-    def run(
+    def call(
         self,
         function: Callable[..., Any],
         payload: bytes,
@@ -1779,7 +1779,7 @@ class Children:
         timeout: float | None,
         default: Default,
     ) -> bytes:
-        """Call a function in the child of this worker, as `Child.run` says.
+        """Call a function in the child of this worker, as `Child.call` says.
 
         Not for the main thread, because its thread hears no signals from now on.
         """
@@ -1788,7 +1788,7 @@ class Children:
         if not hasattr(self._mine, "child"):
             self._add()
         child: Child = self._mine.child
-        return child.run(function, payload, live, timeout, default)
+        return child.call(function, payload, live, timeout, default)
 
     def end_mine(self) -> None:
         """End the child of this worker, because the worker ends."""
@@ -2367,9 +2367,13 @@ class Application:
         self.secured = False  # whether one of the checks asks for a token
         self.types: dict[str, TaskType] = {}
         self.children = Children()
-        self.pool = WorkerPool("task", self._run, self.WORKERS, self.MAX_WAITING)
+        self.pool = WorkerPool("task", self._run_task, self.WORKERS, self.MAX_WAITING)
         self.cpu_pool = WorkerPool(
-            "cpu-task", self._run, os.cpu_count() or 1, self.MAX_WAITING, self.children.end_mine
+            "cpu-task",
+            self._run_task,
+            os.cpu_count() or 1,
+            self.MAX_WAITING,
+            self.children.end_mine,
         )
         self.coroutine_pool = CoroutinePool(
             self._begin_coroutine, self._end_coroutine, self.WORKERS, self.MAX_WAITING
@@ -2686,7 +2690,7 @@ class Application:
 
     # The life of a task, in a worker
 
-    def _run(self, record: Record) -> None:
+    def _run_task(self, record: Record) -> None:
         """Run a task in this thread, or in this worker's child, to its end. Raises nothing."""
         task_type = self.types[record.type]
         own = os.getpid()
@@ -2703,7 +2707,7 @@ class Application:
     def _call(self, task_type: TaskType, payload: bytes, live: Live) -> bytes:
         """Call the function; return the encoded result."""
         if task_type.pool is self.cpu_pool:
-            return self.children.run(
+            return self.children.call(
                 task_type.function, payload, live, task_type.timeout, self.default
             )
         return call_here(task_type.function, payload, live.report, self.default)
@@ -3655,7 +3659,7 @@ class LogHandler(logging.Handler):
         self._dropped = 0  # lines, in all; guarded by the lock of the base class
         # Of each line the time, the level, the format, and its arguments. None ends the thread.
         self._lines: queue.SimpleQueue[tuple[float, str, str, Any] | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._write, name="log", daemon=True)
+        self._thread = threading.Thread(target=self._be_writer, name="log", daemon=True)
         self._thread.start()
 
     def put(self, text: str, *arguments: object) -> None:
@@ -3687,7 +3691,7 @@ class LogHandler(logging.Handler):
         self._dropped += 1
         self.release()
 
-    def _write(self) -> None:
+    def _be_writer(self) -> None:
         """Be the thread that writes."""
         told = 0  # of the lines that were dropped
         lines: list[tuple[float, str, str, Any] | None] = []
@@ -3720,7 +3724,7 @@ def write_all(descriptor: int, data: bytes) -> None:
             data = data[os.write(descriptor, data) :]
 
 
-def run(server: Server, grace: float) -> int:
+def run_until_stopped(server: Server, grace: float) -> int:
     """Serve until a signal or `server.shutdown`, then stop in order; return an exit status.
 
     SIGINT, SIGTERM, SIGBREAK, and SIGHUP unless it is ignored, begin the stop; a second one ends
@@ -4072,7 +4076,7 @@ class SQLiteJournal(Journal):
                 raise
         except Exception as error:
             raise self._error("opened", error) from error
-        self._thread = threading.Thread(target=self._run, name="journal", daemon=True)
+        self._thread = threading.Thread(target=self._be_writer, name="journal", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
@@ -4142,7 +4146,7 @@ class SQLiteJournal(Journal):
             "see that this user may write there and that there is space, or choose another file"
         )
 
-    def _run(self) -> None:
+    def _be_writer(self) -> None:
         """Be the thread that writes."""
         jobs: list[Any] = []
         while None not in jobs:
@@ -5309,7 +5313,7 @@ def _hash_of(tag: str) -> str:
 # -- 14. Demo and command line ---------------------------------------------------------------------
 
 
-def wait(payload: dict[str, Any], report: Report) -> dict[str, Any]:
+def wait_for_seconds(payload: dict[str, Any], report: Report) -> dict[str, Any]:
     """Wait, as if for a network: for "seconds", from 0 to 3600, 5 if they are not given."""
     seconds = payload.get("seconds", 5)
     is_number = isinstance(seconds, (int, float)) and not isinstance(seconds, bool)
@@ -5345,7 +5349,7 @@ def demo() -> Application:
     application = Application()
     seconds = {"type": "number", "minimum": 0, "maximum": 3600, "default": 5}
     limit = {"type": "integer", "minimum": 0, "maximum": 100_000_000, "default": 400_000}
-    application.task("task", payload={"seconds": seconds})(wait)
+    application.task("task", payload={"seconds": seconds})(wait_for_seconds)
     application.task("primes", cpu=True, payload={"limit": limit})(primes)
     return application
 
@@ -5682,7 +5686,7 @@ def main(application: Application | None = None, argv: list[str] | None = None) 
             'call it under `if __name__ == "__main__":` alone'
         )
     is_main_thread = threading.current_thread() is threading.main_thread()
-    if is_main_thread:  # a Ctrl-C ends a long start; run() knows a better end
+    if is_main_thread:  # a Ctrl-C ends a long start; run_until_stopped knows a better one
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     application = application or demo()
     options = _parse_options(argv, application)
@@ -5696,7 +5700,7 @@ def main(application: Application | None = None, argv: list[str] | None = None) 
         sentence = " ".join(str(error).splitlines())
         sys.exit(f"taskserver: {sentence}")
     log.info("serving %s", address)
-    status = run(server, options.grace)
+    status = run_until_stopped(server, options.grace)
     is_running = any(pool.counts()[1] for pool in application.pools)
     if is_running:
         log.warning("some tasks were still running and are cut off")

@@ -10328,12 +10328,12 @@ def test_primes_refuses_what_is_no_limit(limit):
 @pytest.mark.parametrize("seconds", [-0.1, 3600.1, True, "5", None, [], math.nan, 10**400])
 def test_the_demo_refuses_what_are_no_seconds(seconds):
     with pytest.raises(ValueError, match="seconds"):
-        taskserver.wait({"seconds": seconds}, print)
+        taskserver.wait_for_seconds({"seconds": seconds}, print)
 
 
 def test_the_demo_waits_and_reports():
     reports = []
-    result = taskserver.wait({"seconds": 0.02}, lambda *report: reports.append(report))
+    result = taskserver.wait_for_seconds({"seconds": 0.02}, lambda *report: reports.append(report))
     assert result == {"seconds": 0.02}
     assert reports
     assert all(0 <= fraction <= 1 for fraction, _ in reports)
