@@ -2097,7 +2097,7 @@ def run_live(child, function, live, timeout=LONG, default=None, **payload):
     """Call a function in a child; return its result."""
     data = json.dumps(payload).encode()
     with concurrent.futures.ThreadPoolExecutor(1) as pool:  # for Child blocks signals in its thread
-        return json.loads(pool.submit(child.run, function, data, live, timeout, default).result())
+        return json.loads(pool.submit(child.call, function, data, live, timeout, default).result())
 
 
 def run(child, function, report=None, **more):
