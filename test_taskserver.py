@@ -5055,6 +5055,17 @@ def test_a_journal_that_hangs_stops_no_coroutine_that_runs(coroutines, memory_jo
     assert [final(coroutines, record)["result"] for record in waiting] == list(range(len(waiting)))
 
 
+def test_many_coroutines_share_the_commits_of_a_journal(coroutines, memory_journal, door):
+    taskserver.recover(coroutines)  # as the program does when it opens a journal
+    held = Gate()
+    memory_journal.before_save = lambda record: record.started_at and held({})
+    records = [create(coroutines, "door") for _ in range(40)]
+    held.wait_for(32)  # starts that are being saved at once
+    door.open()
+    held.opened.set()
+    assert {final(coroutines, record)["status"] for record in records} == {"completed"}
+
+
 def stop(application, grace):
     """Stop an application as its server does."""
     with serving(application) as server:
