@@ -4602,7 +4602,8 @@ progress:indeterminate { background: repeating-linear-gradient(
 @media print {
   :root { color-scheme: light; }
   aside, form, button, nav a:not([aria-current]) { display: none !important; }
-  main, .stack { display: block; }
+  main, section, .stack { display: block; }
+  nav a[aria-current] { padding: 0; border: 0; color: inherit; text-decoration: none; }
   .task { margin-top: 1rem; break-inside: avoid; }
   .task h3, .message, pre { max-height: none; }
 }
