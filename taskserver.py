@@ -42,9 +42,9 @@ The way of a create:
 
  1. The server's loop hears that a connection has received bytes (7 HTTP, `Server.serve_forever`).
  2. The connection takes a request out of them (7, `parse_request`).
- 3. The application judges it by its head: may it come in, and what answers it? (6, `judge`)
+ 3. The application looks at its head, checks access, and finds its endpoint (6, `judge`).
  4. The endpoint reserves a place in a pool of workers (3) and adds a pending record to the store
-    (2), which holds it in a dict behind a lock (1); with a journal (10), once the disk has it.
+    (2), which holds it in a dict behind a lock (1); with a journal (10), only after it is on disk.
  5. The connection sends the answer, status 201, and waits for the next request (7).
  6. A worker takes the record and calls its function: in this thread, in the event loop of the
     coroutines (both 3), or in a child process (4).
@@ -153,7 +153,8 @@ class ReadersWriterLock:
     """Many readers at once, or one writer alone; a waiting writer goes before later readers.
 
     `with lock.read:` and `with lock.write:` hold one side. A thread that holds a side must ask for
-    neither: a writer that comes in between would wait for the first, and the second for the writer.
+    neither: a writer that comes in between waits for the first to be given back, and the second
+    request waits for that writer.
     Nothing slow may be done while holding a side. A stream of writers keeps readers out.
 
     To read costs three times what a plain lock costs (1.6 and 0.5 microseconds). The gain: who
@@ -167,7 +168,9 @@ class ReadersWriterLock:
         self.writers = 0  # threads that write or wait to
         self.writing = False
         self.may_read = threading.Condition(self.mutex)  # notified when the last writer leaves
-        self.may_write = threading.Condition(self.mutex)  # when a writer or the last reader leaves
+        self.may_write = threading.Condition(
+            self.mutex
+        )  # notified when a writer or last reader leaves
         self.read = _ReadSide(self)
         self.write = _WriteSide(self)
 
@@ -249,8 +252,8 @@ class Live:
 
     def __init__(self) -> None:
         self.progress = _NOT_STARTED  # replaced as a whole, so that nobody sees half of it
-        self.cancel_requested = False  # becomes true once, by any thread, as does the next
-        self.withdrawn = False  # it was cancelled before it began, and never will
+        self.cancel_requested = False  # becomes true once, by any thread
+        self.withdrawn = False  # true if it was cancelled before it began: then it never begins
 
     def start(self) -> float:
         """Note that the task starts now; return the time."""
@@ -291,7 +294,7 @@ def _to_float(number: Any) -> float:
 
 
 def _cut_rounding(fraction: float) -> float:
-    """Return 0.0 or 1.0 for what misses it by rounding alone. ValueError: it misses it by more."""
+    """Return 0.0 or 1.0 for a fraction that is outside by rounding alone. ValueError: by more."""
     if -ROUNDING <= fraction < 0.0:
         return 0.0
     if 1.0 < fraction <= 1.0 + ROUNDING:
@@ -320,7 +323,7 @@ class Record(NamedTuple):
     error: str | None = None
     payload: bytes | None = None  # JSON as it was posted; dropped when the task is final
     sequence: int = 0  # its place in the order of creation, if there is a journal
-    live: Live | None = None  # of a pending task; what a client sees of it stands in there
+    live: Live | None = None  # of a pending task; clients are shown its progress instead
 
     def size(self) -> int:
         """Return the number of bytes that count against the store's `max_memory`."""
@@ -522,11 +525,11 @@ class Store:
     A final record stays for `keep` seconds; then `evict` drops it. At most `max_tasks` records are
     held, and payloads and results of at most `max_memory` bytes. With a `journal` (its contract
     stands in section 10), a record is in there before anybody sees it; then `add`, `save` and
-    `finish` block until it is, and `delete_left` has it forget what is held no more.
+    `finish` block until it is, and `delete_doomed` has it forget what is held no more.
     """
 
     FAILING_SECONDS = 30.0  # so long after a failure the journal counts as failing
-    DELETE_AGAIN_SECONDS = 10.0  # so long after a failure, what is left in the journal stays there
+    DELETE_AGAIN_SECONDS = 10.0  # so long after a failed delete, the next one is tried
     EVICTED_AT_ONCE = 1000  # records; so many take a millisecond of the lock
 
     # When so many records are held, and so many of them are new, Python's garbage collector is told
@@ -542,12 +545,12 @@ class Store:
     ) -> None:
         self.keep, self.max_tasks, self.max_memory = keep, max_tasks, max_memory
         self.journal: Any = None
-        self.journal_lost: Callable[[str], None] = lambda reason: None  # told that it was, and why
+        self.journal_lost: Callable[[str], None] = lambda reason: None  # called when it is lost
         self.stopping = False  # becomes true once, by any thread
         self.lost = ""  # why the journal belongs to this server no more; set once, by any thread
         self._clock = clock
         self._failed_at = -math.inf  # when the journal failed, by the monotonic clock
-        self._lock = ReadersWriterLock()  # guards all below but `_left` and `_deleting`
+        self._lock = ReadersWriterLock()  # guards all below but `_doomed` and `_deleting`
         # In the order of creation. None keeps the place of a record that is just being saved.
         self._records: dict[str, Record | None] = collections.OrderedDict()
         if sys.version_info >= (3, 8):
@@ -559,7 +562,7 @@ class Store:
         self._watchers: dict[str, set[Callable[[], None]]] = {}
         self._new = 0  # records that were put in since the collector was told to overlook them
         self._deleted = threading.Condition()  # guards the next; notified when a delete has ended
-        self._left: set[str] = set()  # ids of what may be in the journal, and must not stay there
+        self._doomed: set[str] = set()  # ids that the journal may hold and is to delete
         self._deleting: set[str] = set()  # ids that a thread has the journal delete just now
         self._delete_at = -math.inf  # when that may be tried again, by the monotonic clock
 
@@ -612,7 +615,8 @@ class Store:
         it. Duplicate: its id is taken. Each leaves nothing behind.
         """
         size = record.size()
-        while self._has_no_room(size) and self.evict():  # a glance; it is judged below
+        # An estimate without the lock; the same is judged again, with it, below.
+        while self._has_no_room(size) and self.evict():
             pass
         with self._lock.write:
             if record.id in self._records:
@@ -626,8 +630,7 @@ class Store:
                 return record
             self._sequence += 1
             record = record._replace(sequence=self._sequence)
-            self._bytes += size
-            self._records[record.id] = None
+            self._hold_place(record.id, size)
         saved = False
         try:
             self._await_deletion(record.id)
@@ -637,12 +640,12 @@ class Store:
             raise JournalError("The journal belongs to this server no more.", 5) from loss
         finally:
             with self._lock.write:
-                self._bytes -= size
                 if saved:
+                    self._bytes -= size  # which _insert counts
                     self._insert(record)
                 else:
-                    del self._records[record.id]
-                    self._leave([record.id])  # after an error, it may be in the journal or not
+                    self._free_place(record.id, size)
+                    self._doom([record.id])  # after an error, it may be in the journal or not
         return record
 
     def save(self, record: Record) -> None:
@@ -653,7 +656,7 @@ class Store:
         if self.journal is None:
             return
         pauses = itertools.chain((0.1, 0.3, 1, 3), itertools.repeat(10))
-        while self.journal is not None:
+        while self.journal is not None:  # a second signal takes it away, so that this ends
             try:
                 self._save_once(record)
                 return
@@ -674,7 +677,9 @@ class Store:
                 result=None,
                 error=f"the journal cannot take the outcome: {describe(refusal)}",
             )
-            with contextlib.suppress(RecordRefused):  # as a pending one, it has been taken
+            with contextlib.suppress(
+                RecordRefused
+            ):  # the store has it to be made final in any case
                 self.save(record)
         with self._lock.write:
             self._insert(record)
@@ -720,8 +725,8 @@ class Store:
     def evict(self) -> int:
         """Drop final records that have outlived their time; return how many.
 
-        These are not all at once, so that readers never wait for long: call it until it returns 0.
-        From the journal, `delete_left` deletes them: who makes room does not wait for a disk.
+        At most EVICTED_AT_ONCE of them, so that readers never wait for long: call it until it
+        returns 0. The journal forgets them in `delete_doomed`: who makes room waits for no disk.
         """
         ids: list[str] = []
         with self._lock.write:
@@ -732,26 +737,26 @@ class Store:
                 ids.append(self._finished.popleft()[1])
                 self._remove(ids[-1])
             if self.journal is not None:
-                self._leave(ids)
+                self._doom(ids)
         return len(ids)
 
-    def has_left(self) -> bool:
-        """Return whether there is something to delete from the journal, and it may be tried."""
-        return bool(self._left) and not self.lost and time.monotonic() >= self._delete_at
+    def has_doomed(self) -> bool:
+        """Return whether the journal is to delete something, and that may be tried now."""
+        return bool(self._doomed) and not self.lost and time.monotonic() >= self._delete_at
 
-    def delete_left(self) -> int:
-        """Delete from the journal some of what must not stay there; return how many. Blocks.
+    def delete_doomed(self) -> int:
+        """Have the journal delete some of what is evicted; return how many. Blocks.
 
-        Call it until it returns 0.
+        Call it until it returns 0. What a lost journal holds is its next owner's business.
         """
-        if not self.has_left():
+        if not self.has_doomed():
             return 0
         with self._deleted:
             if self._deleting:  # another thread is at it
                 return 0
-            ids = list(itertools.islice(self._left, self.EVICTED_AT_ONCE))
+            ids = list(itertools.islice(self._doomed, self.EVICTED_AT_ONCE))
             self._deleting.update(ids)
-            self._left.difference_update(ids)
+            self._doomed.difference_update(ids)
         error = None
         try:
             self.journal.delete(ids)
@@ -761,7 +766,7 @@ class Store:
             error = exception
         with self._deleted:
             if error is not None:
-                self._left.update(ids)
+                self._doomed.update(ids)
                 self._delete_at = time.monotonic() + self.DELETE_AGAIN_SECONDS
             self._deleting.clear()
             self._deleted.notify_all()
@@ -773,11 +778,11 @@ class Store:
     def spare_collector(self) -> None:
         """Have Python's garbage collector overlook the records, if there are many new ones.
 
-        Now and then it looks at everything, while everybody waits: 0.5 s for a million records. What
-        is frozen it never looks at again. It is freed as ever when nothing refers to it; but what is
-        alive now and later refers to itself, in a circle, stays. So this is done seldom, and never
-        with the default of --max-tasks. CPython has it from 3.7 on; in free-threaded builds it makes
-        the pause shorter by half; PyPy needs none of it.
+        Now and then it looks at everything, while everybody waits: 0.5 s for a million records.
+        What is frozen it never looks at again. That is freed, as ever, when nothing refers to it.
+        But a circle of references in it that is dropped later is never freed. So this is done seldom, and
+        never with the default of --max-tasks. CPython has it from 3.7 on; in free-threaded builds
+        it makes the pause shorter by half; PyPy needs none of it.
         """
         if self._new >= self.MANY_NEW and len(self._records) >= self.MANY:
             self._new = 0
@@ -845,6 +850,16 @@ class Store:
             self._finished.extend(sorted(finished))
         return pending
 
+    def _hold_place(self, id: str, size: int) -> None:
+        """Keep the place of a record that is about to be saved. The write side is held."""
+        self._records[id] = None
+        self._bytes += size
+
+    def _free_place(self, id: str, size: int) -> None:
+        """Give back the place of a record that could not be saved. The write side is held."""
+        del self._records[id]
+        self._bytes -= size
+
     def _has_no_room(self, size: int) -> bool:
         """Return whether a record of so many bytes would be one too many."""
         return len(self._records) >= self.max_tasks or self._bytes + size > self.max_memory
@@ -881,19 +896,23 @@ class Store:
             self._bytes -= record.size()
             self._counts[record.type, record.status] -= 1
 
-    def _leave(self, ids: list[str]) -> None:
-        """Note what must not stay in the journal. The write side is held."""
+    def _doom(self, ids: list[str]) -> None:
+        """Note what the journal is to delete. The write side is held."""
         with self._deleted:
-            # A journal that never deletes must not fill memory; what is left, the next start finds.
-            if len(self._left) < self.max_tasks:
-                self._left.update(ids)
+            # A journal that never deletes must not fill memory. The next start loads the rest, and
+            # evicts it once more.
+            if len(self._doomed) < self.max_tasks:
+                self._doomed.update(ids)
 
     def _await_deletion(self, id: str) -> None:
-        """See that nobody deletes what is about to be saved, instead of what it replaces."""
+        """Wait until an old delete of this id is over, and call off one that has not begun.
+
+        Else it would delete the new record of this id. JournalError: it takes too long.
+        """
         with self._deleted:
             if not self._deleted.wait_for(lambda: id not in self._deleting, 5):
                 raise JournalError("The journal is slow; try again later.", 5)
-            self._left.discard(id)
+            self._doomed.discard(id)
 
     def _save_once(self, record: Record) -> None:
         """Save a record. JournalError: it may have worked or not; RecordRefused; JournalLost."""
@@ -928,7 +947,7 @@ def _freeze() -> None:
 
 
 class BoundedQueue:
-    """What waits for a pool and how much of it is in work, in the words of `queue.py`.
+    """The items that wait for a pool, and the number of those in work; named as in `queue.py`.
 
     Who has an item calls, in this order:
 
@@ -936,9 +955,13 @@ class BoundedQueue:
         put(key, item)   queues the item in that place, or release(key) gives the place back
         wake()           has a worker come for it; once after any number of puts
 
-    Then a worker calls `_get` and, when the work is done, `_done`. Meanwhile anybody may call
-    withdraw(key): of `_get` and `withdraw` one gets the item, and nobody else. A key is an object
-    of the caller's that is like no other; a place may be withdrawn before its item is put.
+    Then a worker calls `_take` and, when the work is done, `_done`. Until it is taken, anybody may
+    call withdraw(key), even between `reserve` and `put`; then nobody gets it. So a key goes
+
+        reserved --put--> queued --_take--> in work --_done--> gone
+        reserved or queued --withdraw--> gone
+
+    A key is an object of the caller's that is like no other.
     """
 
     def __init__(self, max_workers: float = math.inf, max_waiting: float = math.inf) -> None:
@@ -1032,8 +1055,9 @@ class WorkerPool(BoundedQueue):
     """Threads that are made when there is work, and end when there has been none for a while.
 
     Each takes one item after the other out of the queue and calls `work` with it, which lets no
-    exception out. One worker at a time is on its way to the queue; when it leaves items behind, it
-    sends the next one. So a burst of short items wakes few threads, and long ones get one each.
+    exception out. At most one worker at a time is being woken or made; when it leaves items behind,
+    it has the next one come. So a burst of short items wakes few threads, and long ones get a
+    thread each.
     """
 
     IDLE_SECONDS = 10.0  # without work, after which a worker ends
@@ -1109,7 +1133,9 @@ class WorkerPool(BoundedQueue):
                 self._idle += 1
                 notified = self._not_empty.wait(self.IDLE_SECONDS)
                 self._idle -= 1
-                self._on_the_way = False  # in any case: a notice may come just as the time is over
+                # Also without a notice: one may have come just as the time was over, and then the
+                # worker that it was meant for is this one.
+                self._on_the_way = False
                 if not notified and not self._has_item():
                     self._workers -= 1
                     return None
@@ -1123,15 +1149,15 @@ class Stopped(Exception):
 class CoroutineRun:
     """One call of a coroutine function, from its start in the event loop to its end."""
 
-    __slots__ = ("given_up", "item", "outcome", "reason", "task", "timer")
+    __slots__ = ("aio_task", "given_up", "item", "outcome", "reason", "timer")
 
     def __init__(self, item: Any) -> None:
         self.item = item
-        self.task: Any = None
+        self.aio_task: Any = None  # the asyncio.Task in which it runs
         self.timer: Any = None  # of the time limit; once it is interrupted, of the grace
         self.reason: Exception | None = None  # why it was interrupted
         self.outcome: tuple[Any, BaseException | None] | None = None  # its value and its error
-        self.given_up = False  # it goes on, although its outcome is settled
+        self.given_up = False  # it goes on, but its record is final already
 
 
 _ASYNC = inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR  # of the code of a function
@@ -1140,9 +1166,9 @@ _ASYNC = inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR  # of the code of a f
 class CoroutinePool(BoundedQueue):
     """Coroutines in one event loop, which has a thread of its own; it starts with the first item.
 
-    An item goes through three steps. `begin(item)` returns a function without arguments and a time
+    An item goes through three steps. `before(item)` returns a function without arguments and a time
     limit, or None for either. What the function returns, a coroutine, runs in the event loop.
-    `end(item, value, error)` takes what became of it. The first and the last step may wait for a
+    `after(item, value, error)` takes what became of it. The first and the last step may wait for a
     disk, and decode and encode what may be long, so threads do them; they let no exception out.
     """
 
@@ -1152,14 +1178,14 @@ class CoroutinePool(BoundedQueue):
 
     def __init__(
         self,
-        begin: Callable[[Any], tuple[Callable[[], Any] | None, float | None]],
-        end: Callable[[Any, Any, BaseException | None], None],
+        before: Callable[[Any], tuple[Callable[[], Any] | None, float | None]],
+        after: Callable[[Any, Any, BaseException | None], None],
         max_workers: float = math.inf,
         max_waiting: float = math.inf,
     ) -> None:
         super().__init__(max_workers, max_waiting)
         self.grace = 10.0  # seconds for which a coroutine that was interrupted may go on
-        self._begin, self._end = begin, end
+        self._before, self._after = before, after
         self._threads = WorkerPool("coroutine", lambda step: step(), self.THREADS)
         # For the loop's thread alone:
         self._runs: dict[Hashable, CoroutineRun] = {}  # by key
@@ -1193,7 +1219,7 @@ class CoroutinePool(BoundedQueue):
         """
         self._call_in_loop(self._interrupt_key, key, reason)
 
-    def end(self, seconds: float) -> None:
+    def shut_down(self, seconds: float) -> None:
         """Interrupt all coroutines, wait for them at most so long, and end the event loop."""
         self._call_in_loop(self._interrupt_all, Stopped())
         self.join(seconds)
@@ -1219,18 +1245,18 @@ class CoroutinePool(BoundedQueue):
                 return
             key, item = self._take()
         self.wake()
-        function, seconds = self._begin(item)
+        function, seconds = self._before(item)
         if function is None:
-            self._leave()
+            self._free_slot()
         else:
             self._call_in_loop(self._start, key, CoroutineRun(item), function, seconds)
 
     def _last_step(self, item: Any, value: Any, error: BaseException | None) -> None:
-        self._end(item, value, error)
-        self._leave()
+        self._after(item, value, error)
+        self._free_slot()
 
-    def _leave(self) -> None:
-        """Give the place of an item to the next one."""
+    def _free_slot(self) -> None:
+        """Let the next item have the slot of one that has ended."""
         self._done()
         self.wake()
 
@@ -1266,7 +1292,7 @@ class CoroutinePool(BoundedQueue):
             try:
                 loop.run_forever()  # returns, too, when a coroutine stops the loop
             except BaseException as error:
-                self._stay_after(error)
+                self._outlive_exit(error)
         with self._lock:
             self._loop = None
         loop.close()
@@ -1275,12 +1301,13 @@ class CoroutinePool(BoundedQueue):
         self._is_ending = True
         self._loop.stop()
 
-    def _stay_after(self, error: BaseException) -> None:
-        """Do with an exception that ends the loop, SystemExit, as asyncio does with all others.
+    def _outlive_exit(self, error: BaseException) -> None:
+        """Go on after an exception that ends the loop: SystemExit, KeyboardInterrupt.
 
-        The task that raised it keeps it for whoever awaits the task; if nobody does, it tells
-        `_log_stray_exception` when it is deleted. But the loop's part of the traceback holds the
-        task, so that is forgotten. What no task has raised is logged here.
+        The task that raised it keeps it for whoever awaits that task. If nobody does, asyncio tells
+        `_log_stray_exception` when the task is deleted. But the traceback begins with frames of the
+        loop, and these refer to the task, which would never be deleted. So drop them, up to the
+        first frame of a coroutine. An exception without one is of no task, and is logged here.
         """
         trace = error.__traceback__ and error.__traceback__.tb_next  # without _run_loop
         while trace is not None and not trace.tb_frame.f_code.co_flags & _ASYNC:
@@ -1304,13 +1331,13 @@ class CoroutinePool(BoundedQueue):
     ) -> None:
         self._runs[key] = run
         context = contextvars.Context()  # no task sees the context variables of another
-        run.task = context.run(self._loop.create_task, self._border(run, function))
-        run.task.add_done_callback(functools.partial(self._ended, key, run))
+        run.aio_task = context.run(self._loop.create_task, self._catch_all(run, function))
+        run.aio_task.add_done_callback(functools.partial(self._ended, key, run))
         if seconds is not None:
             reason = TaskError(f"timed out after {seconds} seconds")
             run.timer = self._loop.call_later(seconds, self._interrupt, run, reason)
 
-    async def _border(self, run: CoroutineRun, function: Callable[[], Any]) -> None:
+    async def _catch_all(self, run: CoroutineRun, function: Callable[[], Any]) -> None:
         """Note what the coroutine returns or raises: SystemExit, too, ends it alone."""
         try:
             run.outcome = await function(), None
@@ -1329,16 +1356,16 @@ class CoroutinePool(BoundedQueue):
         if run.reason is not None:  # once is enough
             return
         run.reason = reason
-        run.task.cancel()
+        run.aio_task.cancel()
         if run.timer is not None:
             run.timer.cancel()
         run.timer = self._loop.call_later(self.grace, self._give_up, run)
 
     def _give_up(self, run: CoroutineRun) -> None:
-        """Settle the outcome of a coroutine that goes on after its grace; it keeps its place."""
-        if not run.task.done():
+        """Settle the outcome of a coroutine that goes on after its grace; its slot stays taken."""
+        if not run.aio_task.done():
             run.given_up = True
-            self._threads.call(functools.partial(self._end, run.item, None, run.reason))
+            self._threads.call(functools.partial(self._after, run.item, None, run.reason))
 
     def _ended(self, key: Hashable, run: CoroutineRun, task: Any) -> None:
         """Take what a coroutine returned or raised."""
@@ -1346,20 +1373,24 @@ class CoroutinePool(BoundedQueue):
         if run.timer is not None:
             run.timer.cancel()
         value, error = _outcome(run)
-        run.outcome = None  # else the error, which has a traceback, and the run hold each other
+        run.outcome = None  # breaks a cycle: the traceback of the error refers to the run
         if run.given_up:
-            self._leave()
+            self._free_slot()
         else:
             self._threads.call(functools.partial(self._last_step, run.item, value, error))
 
 
 def _outcome(run: CoroutineRun) -> tuple[Any, BaseException | None]:
-    """Return the value of a coroutine that has ended, and its error: of one that was interrupted,
-    why it was, unless it has returned or raised something else all the same.
+    """Return the value and the error of a coroutine that has ended.
+
+    The error of one that was interrupted is the reason, unless it raised something else.
     """
     import asyncio  # it is there, for the loop runs
 
-    value, error = run.outcome or (None, asyncio.CancelledError())  # cancelled before it began
+    value: Any = None
+    error: BaseException | None = asyncio.CancelledError()
+    if run.outcome is not None:  # it is, unless asyncio cancelled it before it began
+        value, error = run.outcome
     if error is not None and isinstance(run.reason, Stopped):
         return None, run.reason  # whatever it raised, it did so because of the stop
     if isinstance(error, asyncio.CancelledError) and run.reason is not None:
@@ -1371,12 +1402,6 @@ def _outcome(run: CoroutineRun) -> tuple[Any, BaseException | None]:
 #
 # What a worker's thread and its child process say to each other, through one pipe:
 #
-#     the worker                                    the child
-#                <--  READY: give me a job  --
-#                --  function, payload, default  -->
-#                <--  BEGUN: the function is called  --
-#                <--  PROGRESS: a report, ten a second  --
-#                <--  RESULT, or ERROR  --
 #
 # From the child come bytes and JSON: the server never unpickles what a task made.
 
@@ -1527,7 +1552,7 @@ class Surroundings:
         if _POSIX:
             for timer in signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF:
                 signal.setitimer(timer, 0)
-            for number in signal.sigpending():  # a signal that is blocked is dropped when ignored
+            for number in signal.sigpending():  # to ignore a blocked signal discards it
                 signal.signal(number, signal.SIG_IGN)
         for number, handler in self._handlers.items():
             if handler is not None and signal.getsignal(number) != handler:
@@ -1541,7 +1566,7 @@ def _outlive(number: int, frame: object) -> None:
 
 
 def _read_nothing() -> None:
-    """Let programs that a task runs read nothing, for a terminal stops those in other groups."""
+    """Give programs that a task runs an empty stdin: a terminal stops readers of other groups."""
     with open(os.devnull, "rb") as nothing:
         os.dup2(nothing.fileno(), 0)
 
@@ -1561,7 +1586,7 @@ def _child_main(pipe: Any) -> None:
         surroundings = Surroundings()
         surroundings.restore()  # this unblocks what Child._start has blocked
         while True:
-            pipe.send_bytes(READY)  # unasked, a large job would wait for a child that hangs
+            pipe.send_bytes(READY)  # only then is a job sent, for to send one to who hangs blocks
             answer = _run_job(pipe, pipe.recv_bytes())
             if os.getpid() != own:  # a copy that the function has forked must not answer as well
                 return
@@ -1599,7 +1624,7 @@ def _send_reports(pipe: Any, live: Live, done: threading.Event) -> None:
     """Send reports until the task is done. When the server is gone, end this process at once."""
     sent = live.progress
     with contextlib.suppress(OSError):
-        while not pipe.poll():  # the server sends nothing meanwhile, so that is the end of file
+        while not pipe.poll():  # nothing is sent meanwhile, so what can be read is the end of file
             is_over = done.wait(REPORT_SECONDS)
             if live.progress is not sent:
                 sent = live.progress
@@ -1614,17 +1639,22 @@ def _send_reports(pipe: Any, live: Live, done: threading.Event) -> None:
 class Child:
     """A process that runs one task at a time, and a pipe to it. It belongs to one worker.
 
-    The process starts with the first call(), serves the later ones, too, and is replaced when it has
-    ended. On Windows, what a task has started itself may outlive it.
+    The process starts with the first call(), serves the later ones, too, and is replaced when it
+    has ended. On Windows, what a task has started itself may outlive it.
+
+    A worker that has a child blocks the stop signals in its thread for good: the child inherits
+    that, and lets them through when its handlers stand. So call() is not for the main thread.
     """
 
     def __init__(self, reaping: threading.Lock) -> None:
         self._reaping = reaping  # that of all children, see there
         self._process: Any = None
         self._pipe: Any = None  # our end
-        # Through this a cancel wakes call(), which then looks whether it was meant.
+        # Through this pipe a cancel wakes call(), which then looks whether it was meant. At most
+        # one byte is under way: the lock is held from before it is sent until it is about to be
+        # read.
         self._woken, self._waker = _SPAWN.Pipe(duplex=False)
-        self._waking = threading.Lock()  # held from the sending of a wake until it has arrived
+        self._wake_under_way = threading.Lock()
 
     def call(
         self,
@@ -1649,6 +1679,7 @@ class Child:
                 if kind == ERROR:
                     raise TaskError(*json.loads(body))
                 fraction, message = json.loads(body)
+                # Cancelled comes out of this, too.
                 live.report(fraction, message)
         except TaskError:
             raise
@@ -1663,7 +1694,7 @@ class Child:
 
     def wake(self) -> None:
         """Have call() look whether its task was cancelled. Never blocks; called by any thread."""
-        if self._waking.acquire(blocking=False):  # else there is such a message already
+        if self._wake_under_way.acquire(blocking=False):  # else there is such a message already
             with contextlib.suppress(OSError):
                 self._waker.send_bytes(b"")
 
@@ -1737,7 +1768,9 @@ class Child:
             if not ready:
                 raise TimeoutError
             if self._woken in ready:
-                self._waking.release()  # first: a wake that is not sent now must be of no use
+                # In this order: who requests a cancel after the release sends a new wake, and who
+                # did before is seen at the top of this loop.
+                self._wake_under_way.release()
                 self._woken.recv_bytes()
             elif self._pipe.poll():
                 message: bytes = self._pipe.recv_bytes()
@@ -1768,9 +1801,9 @@ class Children:
     """The children of an application: one for each worker that runs tasks in one."""
 
     def __init__(self) -> None:
-        # Guards every start and every reaping: `multiprocessing` has one table of children, and of
-        # two threads that reap one of them one misses its exit status. Held around slow system
-        # calls; whoever serves clients never takes it.
+        # Guards every start and every reaping, for `multiprocessing` has one table of children:
+        # when two threads reap the same child, one of them does not learn its exit status. Held
+        # around slow system calls; whoever serves clients never takes it.
         self._reaping = threading.Lock()
         self._mine = threading.local()  # .child is that of this thread, if it has one
         self._lock = threading.Lock()  # guards the next two
@@ -1785,10 +1818,7 @@ class Children:
         timeout: float | None,
         default: Default,
     ) -> bytes:
-        """Call a function in the child of this worker, as `Child.call` says.
-
-        Not for the main thread, because its thread hears no signals from now on.
-        """
+        """Call a function in the child of this worker, as `Child.call` says."""
         if self._closed:
             raise TaskError("the server ended before the task was begun")
         if not hasattr(self._mine, "child"):
@@ -1861,7 +1891,7 @@ class Request(NamedTuple):
     fields: Fields = Fields()
     body: bytes = b""
     peer: str = ""  # the address of the client, or of the proxy between
-    trusted: bool = True  # false if a check refuses it that its route does without
+    trusted: bool = True  # false if it failed a check that its route waives
 
     def with_body(self, body: bytes) -> Request:
         """Return the request with a body. Half a microsecond; `_replace` needs two."""
@@ -1965,7 +1995,7 @@ class Call(NamedTuple):
     route: Route
     arguments: tuple[str, ...] = ()
     refusal: Response | None = None
-    trusted: bool = True  # false if a check refused the request, and the route waives that
+    trusted: bool = True  # false if the request failed a check that the route waives
 
 
 _NO_ROUTE = Route("", "", lambda request: Response(404))
@@ -2277,7 +2307,7 @@ def _problem_of(function: Any) -> str:
         if _is_a(kind, function):
             return "a generator cannot be a task: return the result instead of yielding"
     try:
-        # Its own: what a decorator has made may take other arguments than what it was made of.
+        # That of the wrapper itself: a decorator may take other arguments than what it wraps.
         inspect.signature(function, follow_wrapped=False).bind({}, None)
     except TypeError:
         return "the function must take two arguments, (payload, report)"
@@ -2389,7 +2419,7 @@ class Application:
         # a create a quarter of what log.info costs it.
         self.log_task: Callable[..., None] = log.info
         self._savers = WorkerPool("saver", lambda save: save(), 8)  # for `fail`
-        # Guards Live.withdrawn, and that it agrees with the pool.
+        # Guards Live.withdrawn: to set it and to withdraw the task from the pool are one step.
         self._cancelling = threading.Lock()
 
     def task(
@@ -2444,7 +2474,7 @@ class Application:
         try:
             try:
                 call = self.router.match(request.method, request.path)
-            except HTTPError as error:  # which only those learn who may come in
+            except HTTPError as error:  # answered below, if the checks let the request in
                 call = Call(_NO_ROUTE, (), error.response)
             for check in self.checks:
                 try:
@@ -2508,7 +2538,7 @@ class Application:
         return sum(pool.stop() for pool in self.pools)
 
     def fail(self, record: Record, reason: str) -> None:
-        """Make a record failed that no worker has. Does not wait for the journal."""
+        """Fail a task that no worker runs. Does not wait for the journal."""
         finish = functools.partial(self._finish, record, None, TaskError(reason))
         if self.store.journal is None:
             finish()
@@ -2589,7 +2619,7 @@ class Application:
             self._add(task_type, record, live)
         except Duplicate:  # another client with this key was faster
             repeated = self._repeat(task_type, id, name)
-            if repeated is None:  # and was refused since
+            if repeated is None:  # it was faster, but was refused: try again
                 raise _still_being_stored() from None
             return repeated
         self.log_task("task %s created: type %s, name %s", id, record.type, ascii(name))
@@ -2600,7 +2630,7 @@ class Application:
         try:
             if self.store.stopping:
                 raise Unavailable("The server is stopping; try again when it is back.", 5)
-            task_type.pool.reserve(live)
+            task_type.pool.reserve(live)  # the key: nothing else is there before the record is
             try:
                 record = self.store.add(record)
             except BaseException:
@@ -2610,7 +2640,7 @@ class Application:
             raise unavailable(error) from None
         except RecordRefused as error:
             raise HTTPError(400, f"The journal cannot take this task: {error}.") from None
-        task_type.pool.put(live, record)
+        task_type.pool.put(live, record)  # does nothing if it was cancelled since it was stored
 
     def _repeat(self, task_type: TaskType, id: str, name: str) -> Response | None:
         """Return the answer to a create whose key was used before, None if it was not.
@@ -2722,6 +2752,7 @@ class Application:
         """Note that a task starts, in the journal, too. Cancelled: do not call its function."""
         live = record.live or Live()
         now = live.start()
+        # A type that may run again needs no mark that it had begun.
         if self.store.journal is not None and not task_type.rerun:
             self.store.save(record._replace(started_at=now))
         if live.cancel_requested:
@@ -2843,8 +2874,8 @@ LINGER = "linger"  # it has sent its last answer, and waits for the client to cl
 PHASE_SECONDS = {HEADER: 10, BODY: 20, RUNNING: math.inf, ANSWER: 20, IDLE: 75, LINGER: 5}
 
 
-# Reading a request. A reader is a coroutine: a generator that takes bytes out of a buffer and
-# yields the phase to wait in whenever more have to come.
+# Reading a request. A reader is a generator: it takes bytes out of a buffer, and yields the phase
+# to wait in whenever more have to come.
 
 
 def take(buffer: bytearray, size: int) -> bytes:
@@ -2857,7 +2888,7 @@ def take(buffer: bytearray, size: int) -> bytes:
 def read_head(buffer: bytearray, peer: str = "") -> Generator[str, Any, Request]:
     """Return the next request, without its body.
 
-    HTTPError: it is refused, and what follows it has no meaning.
+    HTTPError: it is refused, and nobody can tell where the next one begins.
     """
     if buffer.startswith(b"\r"):
         yield from _skip_empty_lines(buffer)
@@ -2900,7 +2931,10 @@ def _skip_empty_lines(buffer: bytearray) -> Generator[str, Any, None]:
 
 
 def read_body(fields: Fields, buffer: bytearray) -> Generator[str, Any, bytes]:
-    """Return the body that belongs to a head. HTTPError 400, 413: what follows has no meaning."""
+    """Return the body that belongs to a head.
+
+    HTTPError 400, 413: it is refused, and nobody can tell where the next request begins.
+    """
     if fields.chunked:
         return (yield from _read_chunks(buffer))
     while len(buffer) < fields.length:
@@ -3005,7 +3039,7 @@ def _advice_for(line: bytes, otherwise: str) -> str:
     return otherwise
 
 
-@functools.lru_cache(maxsize=512)  # or the same headers with another path
+@functools.lru_cache(maxsize=512)  # who polls other tasks sends the same headers
 def parse_headers(block: bytes, minor: int) -> Fields:
     """Return the headers of a request and what RFC 9110 and 9112 make of them.
 
@@ -3121,7 +3155,9 @@ def encode_response(response: Response, request: Request | None, close: bool) ->
     return head + b"\r\n\r\n" + body
 
 
-RECEIVE_SIZE = 16_384  # bytes; a whole record of TLS (RFC 8446, 5.1): selectors see no part of it
+RECEIVE_SIZE = (
+    16_384  # bytes; a whole record of TLS (RFC 8446, 5.1), for no selector sees a rest of one
+)
 MAX_PIPELINED = 65_536  # bytes that are read ahead while an answer comes later
 
 _WOULD_BLOCK: tuple[type[BaseException], ...] = (BlockingIOError,)
@@ -3133,8 +3169,8 @@ class Connection:
     """One client's socket, what has arrived on it, and the phase that it waits in.
 
     It belongs to the server's loop, which alone calls it. Nothing here blocks: what may is done by
-    a thread of `server`. Its story is a coroutine, `serve`: a generator that yields the phase to
-    wait in, and is resumed by
+    a thread of `server`. Its story is a generator, `serve`, which yields the phase to wait in, and
+    is resumed by
 
         HANDSHAKE, ANSWER    ready(): the socket can be read, or takes more
         HEADER, BODY, IDLE   ready(): more has arrived, and is in the buffer
@@ -3149,7 +3185,6 @@ class Connection:
     __slots__ = (
         "buffer",
         "closing",
-        "coroutine",
         "deadline",
         "ended",
         "later",
@@ -3157,6 +3192,7 @@ class Connection:
         "phase",
         "server",
         "socket",
+        "story",
         "watched",
     )
 
@@ -3169,7 +3205,7 @@ class Connection:
         self.later: Later | None = None  # what it waits for
         self.deadline = time.monotonic() + PHASE_SECONDS[HEADER]
         self.phase = HEADER
-        self.coroutine = self.serve()  # suspended in a yield when there is something to wait for
+        self.story = self.serve()  # suspended in a yield when there is something to wait for
         if server.tls is not None:
             self.phase = HANDSHAKE
             self.socket = server.tls.wrap_socket(
@@ -3210,14 +3246,15 @@ class Connection:
             self.buffer += data
             if data and self.phase == WAITING:  # they belong to the next request
                 return
-            # Without data, who waits is gone, or has ended its own side only, and still reads. It
-            # gets its answers now; then the connection ends (RFC 9112, 9.5). TLS tells it only once.
+            # No data is the end of file: who waits is gone, or has ended its own side only, and
+            # still reads. It gets its answers now; then the connection ends (RFC 9112, 9.5). That
+            # has to be remembered, for TLS reports the end of file only once.
             self.ended = not data
         self.resume()
 
     def resume(self, answer: Any = None) -> None:
         """Go on until there is something to wait for."""
-        self.enter(self.coroutine.send(answer))
+        self.enter(self.story.send(answer))
 
     def expire(self) -> None:
         """End the phase, whose deadline has passed."""
@@ -3225,7 +3262,7 @@ class Connection:
             self.resume()
         elif self.phase == BODY or (self.phase == HEADER and self.buffer):
             refusal = HTTPError(408, "Send a request without long pauses.")
-            self.enter(self.coroutine.throw(refusal))
+            self.enter(self.story.throw(refusal))
         else:
             raise TimeoutError
 
@@ -3266,7 +3303,7 @@ class Connection:
                 answer = application.answer_later(answer, request)
             if not request.fields.keep_alive or answer.status == 411:  # a body may follow that one
                 self.closing = True
-        except HTTPError as refusal:  # what follows has no meaning
+        except HTTPError as refusal:  # nobody can tell where the next request begins
             self.closing = True
             answer = refusal.response
         if log.isEnabledFor(logging.DEBUG):
@@ -3415,7 +3452,7 @@ class Server(http.server.ThreadingHTTPServer):
         try:
             self._selector.register(self._woken, selectors.EVENT_READ)
             self._accept_again()
-            while self._end == math.inf or self._is_answering():
+            while self._end == math.inf or self._drain():
                 self._serve_once(poll_interval)
         finally:
             try:
@@ -3450,7 +3487,7 @@ class Server(http.server.ThreadingHTTPServer):
         self._pool.wake()
         store = self.application.store
         store.spare_collector()
-        if (store.has_expired() or store.has_left()) and not self._is_evicting:
+        if (store.has_expired() or store.has_doomed()) and not self._is_evicting:
             self._is_evicting = True
             self._pool.call(self._evict)
         self._accept_again()
@@ -3474,7 +3511,7 @@ class Server(http.server.ThreadingHTTPServer):
                 self.service_actions()
             except Exception as error:
                 log.error("what is due from time to time failed: %s", traceback_of(error))
-        # One for all that this round has created: to wake one costs as much as a create.
+        # Once for all that this round has created: to wake a worker costs as much as a create.
         self.application.wake_workers()
         seconds = 0.0 if self._due else max(0.0, self._next_check - now)
         for key, _ in self._selector.select(seconds):
@@ -3505,7 +3542,7 @@ class Server(http.server.ThreadingHTTPServer):
         """Drop what has outlived its time. A thread does it, for the journal may be slow."""
         store = self.application.store
         try:
-            while store.evict() or store.delete_left():
+            while store.evict() or store.delete_doomed():
                 pass
         finally:
             self._is_evicting = False
@@ -3552,7 +3589,7 @@ class Server(http.server.ThreadingHTTPServer):
         if connection.watched:
             self._selector.unregister(connection.socket)
         try:
-            connection.coroutine.close()  # undoes what it waited for, and a circle of references
+            connection.story.close()  # undoes what it waited for, and a circle of references
         except Exception as error:
             log.error("a connection failed: %s", traceback_of(error))
         connection.socket.close()
@@ -3603,7 +3640,7 @@ class Server(http.server.ThreadingHTTPServer):
             self._selector.register(self.socket, selectors.EVENT_READ)
             self._is_accepting = True
 
-    def _is_answering(self) -> bool:
+    def _drain(self) -> bool:
         """Close what is at rest, let others end with their answer; return whether there are any."""
         for connection in list(self._connections):
             if connection.phase not in (RUNNING, WAITING, ANSWER):
@@ -3703,7 +3740,7 @@ class LogHandler(logging.Handler):
         lines: list[tuple[float, str, str, Any] | None] = []
         while None not in lines:
             lines = [self._lines.get()]
-            time.sleep(0.01)  # to be woken costs more than to write a line; so write many at once
+            time.sleep(0.01)  # gather lines: to be woken costs more than to write one
             while not self._lines.empty():
                 lines.append(self._lines.get())
             text = "".join(self._compose(*line) for line in lines if line)
@@ -3738,7 +3775,7 @@ def run_until_stopped(server: Server, grace: float) -> int:
     are no signals. Status 1: the journal was lost.
     """
     application = server.application
-    told = threading.Event()  # to stop
+    told = threading.Event()  # set when the stop is to begin
     signals: list[int] = []
     losses: list[str] = []
 
@@ -3793,7 +3830,7 @@ def stop_in_order(server: Server, grace: float) -> None:
     )
     for pool in application.pools:  # 2. running tasks go on for a while, and polls are answered
         pool.join(max(0.0, deadline - time.monotonic()))
-    application.coroutine_pool.end(1)  # 3. coroutines are told, the rest ends with us
+    application.coroutine_pool.shut_down(1)  # 3. coroutines are told, the rest ends with us
     server.shutdown(max(2.0, deadline - time.monotonic()))  # 4. answers under way are sent
 
 
@@ -3835,7 +3872,7 @@ class Listing:
 
     def make(self, wake: Callable[[], None]) -> None:
         """Have the response ready, and call `wake`."""
-        with contextlib.suppress(Exception):  # who answers meets it once more
+        with contextlib.suppress(Exception):  # response() raises it again, to who answers
             self.response()
         wake()
 
@@ -3853,8 +3890,8 @@ class Monitoring:
 
     def __init__(self, application: Application) -> None:
         self._application = application
-        # One makes all listings, for fifty at once would take the interpreter from everybody: beside
-        # them the slowest /healthz needed 0.8 seconds.
+        # One makes all listings, for fifty at once would take the interpreter from everybody:
+        # beside them the slowest /healthz needed 0.8 seconds.
         self._lister = WorkerPool("lister", lambda make: make(), max_workers=1)
         application.router.add(
             "GET",
@@ -4277,7 +4314,7 @@ def tls_context(certificate: str, key: str) -> ssl.SSLContext:
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     # A client that negotiates anew would have the loop compute. OpenSSL 3 refuses it by itself.
     context.options |= getattr(ssl, "OP_NO_RENEGOTIATION", 0)
-    context.set_ciphers("ECDHE+AESGCM:ECDHE+CHACHA20")  # of TLS 1.2; those of 1.3 are all so
+    context.set_ciphers("ECDHE+AESGCM:ECDHE+CHACHA20")  # of TLS 1.2; all of TLS 1.3 are so
     context.load_cert_chain(certificate, key)
     return context
 
@@ -5594,9 +5631,10 @@ def _set_access(application: Application, options: argparse.Namespace) -> None:
             f"other machines can reach {options.host}: set a token in TASKSERVER_TOKEN, or allow "
             "everybody in with --allow-anonymous"
         )
-    check = check_host([options.host, *options.allow_host])
     if token:
         check = check_token(token)
+    else:
+        check = check_host([options.host, *options.allow_host])
     application.checks.insert(0, check)
     application.secured = bool(token)
 
@@ -5705,7 +5743,7 @@ def main(application: Application | None = None, argv: list[str] | None = None) 
     try:
         handler = _open_log(application, options)
         server, address = _start(application, options)
-    except (ValueError, OSError, RuntimeError, JournalLost) as error:  # no thread, the third
+    except (ValueError, OSError, RuntimeError, JournalLost) as error:  # RuntimeError: no thread
         sentence = " ".join(str(error).splitlines())
         sys.exit(f"taskserver: {sentence}")
     log.info("serving %s", address)

@@ -106,7 +106,7 @@ def nothing_is_left(monkeypatch):
 
     yield
     for pool in pools:
-        pool.end(0.1)
+        pool.shut_down(0.1)
     assert eventually(lambda: not left(), 10), left()
 
 
@@ -1171,9 +1171,9 @@ def test_a_journal_that_is_lost_is_left_alone_and_who_made_the_store_is_told_onc
     else:
         store.keep, store.journal.before_delete = 0, lose
         assert store.evict() == 1
-        assert store.has_left()
-        store.delete_left()
-        assert not store.has_left()
+        assert store.has_doomed()
+        store.delete_doomed()
+        assert not store.has_doomed()
     assert told == ["another server has it"] == [store.lost]
     kept = dict(store.journal.records)
     store.journal.before_save = store.journal.before_delete = lambda _: None
@@ -1183,13 +1183,13 @@ def test_a_journal_that_is_lost_is_left_alone_and_who_made_the_store_is_told_onc
         finish(store, pending)
     store.keep = 0
     store.evict()
-    assert store.delete_left() == 0
+    assert store.delete_doomed() == 0
     assert store.journal.records == kept and told == ["another server has it"]
     assert store.get(pending).status == "pending"  # the next owner decides what becomes of it
 
 
 def delete_all(store):
-    return sum(iter(store.delete_left, 0))
+    return sum(iter(store.delete_doomed, 0))
 
 
 def test_a_journal_deletes_what_is_evicted_for_one_thread_at_a_time():
@@ -1205,7 +1205,7 @@ def test_a_journal_deletes_what_is_evicted_for_one_thread_at_a_time():
     store.EVICTED_AT_ONCE = 1
     ids = put(store, 200, "completed")
     store.keep = 0
-    in_threads(8, lambda i: [store.evict() and store.delete_left() for _ in range(50)])
+    in_threads(8, lambda i: [store.evict() and store.delete_doomed() for _ in range(50)])
     delete_all(store)
     assert sorted(deleted) == sorted(ids) and store.journal.records == {}
 
@@ -1217,7 +1217,7 @@ def test_who_makes_room_does_not_wait_for_the_journal_to_delete():
     store.keep, store.journal.before_delete = 0, lambda ids: held({})
     with concurrent.futures.ThreadPoolExecutor(1) as executor:
         (second,) = put(store)
-        deleted = executor.submit(store.delete_left)
+        deleted = executor.submit(store.delete_doomed)
         held.wait_for()
         finish(store, second)
         (third,) = put(store)
@@ -1231,8 +1231,8 @@ def test_a_journal_that_cannot_delete_is_left_in_peace_for_a_while():
     put(store, 1, "completed")
     store.keep, store.journal.before_delete = 0, fail_to_save
     store.evict()
-    assert store.has_left()
-    assert store.delete_left() == 0 and not store.has_left()
+    assert store.has_doomed()
+    assert store.delete_doomed() == 0 and not store.has_doomed()
 
 
 def test_what_the_journal_did_not_delete_is_gone_all_the_same_and_tried_again(caplog):
@@ -1246,7 +1246,7 @@ def test_what_the_journal_did_not_delete_is_gone_all_the_same_and_tried_again(ca
     assert set(store.journal.records) == set(ids)
     store.add(RECORD._replace(id=ids[1]))  # it takes the place of what should have been deleted
     store.journal.before_delete = lambda ids: None
-    assert store.has_left() and delete_all(store) == 2 and not store.has_left()
+    assert store.has_doomed() and delete_all(store) == 2 and not store.has_doomed()
     assert set(store.journal.records) == {ids[1]}
 
 
@@ -1266,7 +1266,7 @@ def test_what_was_refused_but_is_in_the_journal_all_the_same_leaves_it():
     assert set(store.journal.records) == set(ids) and newest(store) == []
     store.journal.save = save
     store.add(RECORD._replace(id=ids[1]))
-    assert store.has_left() and delete_all(store) == 2
+    assert store.has_doomed() and delete_all(store) == 2
     assert set(store.journal.records) == {ids[1]}
 
 
@@ -1277,7 +1277,7 @@ def test_an_evicted_id_that_comes_again_outlives_the_delete_of_its_old_record():
     assert store.evict() == 2
     store.add(RECORD._replace(id=early, name="again"))  # before the delete has begun
     with concurrent.futures.ThreadPoolExecutor(2) as executor:
-        deleted = executor.submit(store.delete_left)
+        deleted = executor.submit(store.delete_doomed)
         held.wait_for()
         added = executor.submit(store.add, RECORD._replace(id=late, name="again"))
         assert eventually(lambda: is_being_saved(store, late))
@@ -1288,7 +1288,7 @@ def test_an_evicted_id_that_comes_again_outlives_the_delete_of_its_old_record():
         added.result(LONG)
     for id in early, late:
         assert store.journal.records[id].name == store.get(id).name == "again"
-    assert newest(store) == [other, late, early] and not store.has_left()
+    assert newest(store) == [other, late, early] and not store.has_doomed()
 
 
 # -- 3. Workers ------------------------------------------------------------------------------------
@@ -1763,12 +1763,12 @@ def test_a_coroutine_has_a_time_limit():
 
 def test_the_end_of_a_pool_interrupts_all_its_coroutines_and_ends_its_loop():
     pool, gates = Coroutines(), [AsyncGate() for _ in range(5)]
-    pool.end(LONG)  # there is no event loop yet
+    pool.shut_down(LONG)  # there is no event loop yet
     submit(pool, *gates)
     for gate in gates:
         gate.wait()
     (loop,) = [thread for thread in threading.enumerate() if thread.name == "event-loop"]
-    pool.end(LONG)
+    pool.shut_down(LONG)
     assert [type(pool.next_end()[1]) for _ in gates] == [taskserver.Stopped] * 5
     assert pool.counts() == (0, 0)
     loop.join(LONG)
@@ -4430,7 +4430,7 @@ def test_a_key_that_comes_again_after_its_record_was_evicted_is_a_new_task(
     application.store.keep = 0
     with concurrent.futures.ThreadPoolExecutor(2) as executor:
         assert application.store.evict() == 1
-        deleted = executor.submit(application.store.delete_left)
+        deleted = executor.submit(application.store.delete_doomed)
         held.wait_for()
         again = executor.submit(create_with, application, key, result="new")
         assert eventually(lambda: create_with(application, key).status == 409)
@@ -7739,7 +7739,7 @@ def test_a_signal_that_reaches_a_copy_at_once_is_not_lost():
 
 @posix
 @pytest.mark.parametrize("how", multiprocessing.get_all_start_methods())
-def test_the_stop_waits_for_no_process_that_a_task_has_left_behind_and_ends_none(
+def test_the_stop_waits_for_no_process_that_a_task_has_doomed_behind_and_ends_none(
     holding, leash, how
 ):
     first = """
@@ -8220,7 +8220,7 @@ def forget_asked(journal):
 
 def evict(store):
     """Drop what has outlived its time, as a server does."""
-    while store.evict() or store.delete_left():
+    while store.evict() or store.delete_doomed():
         pass
 
 
@@ -9064,7 +9064,7 @@ def test_a_server_with_a_journal_that_lies_loses_nothing_and_keeps_nothing_refus
     for key, result in acknowledged.items():
         assert poll(application, {"type": "echo", "id": key}, LONG)["result"] == result
     store = application.store
-    assert eventually(lambda: (store.delete_left(), store.has_left())[1] is False)
+    assert eventually(lambda: (store.delete_doomed(), store.has_doomed())[1] is False)
     journal.close()
     found = loaded(f"test_taskserver:LinesJournal({path!r})")
     assert {record.id: json.loads(record.result.decode()) for record in found} == acknowledged
