@@ -10655,13 +10655,13 @@ def test_the_pool_in_the_readme_works(tmp_path):
 @pytest.mark.skipif(not shutil.which("curl"), reason="needs curl")
 def test_the_curl_lines_of_the_readme_work(language, tmp_path):
     (tmp_path / "mytasks.py").write_text(
-        next(block for block in blocks(language, "python") if "resolve" in block), encoding="utf-8"
+        next(block for block in blocks(language, "python") if "measure" in block), encoding="utf-8"
     )
     done, created = 0, {}
     with Program() as demo, Program(file=tmp_path / "mytasks.py") as own:
         for line in "".join(blocks(language, "sh")).replace("\\\n", " ").splitlines():
             if line.startswith("curl ") and "https:" not in line:
-                port = own.port if "resolve" in line else demo.port
+                port = own.port if "measure" in line else demo.port
                 line = (
                     line.replace(":8000", f":{port}")
                     .replace('"seconds": 5', '"seconds": 1')
@@ -10676,7 +10676,7 @@ def test_the_curl_lines_of_the_readme_work(language, tmp_path):
                 assert list(answer) != ["error"], (line, answer)
                 created[port] = answer.get("id", created.get(port))
                 done += 1
-    assert done >= 5
+    assert done >= 7
 
 
 @both
@@ -10690,3 +10690,321 @@ def test_the_records_in_the_readme_have_the_keys_of_records(language):
     assert records
     for record in records:
         consistent(record)
+
+
+@both
+def test_the_sizes_in_the_readme_are_those_of_the_program(language):
+    source = PROGRAM.read_text(encoding="utf-8")
+    sizes = [len(source.splitlines()), source[: source.index("# ==== The core ends")].count("\n")]
+    said = re.findall(r"(\d)[, \u00a0](\d{3}) (?:lines|строк)", readme(language))
+    for size, (thousands, rest) in zip(sizes, said):
+        assert abs(int(thousands + rest) - size) < 0.05 * size, size
+    assert len(said) == len(sizes)
+
+
+@both
+def test_the_readme_says_what_each_endpoint_answers(language):
+    application = taskserver.demo()
+    application.secured = True
+    taskserver.add_monitoring(application)
+    taskserver.add_pages(application)
+    found = set()
+    for row in re.findall(r"(?m)^\| `(?:GET|POST) /.*$", readme(language)):
+        request, answer, refusals = [cell.strip() for cell in row.strip("|").split("|")]
+        method, target = request.split("`")[1].split()
+        pattern = target.partition("?")[0].replace("TYPE", "task").replace("<id>", "{id}")
+        (route,) = [
+            route
+            for route in application.router.routes
+            if (route.method, route.pattern) == (method, pattern)
+        ]
+        said = {int(status) for status in re.findall(r"\b[1-5]\d\d\b", refusals)}
+        assert said == set(route.refusals) - set(route.waived), request
+        said = {int(status) for status in re.findall(r"\b[1-5]\d\d\b", answer)}
+        assert said - {500} == set(route.statuses), request  # 500 is the most of a listing
+        parameters = {parameter["name"] for parameter in route.parameters}
+        assert set(re.findall(r"[?&](\w+)=", target)) <= parameters
+        found.add((method, pattern))
+    routes = [route for route in application.router.routes if "primes" not in route.pattern]
+    assert found == {(route.method, route.pattern) for route in routes}
+
+
+@both
+def test_the_readme_lists_the_sections_of_the_program(language):
+    said = re.findall(r"(?m)^\| (\d+ [A-Z][^|]*?) \|", readme(language))
+    sections = headings(PROGRAM.read_text(encoding="utf-8"))
+    assert said == [line[5:].rstrip("- ").replace(".", "", 1) for _, line in sections]
+
+
+@both
+def test_the_self_check_in_the_readme_is_that_of_the_program(language):
+    def what_was_tried(text):
+        return re.findall(r"(?m)^  (\S.*?): ", text)
+
+    (block,) = [block for block in blocks(language, "text") if "all that is here works" in block]
+    assert what_was_tried(block) == what_was_tried(command("--self-check")[1])
+    assert block.startswith(f"taskserver {taskserver.__version__}, ")
+
+
+def test_the_checks_and_endpoints_in_the_readme_work(tmp_path, monkeypatch):
+    (block,) = [block for block in blocks("en", "python") if "application.checks" in block]
+    file = tmp_path / "office.py"
+    file.write_text(block, encoding="utf-8")
+    program = runpy.run_path(str(file))
+    application = program["application"]
+    assert ask(application, "GET", "/uptime").json["seconds"] >= 0
+    assert ask(application, "GET", f"/settled/{uuid.uuid4()}").status == 404
+    assert set(taskserver.openapi(application)["paths"]) > {"/uptime", "/settled/{id}"}
+    application.checks.clear()
+    record = create(application, "task", seconds=0)
+    answer = ask(application, "GET", f"/settled/{record['id']}")
+    assert answer.json == {"status": "completed"}
+    application.checks.append(program["office_hours"])
+    for hour, status in ((7, 503), (8, 201), (17, 201), (18, 503)):
+        now = time.struct_time((2026, 1, 1, hour, 0, 0, 3, 1, 0))
+        monkeypatch.setattr(time, "localtime", lambda now=now: now)
+        body = {"name": "sample", "seconds": 0}
+        assert ask(application, "POST", "/create-task", body).status == status, hour
+
+
+def anchors(text):
+    """Return what links to the headings of a text end in."""
+    text = re.sub(r"(?ms)^ *```.*?^ *```$", "", text)
+    titles = [re.sub(r"[^\w\- ]", "", title.lower()) for title in re.findall("(?m)^#+ (.*)$", text)]
+    return {title.replace(" ", "-") for title in titles}
+
+
+@both
+def test_the_links_of_the_readme_lead_to_its_headings(language):
+    links = re.findall(r"\]\(#([^)]*)\)", readme(language))
+    assert links
+    assert set(links) <= anchors(README.read_text(encoding="utf-8"))
+
+
+@both
+def test_the_readme_says_of_each_exercise_in_which_sections_it_belongs(language):
+    tests = [name for name in globals() if name.startswith("test_exercise_")]
+    said = re.findall(r"(?m)^(\d+)\. \*\*[^*]+\*\* +\(\D*(\d[\d, ]*)\)", readme(language))
+    assert [number for number, _ in said] == [str(n + 1) for n in range(len(tests))]
+    known = {line.split()[2] for _, line in headings(PROGRAM.read_text(encoding="utf-8"))}
+    assert {f"{n.strip()}." for _, numbers in said for n in numbers.split(",")} <= known
+
+
+@both
+def test_the_first_task_type_in_the_readme_has_eight_lines(language):
+    block = blocks(language, "python")[0]
+    assert len([line for line in block.splitlines() if line]) == 8
+
+
+def test_both_languages_of_the_readme_have_the_same_headings_and_commands():
+    def shape(language):
+        text = re.sub(r"(?ms)^ *```.*?^ *```$", "", readme(language))
+        return [len(marks) for marks in re.findall("(?m)^(#+) ", text)]
+
+    english, russian = shape("en"), shape("ru")
+    assert [level for level in english if level > 1] == [level for level in russian if level > 1]
+    assert set(blocks("ru", "sh")) <= set(blocks("en", "sh"))
+
+
+# -- 17. Exercises ---------------------------------------------------------------------------------
+#
+# What README.md sets as exercises is not there yet, so these are skipped unless their name is asked
+# for: python -m pytest -k exercise_03
+
+
+@pytest.fixture
+def asked_for(request):
+    """Skip what nobody has asked for by its name."""
+    words = [request.config.getoption("keyword"), *request.config.args]
+    if not any("exercise" in word for word in words):
+        pytest.skip("an exercise of README.md: ask for it with -k")
+
+
+exercise = pytest.mark.usefixtures("asked_for")
+
+
+@exercise
+def test_exercise_01_a_task_type_that_counts_words():
+    application = taskserver.demo()
+    record = final(application, create(application, "words", text="one two\n three "))
+    assert record["result"] == {"words": 3}
+    record = final(application, create(application, "words"))
+    assert record["status"] == "failed" and "text" in record["error"]
+
+
+@exercise
+def test_exercise_02_healthz_says_how_long_the_server_has_been_up(application):
+    first = ask(application, "GET", "/healthz").json["uptime"]
+    assert 0 <= first <= ask(application, "GET", "/healthz").json["uptime"]
+    assert (
+        "uptime" in taskserver.openapi(application)["components"]["schemas"]["Health"]["properties"]
+    )
+    application.checks.append(taskserver.check_token("secret"))
+    assert ask(application, "GET", "/healthz").json == {"status": "ok"}
+
+
+@exercise
+def test_exercise_03_the_log_says_how_long_a_task_took(application):
+    lines = []
+    application.log_task = lambda text, *arguments: lines.append(text % arguments)
+    record = final(application, create(application, "echo"))
+    assert eventually(lambda: len(lines) == 2)
+    assert re.fullmatch(rf"task {record['id']} completed after 0\.\d seconds", lines[1])
+
+
+@exercise
+def test_exercise_04_tasks_can_be_listed_by_name(application):
+    for name in ("alpha", "Beta", "alphabet"):
+        final(application, create(application, "echo", name))
+
+    def names(query):
+        return [
+            record["name"] for record in ask(application, "GET", f"/tasks?{query}").json["tasks"]
+        ]
+
+    assert names("name=ALPHA") == ["alphabet", "alpha"]
+    assert names("name=alpha&limit=1") == ["alphabet"]
+    assert names("name=beta&status=completed&type=echo") == ["Beta"]
+    assert names("name=beta&status=failed") == names("name=x") == []
+    described = taskserver.openapi(application)["paths"]["/tasks"]["get"]["parameters"]
+    assert "name" in [parameter["name"] for parameter in described]
+
+
+@exercise
+def test_exercise_05_a_result_can_be_had_alone(application, gate):
+    application.task("fail")(fail)
+    done = final(application, create(application, "echo", result=[1, "two"]))
+    failed = final(application, create(application, "fail"))
+    pending = create(application, "gate")
+
+    def result(record, type=None):
+        return ask(application, "GET", f"/result-{type or record['type']}/{record['id']}")
+
+    assert (result(done).status, result(done).body) == (200, b'[1, "two"]')
+    assert result(pending).status == result(failed).status == 409
+    assert "poll-gate" in result(pending).json["error"]
+    assert result(done, "gate").status == 404
+    assert "/result-echo/{id}" in taskserver.openapi(application)["paths"]
+
+
+@exercise
+def test_exercise_06_a_client_may_create_only_so_many_tasks_in_a_while(application):
+    now = 100.0
+    application.checks.append(taskserver.limit_creates(2, 60, clock=lambda: now))
+
+    def status(peer, method="POST", path="/create-echo"):
+        asked = request(method, path, {"name": "x"} if method == "POST" else b"")
+        response = application.handle(asked._replace(peer=peer))
+        if response.status == 429:
+            assert 1 <= int(dict(response.headers)["Retry-After"]) <= 60
+        return response.status
+
+    assert [status("192.0.2.1") for _ in range(3)] == [201, 201, 429]
+    assert status("192.0.2.1", "GET", "/tasks") == status("192.0.2.1", "GET", "/healthz") == 200
+    assert status("192.0.2.2") == 201
+    now += 61
+    assert [status("192.0.2.1") for _ in range(3)] == [201, 201, 429]
+
+
+@exercise
+def test_exercise_07_a_function_that_fails_is_called_again(application, gate):
+    calls = []
+
+    def shaky(payload, report):
+        calls.append(payload["name"])
+        if calls.count(payload["name"]) < payload["works_at"]:
+            raise OSError("not yet")
+        return "done"
+
+    def cancelled(payload, report):
+        calls.append(payload["name"])
+        gate(payload)
+        report(1.0)
+
+    application.task("shaky", retries=2)(shaky)
+    application.task("cancelled", retries=2)(cancelled)
+    record = final(application, create(application, "shaky", "a", works_at=3))
+    assert (record["result"], calls.count("a")) == ("done", 3)
+    record = final(application, create(application, "shaky", "b", works_at=9))
+    assert (record["error"], calls.count("b")) == ("OSError: not yet", 3)
+    record = create(application, "cancelled", "c")
+    gate.wait_for()
+    ask(application, "POST", f"/cancel-cancelled/{record['id']}")
+    gate.opened.set()
+    record = final(application, record)
+    assert (record["error"], calls.count("c")) == ("cancelled: by request", 1)
+
+
+@exercise
+def test_exercise_08_a_client_can_wait_for_the_first_of_several(application, gate):
+    other = Gate()
+    application.task("other")(other)
+    with contextlib.ExitStack() as stack:
+        stack.callback(other.opened.set)
+        first, second = create(application, "gate"), create(application, "other")
+        query = f"ids={first['id']},{second['id']}"
+        assert ask(application, "GET", f"/first?{query}").json == {"tasks": []}
+        assert ask(application, "GET", f"/first?ids={uuid.uuid4()}").status == 404
+        opener = threading.Thread(target=gate.opened.set)
+        opener.start()
+        answer = ask(application, "GET", f"/first?{query}&wait=30").json
+        opener.join()
+        assert [record["id"] for record in answer["tasks"]] == [first["id"]]
+        assert not application.store._watchers
+    final(application, second)
+    assert len(ask(application, "GET", f"/first?{query}&wait=30").json["tasks"]) == 2
+
+
+@exercise
+def test_exercise_09_tasks_with_a_higher_priority_begin_first(application, gate):
+    order = []
+    application.task("note")(lambda payload, report: order.append(payload["name"]))
+    application.pool.max_workers = 1
+    create(application, "gate")
+    gate.wait_for()
+    waiting = [create(application, "note", "usual")]
+    for name, priority in (("low", -1), ("high", 5), ("gone", 5), ("next", 1), ("later", 1)):
+        waiting.append(create(application, "note", name, priority=priority))
+    assert ask(application, "POST", "/create-note", {"name": "x", "priority": "1"}).status == 400
+    cancelled = ask(application, "POST", f"/cancel-note/{waiting[3]['id']}").json
+    assert (cancelled["status"], application.pool.counts()) == ("failed", (5, 1))
+    assert application.pool.oldest().name == "usual"
+    gate.opened.set()
+    for record in waiting:
+        final(application, record)
+    assert order == ["high", "next", "later", "usual", "low"]
+
+
+@exercise
+def test_exercise_10_tasks_outlive_the_process_in_a_file_of_json_lines(tmp_path):
+    path = str(tmp_path / "tasks.jsonl")
+    records = [
+        Record(str(uuid.uuid4()), f"\u20ac{n}", "pending", "task", 1.5, payload=b"{}", sequence=n)
+        for n in (1, 2, 3)
+    ]
+
+    def loaded():
+        return list(taskserver.JSONLinesJournal(path).load())
+
+    journal = taskserver.JSONLinesJournal(path)
+    assert list(journal.load()) == []
+    for record in reversed(records):
+        journal.save(record)
+    done = records[0]._replace(
+        status="completed", started_at=2.0, finished_at=3.25, result=b'"\\u20ac"', payload=None
+    )
+    journal.save(done)
+    journal.delete([records[1].id, str(uuid.uuid4())])
+    del journal
+    assert loaded() == [done, records[2]]
+    with open(path, "ab") as file:
+        file.write(b'{"id": "torn by a cra')
+    assert loaded() == [done, records[2]]
+    journal = taskserver.JSONLinesJournal(path)
+    list(journal.load())
+    journal.save(records[1])
+    del journal
+    assert loaded() == [done, records[1], records[2]]
+    with open(path, encoding="utf-8") as file:
+        for line in file.read().splitlines()[:4]:
+            json.loads(line)
