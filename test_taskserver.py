@@ -12,16 +12,23 @@ that something happens meanwhile: tasks wait for events that a test owns, and ev
 from __future__ import annotations
 
 import ast
+import asyncio
 import base64
 import calendar
 import collections
 import concurrent.futures
 import contextlib
+import contextvars
+import decimal
+import dis
 import errno
+import fractions
+import functools
 import gc
 import hashlib
 import http.client
 import importlib.util
+import inspect
 import json
 import logging
 import math
@@ -31,20 +38,21 @@ import pathlib
 import queue
 import random
 import re
+import runpy
 import select
 import shutil
 import signal
 import socket
-import sqlite3
 import struct
 import subprocess
 import sys
 import tempfile
+import textwrap
 import threading
 import time
-import tokenize
 import uuid
 import warnings
+import weakref
 from typing import Any, NamedTuple
 
 import pytest
@@ -76,15 +84,29 @@ def eventually(condition, seconds=LONG):
 
 @pytest.fixture(autouse=True)
 def nothing_is_left(monkeypatch):
-    """No test leaves a thread or a process behind, but for the writers of journals: they have no end."""
+    """No test leaves a thread or a process behind, but for the writers of journals: they have no
+    end. The event loops of coroutines are ended here."""
     monkeypatch.setattr(WorkerPool, "IDLE_SECONDS", 0.03)
     before = set(threading.enumerate())
+    pools, make = [], taskserver.CoroutinePool.__init__
+
+    def make_and_remember(pool, *arguments):
+        make(pool, *arguments)
+        pools.append(pool)
+
+    monkeypatch.setattr(taskserver.CoroutinePool, "__init__", make_and_remember)
 
     def left():
-        threads = [thread for thread in threading.enumerate() if thread not in before and thread.name != "journal"]
+        threads = [
+            thread
+            for thread in threading.enumerate()
+            if thread not in before and thread.name != "journal"
+        ]
         return threads + multiprocessing.active_children()
 
     yield
+    for pool in pools:
+        pool.end(0.1)
     assert eventually(lambda: not left(), 10), left()
 
 
@@ -230,11 +252,25 @@ def consistent(record):
         assert record["progress"] == 1.0
     if not done:
         assert record["result"] is None
+    if record["started_at"] is None:
+        assert record["progress"] is None and record["message"] is None
     moments = [record[key] for key in ("created_at", "started_at", "finished_at") if record[key]]
     assert moments == sorted(moments)
 
 
-KEYS = ["id", "name", "status", "type", "created_at", "started_at", "finished_at", "progress", "message", "result", "error"]
+KEYS = [
+    "id",
+    "name",
+    "status",
+    "type",
+    "created_at",
+    "started_at",
+    "finished_at",
+    "progress",
+    "message",
+    "result",
+    "error",
+]
 
 
 # -- 1. Lock ---------------------------------------------------------------------------------------
@@ -311,7 +347,8 @@ def test_a_writer_enters_when_the_last_reader_has_left():
 
     writer = threading.Thread(target=write, daemon=True)
     with lock.read:
-        second = threading.Thread(target=lambda: lock.read.__enter__(), daemon=True)  # a reader that stays
+        # A reader that stays.
+        second = threading.Thread(target=lambda: lock.read.__enter__(), daemon=True)
         second.start()
         second.join(LONG)
         writer.start()
@@ -356,62 +393,181 @@ def document(record, with_result=True):
 
 def test_a_record_has_all_keys_in_the_agreed_order():
     assert list(document(RECORD)) == KEYS
-    completed = RECORD._replace(status="completed", finished_at=1700000001.0, progress=1.0, result=b'{"a": [1]}')
+    completed = RECORD._replace(
+        status="completed", finished_at=1700000001.0, progress=1.0, result=b'{"a": [1]}'
+    )
     assert list(document(completed)) == KEYS
     assert document(completed)["result"] == {"a": [1]}
     assert list(document(completed, with_result=False)) == [key for key in KEYS if key != "result"]
 
 
-@pytest.mark.parametrize("seconds, text", [
-    (0, "1970-01-01T00:00:00.000Z"),
-    (1700000000.5, "2023-11-14T22:13:20.500Z"),
-    (1700000000.9999, "2023-11-14T22:13:20.999Z"),
-    (1709164800.001, "2024-02-29T00:00:00.001Z"),
-    (4102444799.25, "2099-12-31T23:59:59.250Z"),
-    (None, None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "seconds, text",
+    [
+        (0, "1970-01-01T00:00:00.000Z"),
+        (1700000000.5, "2023-11-14T22:13:20.500Z"),
+        (1700000000.9999, "2023-11-14T22:13:20.999Z"),
+        (1709164800.001, "2024-02-29T00:00:00.001Z"),
+        (4102444799.25, "2099-12-31T23:59:59.250Z"),
+        (None, None),
+    ],
+)
 def test_timestamps_are_rfc_3339_with_milliseconds(seconds, text):
+    try:
+        time.gmtime(seconds)
+    except OverflowError:
+        pytest.skip("the clock of this system ends in 2038")
     assert document(RECORD._replace(created_at=seconds, finished_at=seconds))["created_at"] == text
 
 
-@pytest.mark.parametrize("text", ["", "ü€😀", '"\\', "\0\n\x1b\x7f", "\ud800", "</script>", "{}"])
+@pytest.mark.parametrize("text", ["", "ü€😀", '"\\', "\0\n\x1b\x7f", "</script>", "{}"])
 def test_any_text_survives_in_a_record(text):
     got = document(RECORD._replace(name=text, message=text, error=text))
     assert [got["name"], got["message"], got["error"]] == [text] * 3
 
 
 def test_progress_joins_the_record_when_it_is_read():
-    progress = taskserver.Progress()
-    running = RECORD._replace(live=progress)
-    assert (document(running)["progress"], document(running)["message"]) == (None, None)
-    progress.report(0.5, "half way")
+    live = taskserver.Live()
+    running = RECORD._replace(live=live)
+    assert [document(running)[key] for key in ("started_at", "progress", "message")] == [None] * 3
+    live.start()
+    assert document(running)["started_at"] and document(running)["progress"] is None
+    live.report(0.5, "half way")
     assert (document(running)["progress"], document(running)["message"]) == (0.5, "half way")
-    progress.report(1)
+    live.report(1)
     assert (document(running)["progress"], document(running)["message"]) == (1.0, "half way")
+
+
+class LiveThatMoves(taskserver.Live):
+    """A task that starts and reports in whatever moment somebody looks twice."""
+
+    @property
+    def progress(self):
+        self.looks += 1
+        if self.looks == 1:
+            return taskserver.Progress()
+        return taskserver.Progress(1700000001.0, 0.5, "half way")
+
+    def __init__(self):
+        self.looks = 0
+
+
+def test_a_progress_is_never_seen_beside_a_start_that_has_not_been():
+    record = RECORD._replace(live=LiveThatMoves())
+    for is_running in False, True, True:
+        seen = document(record)
+        assert (seen["started_at"] is not None) == is_running
+        assert (seen["progress"], seen["message"]) == (
+            (0.5, "half way") if is_running else (None,) * 2
+        )
 
 
 @pytest.mark.parametrize("size", [499, 500, 501, 100_000])
 def test_a_message_is_cut_to_500_characters(size):
-    progress = taskserver.Progress()
-    progress.report(0, "é" * size)
-    assert document(RECORD._replace(live=progress))["message"] == "é" * min(size, 500)
+    live = taskserver.Live()
+    live.report(0, "é" * size)
+    assert document(RECORD._replace(live=live))["message"] == "é" * min(size, 500)
+    live.report(0, "\ud800" * size)  # a lone surrogate is escaped, and what is cut is what is seen
+    assert document(RECORD._replace(live=live))["message"] == ("\\ud800" * 84)[:500]
 
 
-@pytest.mark.parametrize("fraction, message", [
-    (-0.001, None), (1.001, None), (math.nan, None), (math.inf, None), ("0.5", None), (None, None), ([], None),
-    (1j, None), (0.5, 5), (0.5, b"text"),
-])  # fmt: skip
+class Odd:
+    """A real number that is none of Python's, as numpy's are."""
+
+    def __init__(self, number):
+        self.number = number
+
+    def __float__(self):
+        return self.number
+
+
+@pytest.mark.parametrize(
+    "fraction, seen",
+    [
+        (0, 0.0),
+        (1, 1.0),
+        (True, 1.0),
+        (0.25, 0.25),
+        (-0.0, 0.0),
+        (1.0000000000000013, 1.0),  # sum([0.1] * 10) and its like
+        (1.00001, 1.0),
+        (-1e-17, 0.0),
+        (-0.00001, 0.0),
+        (decimal.Decimal("0.5"), 0.5),
+        (decimal.Decimal("1.0000000000000013"), 1.0),
+        (fractions.Fraction(1, 4), 0.25),
+        (Odd(0.75), 0.75),
+        (Odd(1.0000000000000013), 1.0),
+    ],
+    ids=brief,
+)
+def test_a_fraction_may_be_any_real_number_and_what_rounding_leaves_is_cut(fraction, seen):
+    live = taskserver.Live()
+    live.report(fraction)
+    assert document(RECORD._replace(live=live))["progress"] == seen
+
+
+@pytest.mark.parametrize(
+    "fraction, message",
+    [
+        (-0.001, None),
+        (1.001, None),
+        (50, None),
+        (math.nan, None),
+        (math.inf, None),
+        (-math.inf, None),
+        (10**400, None),
+        (decimal.Decimal("NaN"), None),
+        (decimal.Decimal("sNaN"), None),
+        (decimal.Decimal(2), None),
+        (fractions.Fraction(3, 2), None),
+        (Odd("text"), None),
+        (Odd(math.nan), None),
+        ("0.5", None),
+        (b"0", None),
+        (None, None),
+        ([], None),
+        (1j, None),
+        (0.5, 5),
+        (0.5, b"text"),
+    ],
+    ids=brief,
+)
 def test_a_report_of_anything_else_is_a_value_error(fraction, message):
-    progress = taskserver.Progress()
-    progress.report(0.5, "before")
+    live = taskserver.Live()
+    live.report(0.5, "before")
     with pytest.raises(ValueError, match="report"):
-        progress.report(fraction, message)
-    assert document(RECORD._replace(live=progress))["message"] == "before"
+        live.report(fraction, message)
+    assert document(RECORD._replace(live=live))["message"] == "before"
 
 
-@pytest.mark.parametrize("value", [
-    None, True, 0, -1.5, "", "ü\0\ud800😀", [], {}, {"a": [1, {"b": None}]}, [[]] * 3, 10**300, {1: "a key of text"},
-])  # fmt: skip
+def test_a_report_of_a_task_that_was_asked_to_end_raises_what_except_exception_does_not_catch():
+    live = taskserver.Live()
+    live.report(0.5)
+    live.cancel_requested = True
+    with pytest.raises(taskserver.Cancelled):
+        live.report(0.75)
+    assert document(RECORD._replace(live=live))["progress"] == 0.5
+    assert not issubclass(taskserver.Cancelled, Exception)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        None,
+        True,
+        0,
+        -1.5,
+        "",
+        "ü\0😀",
+        [],
+        {},
+        {"a": [1, {"b": None}]},
+        [[]] * 3,
+        10**300,
+        {1: "a key of text"},
+    ],
+)
 def test_results_of_json_are_kept(value):
     assert json.loads(taskserver.encode_result(value).decode()) == json.loads(json.dumps(value))
 
@@ -429,13 +585,101 @@ def deep(levels):
     return value
 
 
-@pytest.mark.parametrize("make", [
-    lambda: math.nan, lambda: [math.inf], lambda: {"a": -math.inf}, object, cycle, lambda: {1, 2}, lambda: b"bytes",
-    lambda: {(1, 2): 3}, lambda: deep(100_000), lambda: 1j,
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: math.nan,
+        lambda: [math.inf],
+        lambda: {"a": -math.inf},
+        object,
+        cycle,
+        lambda: {1, 2},
+        lambda: b"bytes",
+        lambda: {(1, 2): 3},
+        lambda: deep(100_000),
+        lambda: 1j,
+    ],
+)
 def test_a_result_that_json_cannot_hold_is_a_value_error_that_says_so(make):
     with pytest.raises(ValueError, match="the result cannot be written as JSON"):
         taskserver.encode_result(make())
+
+
+@pytest.mark.parametrize(
+    "value, place",
+    [
+        ({"a": [1, {"b": 1j}]}, r" at \['a'\]\[1\]\['b'\]: "),
+        ([0, [math.nan]], r" at \[1\]\[0\]: "),
+        (({}, {3: {4}}), r" at \[1\]\[3\]: "),
+        ({"deep": {(1, 2): 3}}, r" at \['deep'\]: "),
+        ({"x": {"y": {1: "a", "1": "b"}}}, r" at \['x'\]\['y'\]: two keys are the same as JSON"),
+        ({"\ud800": 1j}, r" at \['\\ud800'\]: "),
+        (1j, "JSON: "),
+    ],
+    ids=brief,
+)
+def test_an_error_says_at_which_key_a_value_stands_that_json_cannot_hold(value, place):
+    with pytest.raises(ValueError, match="the result cannot be written as JSON.*") as caught:
+        taskserver.encode_result(value)
+    assert re.search(place, str(caught.value))
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {1: "a", "1": "b"},
+        {True: 1, "true": 2},
+        {None: 1, "null": 2},
+        {1.5: 1, "1.5": 2},
+        [{"a": ({2: 1, "2": 2},)}],
+    ],
+    ids=brief,
+)
+def test_keys_that_are_equal_as_json_are_a_value_error_with_a_sentence(value):
+    with pytest.raises(ValueError, match=r"two keys are the same as JSON, such as 1 and '1'"):
+        taskserver.encode_result(value)
+
+
+@pytest.mark.parametrize(
+    "text, seen",
+    [
+        ("a\ud800", "a\\ud800"),
+        ("\udc80.txt", "\\udc80.txt"),
+        ("\ud83d\ude00", "😀"),  # two that make a pair in JSON
+        ("\ude00\ud83d", "\\ude00\\ud83d"),
+        ("\ud83d\ud83d\ude00", "\\ud83d😀"),
+        ("\\ud800", "\\ud800"),  # no surrogate but seven characters, which stay as they are
+        ("\\\ud800", "\\\\ud800"),
+    ],
+    ids=brief,
+)
+def test_a_lone_surrogate_in_a_result_is_escaped_so_that_any_client_can_read_it(text, seen):
+    encoded = taskserver.encode_result([text, {text: 1}])
+    assert json.loads(encoded.decode()) == [seen, {seen: 1}]
+    json.dumps(json.loads(encoded.decode()), ensure_ascii=False).encode()  # UTF-8 can hold it
+
+
+class Texts(dict):
+    """Something that can be called, but has no hash."""
+
+    def __call__(self, value):
+        return str(value)
+
+
+def refuse_all(value):
+    raise LookupError("no word for it")
+
+
+def test_default_makes_json_of_what_json_does_not_know_and_its_errors_say_where():
+    value = {"sum": decimal.Decimal("1.10"), "known": 1, "two": {"parts": fractions.Fraction(1, 2)}}
+    encoded = taskserver.encode_result(value, str)
+    expected = {"sum": "1.10", "known": 1, "two": {"parts": "1/2"}}
+    assert json.loads(encoded.decode()) == expected
+    with pytest.raises(ValueError, match=r"JSON at \['sum'\]: no word for it"):
+        taskserver.encode_result(value, refuse_all)
+    assert json.loads(taskserver.encode_result(value, Texts()).decode()) == expected
+    with pytest.raises(ValueError, match="JSON"):  # it may return what it was given
+        taskserver.encode_result(value, lambda value: value)
 
 
 def test_a_result_has_at_most_1_mib():
@@ -457,15 +701,21 @@ class Unspeakable(Exception, metaclass=Nameless):
     """Breaks whatever looks at it."""
 
 
-@pytest.mark.parametrize("exception, text", [
-    (ValueError("what it said"), "ValueError: what it said"),
-    (KeyError("key"), "KeyError: 'key'"),
-    (KeyboardInterrupt(), "KeyboardInterrupt"),
-    (SystemExit(3), "SystemExit: 3"),
-    (type("", (Exception,), {})(), "Exception"),
-    (OSError("no file caf\udce9"), r"OSError: no file caf\udce9"),  # and not what no disk and no terminal can take
-    (taskserver.TaskError("timed out"), "timed out"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "exception, text",
+    [
+        (ValueError("what it said"), "ValueError: what it said"),
+        (KeyError("key"), "KeyError: 'key'"),
+        (KeyboardInterrupt(), "KeyboardInterrupt"),
+        (SystemExit(3), "SystemExit: 3"),
+        (type("", (Exception,), {})(), "Exception"),
+        (
+            OSError("no file caf\udce9"),
+            r"OSError: no file caf\udce9",
+        ),  # and not what no disk and no terminal can take
+        (taskserver.TaskError("timed out"), "timed out"),
+    ],
+)
 def test_an_exception_is_described_by_its_type_and_what_it_said(exception, text):
     assert taskserver.describe(exception) == text
 
@@ -477,13 +727,9 @@ def test_any_exception_can_be_described_briefly():
 
 def test_what_the_log_says_of_an_exception_ends_with_what_it_said():
     assert taskserver.traceback_of(ValueError("what it said")).endswith("ValueError: what it said")
-    assert taskserver.traceback_of(taskserver.TaskError("late", "from elsewhere")) == "from elsewhere"
-
-
-def lines_journal():
-    """Return the journal that README.md shows as the pattern for others."""
-    found = re.search(r"(?ms)^class LinesJournal.*?(?=^\S(?<!c))", readme())
-    return found.group() if found else pytest.skip("README.md shows no journal")
+    assert (
+        taskserver.traceback_of(taskserver.TaskError("late", "from elsewhere")) == "from elsewhere"
+    )
 
 
 class Clock:
@@ -494,21 +740,74 @@ class Clock:
         return self.now
 
 
+class MemoryJournal(taskserver.Journal):
+    """Keeps in a dict what a journal keeps; a test may hold up, break and look at what it does."""
+
+    def __init__(self):
+        self.records = {}
+        self.before_save = lambda record: None
+        self.before_delete = lambda ids: None
+        self.lock = threading.Lock()
+
+    def load(self):
+        with self.lock:
+            records = sorted(self.records.values(), key=lambda record: record.sequence)
+        assert len({record.sequence for record in records}) == len(records)
+        return records
+
+    def save(self, record):
+        self.before_save(record)
+        fields = {field: getattr(record, field) for field in taskserver.JOURNALED}
+        with self.lock:
+            self.records[record.id] = Record(**fields)
+
+    def delete(self, ids):
+        self.before_delete(ids)
+        with self.lock:
+            for id in ids:
+                self.records.pop(id, None)
+
+
+def journaled():
+    """Return a store with a journal in memory."""
+    store = taskserver.Store()
+    store.journal = MemoryJournal()
+    return store
+
+
+def is_being_saved(store, id):
+    try:
+        store.find(id)
+    except taskserver.Duplicate:
+        return True
+    return False
+
+
+def refuse(record):
+    raise taskserver.RecordRefused("a text with a NUL")
+
+
+def lose(record):
+    raise taskserver.JournalLost("another server has it")
+
+
+def fail_to_save(record):
+    raise OSError("the disk is full")
+
+
 @pytest.fixture(params=["memory", "sqlite", "lines"])
 def store(request, tmp_path):
     """Every store, for the tests of what they have in common."""
-    if request.param == "memory":
-        yield taskserver.Store()
-    elif request.param == "sqlite":
+    store = taskserver.Store()
+    if request.param == "sqlite":
         pytest.importorskip("sqlite3")
-        yield taskserver.Store(journal=taskserver.SQLiteJournal(str(tmp_path / "tasks.db")))
-    else:
-        names = {"os": os, "json": json, "threading": threading, "taskserver": taskserver}
-        exec(lines_journal(), names)  # noqa: S102
-        journal = names["LinesJournal"](str(tmp_path / "tasks.lines"))
-        yield taskserver.Store(journal=journal)
-        for value in vars(journal).values():
-            getattr(value, "close", int)()
+        store.journal = taskserver.SQLiteJournal(str(tmp_path / "tasks.db"))
+    elif request.param == "lines":
+        store.journal = LinesJournal(str(tmp_path / "tasks.lines"))
+    store.recover()
+    yield store
+    if store.journal is not None:
+        store.journal.close()
 
 
 def put(store, n=1, status="pending", **changes):
@@ -522,43 +821,78 @@ def put(store, n=1, status="pending", **changes):
 
 
 def finish(store, id, status="completed", **changes):
-    store.finish(store.get(id)._replace(status=status, finished_at=1700000009.0, payload=None, **changes))
+    successor = store.get(id)._replace(
+        status=status, finished_at=1700000009.0, payload=None, **changes
+    )
+    store.finish(successor)
+
+
+def newest(store, limit=9999, **filters):
+    return [record.id for record in store.newest(limit, **filters)]
 
 
 def test_a_store_gives_what_was_put_in(store):
     (id,) = put(store)
-    assert store.get(id) == RECORD._replace(id=id)
+    assert store.get(id)._replace(sequence=0) == RECORD._replace(id=id)
     finish(store, id, result=b"[1]")
     assert (store.get(id).status, store.get(id).result) == ("completed", b"[1]")
-    for method in store.get, lambda id: store.wait(id, 0):
-        with pytest.raises(KeyError):
-            method("unknown")
+    with pytest.raises(KeyError):
+        store.get("unknown")
+    assert store.find("unknown") is None and store.find(id) == store.get(id)
+
+
+def test_an_id_is_taken_but_once(store):
+    (id,) = put(store)
+    with pytest.raises(taskserver.Duplicate):
+        store.add(RECORD._replace(id=id, name="another"))
+    finish(store, id)
+    with pytest.raises(taskserver.Duplicate):
+        store.add(RECORD._replace(id=id, name="another"))
+    assert store.get(id).name == "sample" and newest(store) == [id]
+    assert store.counts() == {("echo", "pending"): 0, ("echo", "completed"): 1}
 
 
 @pytest.mark.parametrize("limit", [0, 1, 4, 5, 6])
 def test_newest_gives_the_newest_first_in_the_order_of_creation(store, limit):
     ids = put(store, 5)
     finish(store, ids[1])  # a change moves nothing
-    assert [record.id for record in store.newest(limit)] == ids[::-1][:limit]
+    assert newest(store, limit) == ids[::-1][:limit]
 
 
-def test_final_records_are_counted_by_status_until_they_are_evicted(store):
-    assert store.counts() == {"completed": 0, "failed": 0}
+def test_newest_may_be_those_of_a_status_and_a_type(store):
+    a, b, c, d = put(store, 4)
+    e = str(uuid.uuid4())
+    store.add(RECORD._replace(id=e, type="other"))
+    finish(store, a), finish(store, c), finish(store, d, status="failed"), finish(store, e)
+    assert newest(store, status="completed") == [e, c, a]
+    assert newest(store, 2, status="completed") == [e, c]
+    assert newest(store, type="echo") == [d, c, b, a]
+    assert newest(store, type="echo", status="pending") == [b]
+    assert newest(store, type="nothing") == []
+
+
+def test_records_are_counted_by_type_and_status_until_they_are_evicted(store):
+    def counts():
+        return {key: count for key, count in store.counts().items() if count}
+
+    assert counts() == {}
     put(store, 3), put(store, 2, "completed"), put(store, 1, "failed")
-    assert store.counts() == {"completed": 2, "failed": 1}
+    store.add(RECORD._replace(id=str(uuid.uuid4()), type="other"))
+    expected = {("echo", "pending"): 3, ("echo", "completed"): 2, ("echo", "failed"): 1}
+    assert counts() == {**expected, ("other", "pending"): 1}
     store.keep = 0
     store.evict()
-    assert store.counts() == {"completed": 0, "failed": 0}
-    assert len(store.newest(9)) == 3
+    assert counts() == {("echo", "pending"): 3, ("other", "pending"): 1}
+    assert len(store.newest(9)) == 4
 
 
 def test_a_full_store_refuses_and_keeps_what_it_has(store):
     store.max_tasks = 3
     ids = put(store, 2) + put(store, 1, "completed")
-    with pytest.raises(taskserver.Unavailable) as caught:
+    with pytest.raises(taskserver.Unavailable, match="--max-tasks.*--keep") as caught:
         put(store)
-    assert 0 < caught.value.args[1] <= store.keep
-    assert [record.id for record in store.newest(9)] == ids[::-1]
+    assert 0 < caught.value.retry_after <= store.keep
+    assert newest(store) == ids[::-1]
 
 
 def test_a_full_store_makes_room_by_what_has_outlived_its_time(store):
@@ -567,11 +901,52 @@ def test_a_full_store_makes_room_by_what_has_outlived_its_time(store):
     (gone,) = put(store, 1, "failed")
     store.keep = 0
     kept += put(store, 1)
-    assert [record.id for record in store.newest(9)] == kept[::-1]
+    assert newest(store) == kept[::-1]
     with pytest.raises(KeyError):
         store.get(gone)
     with pytest.raises(taskserver.Unavailable):
         put(store)
+
+
+def test_payloads_and_results_have_a_bound_in_bytes(store):
+    size = RECORD.size()
+    store.max_memory = 3 * size
+    ids = put(store, 3)
+    with pytest.raises(taskserver.Unavailable, match="--max-memory.*--keep") as caught:
+        put(store)
+    assert caught.value.retry_after > 0
+    finish(store, ids[0])  # which drops its payload
+    put(store)
+    finish(store, ids[1], result=b"1" * size)  # in the place of its payload
+    with pytest.raises(taskserver.Unavailable, match="--max-memory"):
+        put(store)
+    finish(store, ids[2], result=b"1" * 100 * size)  # what is done is kept, even beyond the bound
+    assert store.get(ids[2]).result == b"1" * 100 * size
+    with pytest.raises(taskserver.Unavailable, match="--max-memory"):
+        store.add(RECORD._replace(id=str(uuid.uuid4()), payload=b"{}"))
+    store.keep = 0
+    put(store, 2)  # there is room by what has outlived its time, without being asked for
+    with pytest.raises(taskserver.Unavailable, match="--max-memory"):
+        put(store)
+
+
+def test_bytes_of_what_is_being_saved_count_and_those_of_what_was_refused_do_not():
+    store, held = journaled(), Gate()
+    store.max_memory = 2 * RECORD.size()
+    for outcome in refuse, fail_to_save:
+        store.journal.before_save = outcome
+        for _ in range(5):
+            with pytest.raises((taskserver.RecordRefused, taskserver.JournalError)):
+                put(store)
+    store.journal.before_save = lambda record: held({})
+    with concurrent.futures.ThreadPoolExecutor(2) as executor:
+        saved = [executor.submit(put, store) for _ in range(2)]
+        held.wait_for(2)
+        with pytest.raises(taskserver.Unavailable, match="--max-memory"):
+            put(store)
+        held.opened.set()
+    ids = {id for future in saved for id in future.result()}
+    assert set(newest(store)) == ids and len(ids) == 2
 
 
 def test_threads_that_add_at_once_never_overfill_a_store(store):
@@ -584,60 +959,70 @@ def test_threads_that_add_at_once_never_overfill_a_store(store):
 
     in_threads(8, add)
     assert len(added) == 50
-    assert {record.id for record in store.newest(999)} == set(added)
+    assert set(newest(store)) == set(added)
 
 
-def test_eviction_drops_any_number_at_once_but_nothing_pending(store):
+def test_eviction_drops_any_number_but_nothing_pending(store):
     pending = put(store, 2)
-    for id in put(store, 30 if store.journal else 2500):
+    n = 30 if store.journal else 2500
+    for id in put(store, n):
         finish(store, id)
-    store.evict()
-    assert len(store.newest(9999)) > 2
+    assert store.evict() == 0 and not store.has_expired()
     store.keep = 0
-    store.evict()
-    assert [record.id for record in store.newest(9999)] == pending[::-1]
+    assert store.has_expired()
+    portions = list(iter(store.evict, 0))
+    assert sum(portions) == n and max(portions) <= store.EVICTED_AT_ONCE
+    assert newest(store) == pending[::-1] and not store.has_expired()
 
 
-@contextlib.contextmanager
-def waiters(store, ids):
-    """Have a thread wait for the end of each record; afterwards all must return soon."""
-    futures = [concurrent.futures.Future() for _ in ids]
-    for future, id in zip(futures, ids):
-        threading.Thread(target=lambda f=future, id=id: f.set_result(store.wait(id, LONG)), daemon=True).start()
-    assert not concurrent.futures.wait(futures, 0.1).done  # they do wait
-    yield futures
-    done = concurrent.futures.wait(futures, LONG / 3).done
-    assert len(done) == len(futures)
+@pytest.fixture
+def watch(store):
+    """Return a function that watches a record; it returns the event that a wake sets."""
+
+    def watch(id):
+        woken = threading.Event()
+        store.watch(id, woken.set)
+        return woken
+
+    return watch
 
 
-def test_who_waits_is_woken_when_the_record_is_final(store):
+def test_who_watches_is_woken_when_the_record_is_final(store, watch):
     first, second = put(store, 2)
-    with waiters(store, [first, first, first]) as woken:
-        finish(store, second)
-        store.save(store.get(first)._replace(started_at=1700000005.0))
-        assert not concurrent.futures.wait(woken, 0.05).done  # neither of these is what they wait for
-        finish(store, first)
-    assert [future.result().status for future in woken] == ["completed"] * 3
-    begun = time.monotonic()
-    assert store.wait(first, LONG).status == "completed"
-    assert time.monotonic() - begun < LONG / 3
+    woken = [watch(first) for _ in range(3)]
+    finish(store, second)
+    store.save(store.get(first)._replace(started_at=1700000005.0))
+    assert not any(event.is_set() for event in woken)  # neither of these is what they wait for
+    finish(store, first)
+    assert all(event.is_set() for event in woken)
+    assert watch(first).is_set() and watch("unknown").is_set()  # there is nothing to wait for
 
 
-def test_who_waits_in_vain_gets_the_record_as_it_is(store):
+def test_who_watches_no_more_is_not_woken(store):
     (id,) = put(store)
-    begun = time.monotonic()
-    assert store.wait(id, 0.05).status == "pending"
-    assert 0.04 < time.monotonic() - begun < LONG / 2
+    gone, here = threading.Event(), threading.Event()
+    store.watch(id, gone.set), store.watch(id, here.set)
+    store.unwatch(id, gone.set), store.unwatch(id, gone.set), store.unwatch("unknown", gone.set)
+    finish(store, id)
+    assert here.is_set() and not gone.is_set()
+    store.unwatch(id, here.set)
 
 
-def test_nobody_waits_in_a_store_that_has_stopped(store):
+def test_a_wake_sees_the_final_record_and_may_use_the_store(store):
+    (id,) = put(store)
+    seen = []
+    store.watch(id, lambda: seen.append((store.get(id).status, put(store))))
+    finish(store, id)
+    assert [status for status, _ in seen] == ["completed"]
+
+
+def test_nobody_waits_in_a_store_that_has_stopped(store, watch):
     ids = put(store, 2)
-    with waiters(store, ids) as woken:
-        store.stop()
-    assert [future.result().status for future in woken] == ["pending"] * 2
-    begun = time.monotonic()
-    assert store.wait(ids[0], LONG).status == "pending"
-    assert time.monotonic() - begun < LONG / 3
+    woken = [watch(id) for id in ids]
+    store.stop()
+    assert all(event.is_set() for event in woken)
+    assert watch(ids[0]).is_set()
+    assert store.get(ids[0]).status == "pending"
 
 
 def test_a_final_record_stays_for_as_long_as_it_is_kept_and_no_longer():
@@ -651,7 +1036,7 @@ def test_a_final_record_stays_for_as_long_as_it_is_kept_and_no_longer():
     assert len(store.newest(9)) == 2
     clock.now += 0.001
     store.evict()
-    assert [record.id for record in store.newest(9)] == [second]
+    assert newest(store) == [second]
     clock.now += 4
     store.evict()
     assert store.newest(9) == []
@@ -666,17 +1051,257 @@ def test_a_full_store_says_when_the_oldest_final_record_goes():
     clock.now += 2.5
     with pytest.raises(taskserver.Unavailable) as caught:
         put(store)
-    assert caught.value.args[1] == 3.5
+    assert caught.value.retry_after == 3.5
+
+
+# With a journal: `MemoryJournal`, for section 10 tries the real one
+
+
+def test_after_a_restart_the_order_of_creation_is_what_it_was():
+    store, held = journaled(), Gate()
+    ids = put(store, 1)
+    # Of two that are saved at the same time, the second is on the disk first.
+    late = str(uuid.uuid4())
+    store.journal.before_save = lambda record: record.id == late and held({})
+    with concurrent.futures.ThreadPoolExecutor(1) as executor:
+        slow = executor.submit(store.add, RECORD._replace(id=late))
+        held.wait_for()
+        ids += [late, *put(store, 2)]
+        assert newest(store) == [ids[3], ids[2], ids[0]]  # nobody sees it before it is saved
+        held.opened.set()
+        slow.result(LONG)
+    finish(store, ids[0]), finish(store, ids[2])
+    for _ in range(2):  # and after one more
+        assert newest(store) == ids[::-1]
+        restarted = taskserver.Store()
+        restarted.journal = store.journal
+        pending = restarted.recover()
+        assert [record.id for record in pending] == [
+            id for id in ids if restarted.get(id).status == "pending"
+        ]
+        assert newest(restarted) == ids[::-1]
+        assert restarted.counts() == store.counts()
+        store = restarted
+        ids += put(store, 1)
+
+
+def test_after_a_restart_final_records_stay_for_the_rest_of_their_time():
+    store = journaled()
+    for seconds_ago in 500, 5000, 2000:
+        (id,) = put(store)
+        finish(store, id)
+        store.save(store.get(id)._replace(finished_at=time.time() - seconds_ago))
+    clock = Clock()
+    restarted = taskserver.Store(keep=6000, clock=clock)
+    restarted.journal = store.journal
+    assert restarted.recover() == []
+    for seconds, left in (500, 3), (1500, 2), (4500, 1), (5600, 0):
+        clock.now = Clock().now + seconds
+        restarted.evict()
+        assert len(restarted.newest(9)) == left
+
+
+def test_a_record_that_the_journal_cannot_take_now_leaves_nothing_behind_and_fails_the_journal():
+    store = journaled()
+    id = str(uuid.uuid4())
+    store.journal.before_save = fail_to_save
+    with pytest.raises(taskserver.JournalError, match="journal") as caught:
+        store.add(RECORD._replace(id=id))
+    assert caught.value.retry_after > 0 and store.failing
+    assert store.find(id) is None and newest(store) == [] and store.counts() == {}
+    store.journal.before_save = lambda record: None
+    store.add(RECORD._replace(id=id))
+    assert newest(store) == [id] and not store.failing
+
+
+def test_a_record_that_the_journal_can_never_take_is_refused_and_the_journal_is_not_to_blame():
+    store = journaled()
+    store.journal.before_save = refuse
+    with pytest.raises(taskserver.RecordRefused, match="NUL"):
+        put(store)
+    assert newest(store) == [] and store.counts() == {} and not store.failing
+
+
+def test_an_outcome_is_saved_again_until_that_works_and_is_seen_only_then():
+    store, attempts, woken = journaled(), [], threading.Event()
+    (id,) = put(store)
+    store.watch(id, woken.set)
+
+    def fail_twice(record):
+        attempts.append((store.get(id).status, woken.is_set()))
+        if len(attempts) <= 2:
+            raise OSError("the disk is full")
+
+    store.journal.before_save = fail_twice
+    finish(store, id, result=b"[1]")
+    assert attempts == [("pending", False)] * 3
+    assert (store.get(id).result, woken.is_set()) == (b"[1]", True)
+    assert store.journal.records[id].result == b"[1]" and not store.failing
+
+
+def test_an_outcome_that_the_journal_can_never_take_makes_a_failed_task_of_it():
+    store = journaled()
+    (id,) = put(store)
+    store.journal.before_save = lambda record: record.result and refuse(record)
+    finish(store, id, result=b'"a\\u0000"', message="a message")
+    for record in store.get(id), store.journal.records[id]:
+        assert (record.status, record.result, record.payload) == ("failed", None, None)
+        assert "journal cannot take" in record.error and "NUL" in record.error
+    assert not store.failing
+
+
+def test_an_outcome_of_which_the_journal_takes_nothing_is_final_all_the_same():
+    store = journaled()
+    (id,) = put(store)
+    store.journal.before_save = refuse
+    finish(store, id, result=b"1")
+    assert (store.get(id).status, store.journal.records[id].status) == ("failed", "pending")
+
+
+@pytest.mark.parametrize("how", ["save", "delete"])
+def test_a_journal_that_is_lost_is_left_alone_and_who_made_the_store_is_told_once(how):
+    store, told = journaled(), []
+    store.journal_lost = told.append
+    pending, final = put(store, 2)
+    finish(store, final)
+    if how == "save":
+        store.journal.before_save = lose
+        with pytest.raises(taskserver.JournalError, match="belongs to this server no more"):
+            put(store)
+    else:
+        store.keep, store.journal.before_delete = 0, lose
+        assert store.evict() == 1
+        assert store.has_left()
+        store.delete_left()
+        assert not store.has_left()
+    assert told == ["another server has it"] == [store.lost]
+    kept = dict(store.journal.records)
+    store.journal.before_save = store.journal.before_delete = lambda _: None
+    with pytest.raises(taskserver.JournalError):
+        put(store)
+    with pytest.raises(taskserver.JournalLost):
+        finish(store, pending)
+    store.keep = 0
+    store.evict()
+    assert store.delete_left() == 0
+    assert store.journal.records == kept and told == ["another server has it"]
+    assert store.get(pending).status == "pending"  # the next owner decides what becomes of it
+
+
+def delete_all(store):
+    return sum(iter(store.delete_left, 0))
+
+
+def test_a_journal_deletes_what_is_evicted_for_one_thread_at_a_time():
+    store, busy, deleted = journaled(), threading.Lock(), []
+
+    def delete(ids):
+        assert busy.acquire(blocking=False), "two threads delete"
+        time.sleep(0)  # gives the interpreter away
+        deleted.extend(ids)
+        busy.release()
+
+    store.journal.before_delete = delete
+    store.EVICTED_AT_ONCE = 1
+    ids = put(store, 200, "completed")
+    store.keep = 0
+    in_threads(8, lambda i: [store.evict() and store.delete_left() for _ in range(50)])
+    delete_all(store)
+    assert sorted(deleted) == sorted(ids) and store.journal.records == {}
+
+
+def test_who_makes_room_does_not_wait_for_the_journal_to_delete():
+    store, held = journaled(), Gate()
+    store.max_tasks = 1
+    put(store, 1, "completed")
+    store.keep, store.journal.before_delete = 0, lambda ids: held({})
+    with concurrent.futures.ThreadPoolExecutor(1) as executor:
+        (second,) = put(store)
+        deleted = executor.submit(store.delete_left)
+        held.wait_for()
+        finish(store, second)
+        (third,) = put(store)
+        held.opened.set()
+        assert deleted.result(LONG) == 1
+    assert newest(store) == [third] and set(store.journal.records) == {second, third}
+
+
+def test_a_journal_that_cannot_delete_is_left_in_peace_for_a_while():
+    store = journaled()
+    put(store, 1, "completed")
+    store.keep, store.journal.before_delete = 0, fail_to_save
+    store.evict()
+    assert store.has_left()
+    assert store.delete_left() == 0 and not store.has_left()
+
+
+def test_what_the_journal_did_not_delete_is_gone_all_the_same_and_tried_again(caplog):
+    store = journaled()
+    store.DELETE_AGAIN_SECONDS = 0
+    ids = put(store, 3, "completed")
+    store.keep, store.journal.before_delete = 0, fail_to_save
+    assert store.evict() == 3
+    assert delete_all(store) == 0
+    assert newest(store) == [] and "the disk is full" in caplog.text
+    assert set(store.journal.records) == set(ids)
+    store.add(RECORD._replace(id=ids[1]))  # it takes the place of what should have been deleted
+    store.journal.before_delete = lambda ids: None
+    assert store.has_left() and delete_all(store) == 2 and not store.has_left()
+    assert set(store.journal.records) == {ids[1]}
+
+
+def test_what_was_refused_but_is_in_the_journal_all_the_same_leaves_it():
+    store = journaled()
+    save = store.journal.save
+
+    def save_and_fail(record):
+        save(record)
+        raise OSError("the connection broke before the commit was confirmed")
+
+    store.journal.save = save_and_fail
+    ids = [str(uuid.uuid4()) for _ in range(3)]
+    for id in ids:
+        with pytest.raises(taskserver.JournalError):
+            store.add(RECORD._replace(id=id))
+    assert set(store.journal.records) == set(ids) and newest(store) == []
+    store.journal.save = save
+    store.add(RECORD._replace(id=ids[1]))
+    assert store.has_left() and delete_all(store) == 2
+    assert set(store.journal.records) == {ids[1]}
+
+
+def test_an_evicted_id_that_comes_again_outlives_the_delete_of_its_old_record():
+    store, held = journaled(), Gate()
+    early, late = put(store, 2, "completed")
+    store.keep, store.journal.before_delete = 0, lambda ids: held({})
+    assert store.evict() == 2
+    store.add(RECORD._replace(id=early, name="again"))  # before the delete has begun
+    with concurrent.futures.ThreadPoolExecutor(2) as executor:
+        deleted = executor.submit(store.delete_left)
+        held.wait_for()
+        added = executor.submit(store.add, RECORD._replace(id=late, name="again"))
+        assert eventually(lambda: is_being_saved(store, late))
+        assert not added.done() and store.journal.records[late].name == "sample"
+        (other,) = put(store)  # others do not wait
+        held.opened.set()
+        assert deleted.result(LONG) == 1
+        added.result(LONG)
+    for id in early, late:
+        assert store.journal.records[id].name == store.get(id).name == "again"
+    assert newest(store) == [other, late, early] and not store.has_left()
 
 
 # -- 3. Workers ------------------------------------------------------------------------------------
 
 
 def submit(pool, *items):
-    for item in items:
-        pool.reserve()
-        pool.submit(item)
-    pool.send_worker()
+    """Queue items and have workers come for them; return their keys."""
+    keys = [object() for _ in items]
+    for key, item in zip(keys, items):
+        pool.reserve(key)
+        pool.put(key, item)
+    pool.wake()
+    return keys
 
 
 def test_every_item_is_worked_at_once_and_only_once():
@@ -729,30 +1354,35 @@ def test_one_worker_takes_items_in_their_order():
 
 
 @pytest.mark.parametrize("max_workers, max_waiting", [(1, 0), (2, 1), (3, 5)])
-def test_a_full_pool_refuses_one_item_too_many_and_takes_one_when_there_is_room(gate, max_workers, max_waiting):
+def test_a_full_pool_refuses_one_item_too_many_and_takes_one_when_there_is_room(
+    gate, max_workers, max_waiting
+):
     pool = WorkerPool("test", lambda item: gate({}), max_workers, max_waiting)
     submit(pool, *range(max_workers + max_waiting))
     gate.wait_for(max_workers)
-    with pytest.raises(taskserver.Unavailable):
-        pool.reserve()
+    with pytest.raises(taskserver.Unavailable, match="--max-waiting") as caught:
+        pool.reserve("key")
+    assert caught.value.retry_after > 0
     assert pool.counts() == (max_waiting, max_workers)
-    pool.reserve(bounded=False)
-    pool.release()
+    pool.reserve("key", bounded=False)
+    pool.release("key")
     with pytest.raises(taskserver.Unavailable):
-        pool.reserve()
+        pool.reserve("key")
     gate.opened.set()
     assert eventually(lambda: pool.counts() == (0, 0))
-    pool.reserve()
-    pool.release()
+    pool.reserve("key")
+    pool.release("key")
 
 
 def test_a_reserved_place_counts_until_it_is_given_back():
     pool = WorkerPool("test", print, max_workers=1, max_waiting=1)
-    pool.reserve(), pool.reserve()
+    pool.reserve(1), pool.reserve(2)
+    assert pool.counts() == (2, 0)
     with pytest.raises(taskserver.Unavailable):
-        pool.reserve()
-    pool.release()
-    pool.reserve()
+        pool.reserve(3)
+    pool.release(1)
+    pool.reserve(3)
+    assert pool.counts() == (2, 0)
 
 
 def test_workers_are_used_again():
@@ -803,36 +1433,493 @@ def test_work_waits_while_no_thread_can_be_started(monkeypatch, error):
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", refuse)
         submit(pool, 1, 2)
-        pool.send_worker()
+        pool.wake()
         assert pool.counts() == (2, 0)
-    pool.send_worker()
+    pool.wake()
     assert [done.get(timeout=LONG) for _ in range(2)] == [1, 2]
 
 
-def test_drop_empties_the_queue_and_join_waits_for_what_is_in_work(gate):
-    pool = WorkerPool("test", lambda item: gate({}), max_workers=1)
-    submit(pool, *range(5))
-    gate.wait_for()
-    assert pool.drop() == 4
-    assert pool.counts() == (0, 1)
-    begun = time.monotonic()
-    pool.join(0.05)
-    assert pool.counts() == (0, 1) and time.monotonic() - begun < LONG / 2
+def test_an_item_without_a_name_and_a_place_is_worked_whatever_waits():
+    done = threading.Event()
+    pool = WorkerPool("test", lambda work: work(), max_workers=1, max_waiting=0)
+    submit(pool, lambda: pool.call(done.set))
+    assert done.wait(LONG)
+
+
+def test_each_worker_does_what_is_to_be_done_before_it_ends(gate):
+    ended = queue.Queue()
+    pool = WorkerPool(
+        "test", lambda item: gate({}), at_end=lambda: ended.put(threading.get_ident())
+    )
+    submit(pool, *range(3))
+    gate.wait_for(3)
+    assert ended.empty()
     gate.opened.set()
-    pool.join(LONG)
+    assert len({ended.get(timeout=LONG) for _ in range(3)}) == 3
+
+
+def test_an_item_that_waits_can_be_withdrawn_and_is_never_begun():
+    gate, done = Gate(), queue.Queue()
+    pool = WorkerPool("test", lambda item: (gate({}), done.put(item)), 1, max_waiting=3)
+    running, first, second, third = submit(pool, 0, 1, 2, 3)
+    gate.wait_for()
+    assert pool.withdraw(second)
+    assert pool.counts() == (2, 1) and pool.oldest() == 1
+    assert not pool.withdraw(second) and not pool.withdraw(running) and not pool.withdraw("other")
+    (fourth,) = submit(pool, 4)  # its place is free
+    assert pool.withdraw(first) and pool.oldest() == 3
+    gate.opened.set()
+    assert [done.get(timeout=LONG) for _ in range(3)] == [0, 3, 4]
+    assert pool.join(LONG) and done.empty() and pool.oldest() is None
+    assert not pool.withdraw(third) and not pool.withdraw(fourth)
+
+
+def test_an_item_can_be_withdrawn_before_it_has_come_into_its_place():
+    done = queue.Queue()
+    pool = WorkerPool("test", done.put, max_workers=1, max_waiting=0)
+    pool.reserve("early")
+    assert pool.withdraw("early") and not pool.withdraw("early")
     assert pool.counts() == (0, 0)
+    pool.reserve("next")  # the place is free
+    pool.put("early", "of no use")
+    pool.put("next", "wanted")
+    pool.wake()
+    assert done.get(timeout=LONG) == "wanted"
+    assert pool.join(LONG) and done.empty() and pool.counts() == (0, 0)
+
+
+def test_to_withdraw_one_of_many_costs_no_more_than_one_of_a_few():
+    n = 200_000  # with a search for each, this takes minutes
+    pool = WorkerPool("test", print, max_workers=0)
+    keys = submit(pool, *range(n))
+    begun = time.monotonic()
+    assert all(map(pool.withdraw, keys[n // 2 :] + keys[: n // 2]))
+    assert time.monotonic() - begun < LONG
+    assert pool.counts() == (0, 0)
+
+
+def test_of_a_worker_and_who_withdraws_one_gets_the_item():
+    worked, withdrawn = [], []
+    pool = WorkerPool("test", worked.append, max_workers=4)
+
+    def use(i):
+        chance = random.Random(i)
+        for n in range(300):
+            key = (i, n)
+            pool.reserve(key)
+            if chance.random() < 0.2 and pool.withdraw(key):
+                withdrawn.append(key)
+            pool.put(key, key)
+            if chance.random() < 0.7:
+                pool.wake()
+            if chance.random() < 0.5 and pool.withdraw(key):
+                withdrawn.append(key)
+        pool.wake()
+
+    in_threads(6, use)
+    assert eventually(lambda: pool.counts() == (0, 0))
+    assert sorted(worked + withdrawn) == [(i, n) for i in range(6) for n in range(300)]
+    assert worked and withdrawn
+
+
+def test_a_pool_that_has_stopped_begins_nothing_and_ends_what_it_has_begun(gate):
+    done = queue.Queue()
+    pool = WorkerPool("test", lambda item: (gate({}), done.put(item)), max_workers=2)
+    submit(pool, 1, 2)
+    gate.wait_for(2)
+    pool.reserve("reserved")
+    (waiting,) = submit(pool, 3)
+    assert pool.stop() == 1
+    assert not pool.join(0)
+    pool.put("reserved", 4)  # it was being stored when the stop began
+    submit(pool, 5)
+    gate.opened.set()
+    assert pool.join(LONG) and pool.counts() == (3, 0)
+    assert sorted(done.get(timeout=LONG) for _ in range(2)) == [1, 2]
+    pool.wake()
+    assert pool.withdraw(waiting)  # by a cancel
+    assert eventually(lambda: not [t for t in threading.enumerate() if t.name == "test"])
+    assert pool.counts() == (2, 0) and done.empty()
+
+
+def test_a_pool_whose_workers_are_idle_when_it_stops_begins_nothing():
+    done, pool = queue.Queue(), None
+    pool = WorkerPool("test", done.put)
+    for n in range(50):
+        submit(pool, n)
+    assert eventually(lambda: pool.counts() == (0, 0))
+    assert pool.stop() == 0
+    submit(pool, *range(3))
+    assert pool.join(LONG) and pool.counts() == (3, 0)
+    assert done.qsize() == 50
+
+
+# Coroutines, as plain objects. What becomes of tasks in them is in section 6.
+
+
+class Coroutines(taskserver.CoroutinePool):
+    """A pool whose items are coroutine functions, or pairs of one and a time limit."""
+
+    def __init__(self, *bounds):
+        super().__init__(self.first, self.last, *bounds)
+        self.ended = queue.Queue()  # item, value, error
+        self.skipped = set()  # items that are final before they begin
+        self.first_step = lambda item: None
+
+    def first(self, item):
+        self.first_step(item)
+        if item in self.skipped:
+            return None, None
+        return item if isinstance(item, tuple) else (item, None)
+
+    def last(self, item, value, error):
+        self.ended.put((item, value, error))
+
+    def next_end(self):
+        """Return what the next one of them returned, and what it raised."""
+        return self.ended.get(timeout=LONG)[1:]
+
+
+class AsyncGate:
+    """A coroutine that says when it has begun, and goes on when the test lets it."""
+
+    def __init__(self, value=None):
+        self.begun = threading.Semaphore(0)
+        self.opened = threading.Event()
+        self.value = value
+        self.cleaned_up = threading.Event()
+
+    async def __call__(self):
+        import asyncio
+
+        self.begun.release()
+        try:
+            while not self.opened.is_set():
+                await asyncio.sleep(0.001)
+            return self.value
+        finally:
+            await asyncio.sleep(0)
+            self.cleaned_up.set()
+
+    def wait(self):
+        assert self.begun.acquire(timeout=LONG)
+
+
+async def seven():
+    return 7
+
+
+def test_coroutines_run_in_one_thread_and_end_with_what_they_return():
+    pool, threads = Coroutines(), set()
+
+    async def function():
+        threads.add(threading.current_thread())
+        return 7
+
+    submit(pool, *[functools.partial(function) for _ in range(50)])
+    assert [pool.next_end() for _ in range(50)] == [(7, None)] * 50
+    assert len(threads) == 1 and threading.current_thread() not in threads
+    assert pool.join(LONG) and pool.counts() == (0, 0)
+
+
+@pytest.mark.parametrize(
+    "raised", [ValueError("no"), SystemExit(3), KeyboardInterrupt(), GeneratorExit()], ids=brief
+)
+def test_whatever_a_coroutine_raises_ends_it_alone(raised):
+    pool, sister = Coroutines(), AsyncGate("well")
+    submit(pool, sister)
+    sister.wait()
+
+    async def function():
+        raise raised
+
+    submit(pool, function)
+    assert pool.next_end() == (None, raised)
+    sister.opened.set()
+    assert pool.next_end() == ("well", None)
+
+
+def test_a_coroutine_that_raises_cancelled_error_itself_has_failed():
+    pool = Coroutines()
+
+    async def raises():
+        import asyncio
+
+        raise asyncio.CancelledError
+
+    async def cancels_itself():
+        import asyncio
+
+        asyncio_task = getattr(asyncio, "current_task", None)
+        asyncio_task().cancel()
+        await asyncio.sleep(LONG)
+
+    for function in raises, cancels_itself:
+        submit(pool, function)
+        value, error = pool.next_end()
+        assert value is None and type(error).__name__ == "CancelledError"
+
+
+def test_there_are_no_more_coroutines_than_agreed_and_the_rest_waits_under_its_bound():
+    pool, gates = Coroutines(2, 1), [AsyncGate() for _ in range(3)]
+    keys = submit(pool, *gates)
+    gates[0].wait(), gates[1].wait()
+    assert pool.counts() == (1, 2)
+    with pytest.raises(taskserver.Unavailable):
+        pool.reserve("one too many")
+    assert not gates[2].begun.acquire(timeout=0.05)
+    gates[1].opened.set()
+    gates[2].wait()
+    assert not pool.withdraw(keys[2])
+    gates[0].opened.set(), gates[2].opened.set()
+    assert pool.join(LONG) and pool.counts() == (0, 0)
+
+
+def test_a_coroutine_that_waits_can_be_withdrawn():
+    pool, gate = Coroutines(1), AsyncGate(1)
+    never = AsyncGate()
+    _, key = submit(pool, gate, never)
+    gate.wait()
+    assert pool.withdraw(key) and not pool.withdraw(key)
+    gate.opened.set()
+    assert pool.next_end() == (1, None)
+    submit(pool, seven)
+    assert pool.next_end() == (7, None)
+    assert not never.begun.acquire(blocking=False)
+
+
+def test_what_is_final_before_it_begins_gives_its_place_to_the_next():
+    pool = Coroutines(1)
+    skipped = AsyncGate()
+    pool.skipped.add(skipped)
+    submit(pool, skipped, skipped, seven)
+    assert pool.next_end() == (7, None)
+    assert pool.join(LONG) and not skipped.begun.acquire(blocking=False)
+
+
+def test_a_coroutine_is_interrupted_where_it_waits_and_its_finally_may_wait():
+    pool, gate, sister = Coroutines(), AsyncGate(), AsyncGate("well")
+    key, _ = submit(pool, gate, sister)
+    gate.wait(), sister.wait()
+    error = taskserver.TaskError("cancelled")
+    pool.interrupt(key, error), pool.interrupt(key, taskserver.TaskError("once more"))
+    assert pool.next_end() == (None, error)
+    assert gate.cleaned_up.is_set()
+    pool.interrupt(key, error), pool.interrupt("unknown", error)  # of no use
+    sister.opened.set()
+    assert pool.next_end() == ("well", None)
+
+
+def test_a_coroutine_that_returns_all_the_same_ends_as_it_says():
+    pool, begun = Coroutines(), threading.Event()
+
+    async def stubborn():
+        import asyncio
+
+        begun.set()
+        try:
+            await asyncio.sleep(LONG)
+        except asyncio.CancelledError:
+            return "done before"
+
+    (key,) = submit(pool, stubborn)
+    assert begun.wait(LONG)
+    pool.interrupt(key, taskserver.TaskError("cancelled"))
+    assert pool.next_end() == ("done before", None)
+
+
+def test_a_coroutine_that_goes_on_after_its_grace_is_given_up_and_keeps_its_place():
+    pool, begun, may_end = Coroutines(1), threading.Event(), threading.Event()
+    pool.grace = 0.01
+
+    async def deaf():
+        import asyncio
+
+        begun.set()
+        while not may_end.is_set():
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.sleep(0.001)
+
+    key, _ = submit(pool, deaf, seven)
+    assert begun.wait(LONG)
+    error = taskserver.TaskError("cancelled")
+    pool.interrupt(key, error)
+    assert pool.next_end() == (None, error)
+    assert pool.counts() == (1, 1)
+    may_end.set()
+    assert pool.next_end() == (7, None)
+    assert pool.join(LONG) and pool.ended.empty()
+
+
+def test_a_coroutine_has_a_time_limit():
+    pool, gate, sister = Coroutines(), AsyncGate(), AsyncGate("in time")
+    sister.opened.set()
+    submit(pool, (gate, 0.05))
+    value, error = pool.next_end()
+    assert value is None and str(error) == "timed out after 0.05 seconds"
+    submit(pool, (sister, LONG))
+    assert pool.next_end() == ("in time", None)
+
+
+def test_the_end_of_a_pool_interrupts_all_its_coroutines_and_ends_its_loop():
+    pool, gates = Coroutines(), [AsyncGate() for _ in range(5)]
+    pool.end(LONG)  # there is no event loop yet
+    submit(pool, *gates)
+    for gate in gates:
+        gate.wait()
+    (loop,) = [thread for thread in threading.enumerate() if thread.name == "event-loop"]
+    pool.end(LONG)
+    assert [type(pool.next_end()[1]) for _ in gates] == [taskserver.Stopped] * 5
+    assert pool.counts() == (0, 0)
+    loop.join(LONG)
+    assert not loop.is_alive()
+
+
+def test_coroutines_that_wait_when_their_pool_stops_do_not_begin():
+    pool, gate, never = Coroutines(1), AsyncGate(1), AsyncGate()
+    submit(pool, gate, never)
+    gate.wait()
+    assert pool.stop() == 1
+    gate.opened.set()
+    assert pool.next_end() == (1, None)
+    assert pool.join(LONG) and pool.counts() == (1, 0)
+    assert not never.begun.acquire(blocking=False)
+
+
+def test_no_coroutine_sees_the_context_variables_of_another():
+    pool, variable = Coroutines(), contextvars.ContextVar("variable", default="fresh")
+
+    async def function():
+        seen = variable.get()
+        variable.set("used")
+        return seen
+
+    variable.set("of the test")
+    for _ in range(3):
+        submit(pool, functools.partial(function))
+        assert pool.next_end() == ("fresh", None)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("can't start new thread"), MemoryError()])
+def test_coroutines_wait_while_no_thread_can_be_started(monkeypatch, error):
+    pool = Coroutines()
+
+    def refuse(thread):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        submit(pool, seven)
+        pool.wake()
+        assert pool.ended.empty()
+    pool.wake()
+    assert pool.next_end() == (7, None)
+
+
+def test_coroutines_wait_while_no_event_loop_can_be_had(monkeypatch):
+    pool, refused = Coroutines(), threading.Event()
+
+    def refuse():
+        refused.set()
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(asyncio, "new_event_loop", refuse)
+        submit(pool, seven)
+        assert refused.wait(LONG)
+        assert eventually(lambda: pool.counts() == (1, 0))
+
+    def has_ended():
+        pool.wake()
+        return not pool.ended.empty()
+
+    assert eventually(has_ended)
+    assert pool.next_end() == (7, None)
+
+
+def test_a_coroutine_can_be_withdrawn_while_the_first_steps_of_others_wait():
+    pool, held = Coroutines(), Gate()
+    pool.first_step = lambda item: held({})  # as when the disk hangs
+    keys = submit(pool, *[seven] * 100)
+    held.wait_for(pool.THREADS)
+    assert pool.withdraw(keys[-1]) and not pool.withdraw(keys[-1]) and not pool.withdraw(keys[0])
+    held.opened.set()
+    assert [pool.next_end() for _ in range(99)] == [(7, None)] * 99
+    assert pool.join(LONG) and pool.ended.empty()
 
 
 # -- 4. Child processes ----------------------------------------------------------------------------
 
+needs_fork = pytest.mark.skipif(not hasattr(os, "register_at_fork"), reason="needs fork")
+
+
+class Leash:
+    """What programs and copies hold on to, so that a test sees that they live, and lets them go.
+
+    It is a port: unlike a process's number, a connection tells its end everywhere and at once.
+    """
+
+    # For a program of its own; the arguments are the port and what to say first.
+    PROGRAM = (
+        "import socket, sys\n"
+        "end = socket.create_connection(('127.0.0.1', int(sys.argv[1])))\n"
+        "end.sendall(sys.argv[2].encode() + b'\\n')\n"
+        "end.recv(1)\n"
+    )
+
+    def __init__(self):
+        self.listener = socket.socket()
+        self.listener.bind(("127.0.0.1", 0))
+        self.listener.listen(16)
+        self.listener.settimeout(LONG)
+        self.port = self.listener.getsockname()[1]
+        self.ends = []
+
+    def next(self):
+        """Wait for the next one that takes hold; return its end and what it says first."""
+        end = self.listener.accept()[0]
+        self.ends.append(end)
+        end.settimeout(LONG)
+        said = b""
+        while not said.endswith(b"\n"):
+            said += end.recv(1)
+        return end, said.decode().strip()
+
+    def close(self):
+        for sock in [self.listener, *self.ends]:
+            sock.close()
+
+
+def let_go(end):
+    end.sendall(b"\n")
+
+
+def has_ended(end):
+    """Wait until a process that holds on has ended; return whether it does in time."""
+    try:
+        return end.recv(1) == b""
+    except ConnectionError:
+        return True
+    except socket.timeout:
+        return False
+
+
+def hold_on(port, said=""):
+    """Hold on to a test's leash until the test lets go, or ends."""
+    with socket.create_connection(("127.0.0.1", port)) as end:
+        end.sendall(said.encode() + b"\n")
+        end.recv(1)
+
+
+@pytest.fixture
+def leash():
+    leash = Leash()
+    yield leash
+    leash.close()
+
 
 def pid(payload, report):
     return os.getpid()
-
-
-def environment(payload, report):
-    return [signal.getsignal(signal.SIGINT) == signal.SIG_IGN, signal.getsignal(signal.SIGTERM) == signal.SIG_DFL,
-            os.nice(0) if hasattr(os, "nice") else None]  # fmt: skip
 
 
 def end_itself(payload, report):
@@ -847,15 +1934,31 @@ class Unpicklable(Exception):
         raise TypeError("never")
 
 
-def fail_as_told(payload, report):
+RAISED = {
+    "exit": (SystemExit(3), "SystemExit: 3"),
+    "interrupt": (KeyboardInterrupt(), "KeyboardInterrupt"),
+    "memory": (MemoryError(), "MemoryError"),
+    "unpicklable": (Unpicklable("text"), "Unpicklable: text"),
+    "surrogate": (ValueError("\ud800 ü"), r"ValueError: \ud800 ü"),
+    "speechless": (Speechless(), "Speechless: (an exception that cannot say what it is)"),
+}
+
+
+def raise_as_told(payload, report):
     report(0.1)
     report(0.2, "before")
+    raise RAISED[payload["how"]][0]
+
+
+def return_what_cannot_be(payload, report):
     if payload["how"] == "report":
         report(math.nan)
-    if payload["how"] in ("nan", "cycle", "object", "large"):
-        return {"nan": math.nan, "cycle": cycle(), "object": object(), "large": "x" * MIB}[payload["how"]]
-    raise {"exit": SystemExit(3), "interrupt": KeyboardInterrupt(), "memory": MemoryError(), "unpicklable": Unpicklable("text"),
-           "speechless": Speechless(), "surrogate": ValueError("\ud800 ü")}[payload["how"]]  # fmt: skip
+    results = {"nan": math.nan, "cycle": cycle(), "object": object(), "large": "x" * MIB}
+    return results[payload["how"]]
+
+
+def return_a_number_of_its_own(payload, report):
+    return {"sum": decimal.Decimal("1.50")}
 
 
 def fork(payload, report):
@@ -893,45 +1996,157 @@ def leave_a_thread(payload, report):
     threading.Thread(target=report_for_ever, daemon=True).start()
 
 
+def hold(payload, report):
+    """Hold on to the test's leash itself."""
+    hold_on(payload["port"], str(os.getpid()))
+    return "let go"
+
+
+def start_a_program(payload, report):
+    """Start a program that holds on to the test's leash; then end in one way or another."""
+    command = [sys.executable, "-c", Leash.PROGRAM, str(payload["port"]), "the program"]
+    subprocess.Popen(command, close_fds=False)  # it inherits all that can be inherited
+    hold_on(payload["port"], "the child")
+    if payload["how"] == "exit":
+        os._exit(3)
+    if payload["how"] != "return":
+        threading.Event().wait()
+
+
+def start_a_copy(payload, report):
+    """Fork a copy that holds on to the test's leash, then die."""
+    if os.fork() == 0:
+        hold_on(payload["port"], "the copy")
+        os._exit(0)
+    hold_on(payload["port"], "the child")
+    os._exit(3)
+
+
+def read_stdin_in_a_program(payload, report):
+    code = "import sys; print(repr(sys.stdin.read()))"
+    return subprocess.check_output([sys.executable, "-c", code]).decode().strip()
+
+
+# Signals that are blocked, ignored or handled in a program, before it does anything itself.
+SIGNALS_OF_A_PROGRAM = (
+    "import json, signal\n"
+    "ignored = [n for n in range(1, signal.NSIG) if signal.getsignal(n) == signal.SIG_IGN]\n"
+    "print(json.dumps([sorted(signal.pthread_sigmask(signal.SIG_BLOCK, ())), ignored]))\n"
+)
+
+
+def signals_of_a_program(payload, report):
+    out = subprocess.check_output([sys.executable, "-c", SIGNALS_OF_A_PROGRAM])
+    return json.loads(out.decode())
+
+
+def surroundings(payload, report):
+    """Return what a task can change in its process, and which process that is."""
+    umask = os.umask(0)
+    os.umask(umask)
+    handlers = [
+        getattr(signal.getsignal(number), "__name__", str(signal.getsignal(number)))
+        for number in range(1, signal.NSIG)
+    ]
+    found = [os.getpid(), os.getcwd(), umask, handlers]
+    if os.name == "posix":
+        timers = signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF
+        found.append([signal.getitimer(timer)[0] for timer in timers])
+        found.append(sorted(signal.pthread_sigmask(signal.SIG_BLOCK, ())))
+    return found
+
+
+def leave_a_mess(payload, report):
+    os.chdir(payload["path"])
+    os.umask(0o777)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if os.name == "posix":
+        os.rmdir(payload["path"])
+        signal.signal(signal.SIGALRM, lambda number, frame: 1 / 0)
+        for timer in signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF:
+            signal.setitimer(timer, 1000)
+        # One that would end the process as soon as it is not blocked any more.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1, signal.SIGTERM})
+        signal.pthread_kill(threading.get_ident(), signal.SIGUSR1)
+
+
+class HeardLive(taskserver.Live):
+    """Has a function called with each report that comes from the child."""
+
+    __slots__ = ("heard",)
+
+    def __init__(self, heard):
+        super().__init__()
+        self.heard = heard
+
+    def report(self, *report):
+        self.heard(*report)
+        super().report(*report)
+
+
 @pytest.fixture
 def child():
-    """Runs functions in one child process."""
-    child = taskserver.Child()
+    """A child process, for the next three functions."""
+    child = taskserver.Child(threading.Lock())
     yield child
-    child.end()
-    if hasattr(signal, "pthread_sigmask"):  # run() blocks it in its thread, which here is the main one
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    child.close()
 
 
-def run(child, function, report=lambda *_: None, timeout=LONG, **payload):
-    return json.loads(child.run(timeout, function, json.dumps(payload).encode(), report).decode())
+def run_live(child, function, live, timeout=LONG, default=None, **payload):
+    """Call a function in a child; return its result."""
+    data = json.dumps(payload).encode()
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:  # for Child blocks signals in its thread
+        return json.loads(pool.submit(child.call, function, data, live, timeout, default).result())
 
 
-def error_of(child, function, timeout=LONG, **payload):
+def run(child, function, report=None, **more):
+    """Call a function in a child, and another one here with each report; return its result."""
+    live = HeardLive(report) if report else taskserver.Live()
+    return run_live(child, function, live, **more)
+
+
+def error_of(child, function, **more):
     with pytest.raises(taskserver.TaskError) as caught:
-        run(child, function, timeout=timeout, **payload)
+        run(child, function, **more)
     return caught.value.args[0]
 
 
 def is_gone(pid):
+    """Return whether a process has ended; one that nobody has waited for yet has, too."""
+    if os.name == "nt":
+        import ctypes
+
+        kernel = ctypes.windll.kernel32
+        handle = kernel.OpenProcess(0x100000, False, pid)  # SYNCHRONIZE: the right to wait for it
+        if not handle:
+            return True
+        try:
+            return kernel.WaitForSingleObject(handle, 0) == 0
+        finally:
+            kernel.CloseHandle(handle)
     try:
         os.kill(pid, 0)
-        return pathlib.Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
     except OSError:
         return True
+    stat = pathlib.Path(f"/proc/{pid}/stat")
+    return stat.exists() and stat.read_text().rsplit(")", 1)[1].split()[0] == "Z"
 
 
 def test_a_child_is_used_again_after_whatever_a_task_raises_or_returns(child):
     before = run(child, pid)
     assert before != os.getpid()
-    for how, error in [("exit", "SystemExit: 3"), ("interrupt", "KeyboardInterrupt"), ("memory", "MemoryError"),
-                       ("unpicklable", "Unpicklable: text"), ("surrogate", r"ValueError: \ud800 ü"),
-                       ("speechless", "Speechless: (an exception that cannot say what it is)")]:  # fmt: skip
-        assert error_of(child, fail_as_told, how=how) == error
+    for how, (_, error) in RAISED.items():
+        assert error_of(child, raise_as_told, how=how) == error
     for how in "nan", "cycle", "object", "large", "report":
-        assert error_of(child, fail_as_told, how=how).startswith("ValueError: ")
+        assert error_of(child, return_what_cannot_be, how=how).startswith("ValueError: ")
     assert run(child, echo, result={"é": "x" * 1_000_000}) == {"é": "x" * 1_000_000}
     assert run(child, pid) == before
+
+
+def test_default_makes_json_of_a_result_in_a_child_too(child):
+    assert run(child, return_a_number_of_its_own, default=str) == {"sum": "1.50"}
+    assert "['sum']" in error_of(child, return_a_number_of_its_own)
 
 
 def test_a_function_that_cannot_cross_or_cannot_be_imported_is_a_clear_error(child, monkeypatch):
@@ -950,7 +2165,8 @@ def test_what_a_child_has_not_told_to_the_end_is_no_answer_to_the_next_task(chil
     def report(*_):
         raise MemoryError
 
-    assert error_of(child, fail_as_told, report=report, how="exit").startswith("the child process died")
+    error = error_of(child, raise_as_told, report=report, how="exit")
+    assert error.startswith("the child process died")
     assert run(child, echo, result=5) == 5
 
 
@@ -978,55 +2194,152 @@ def test_a_worker_that_ends_leaves_no_process_not_even_a_dead_one(application):
     assert eventually(lambda: not is_known())
 
 
-@posix
-def test_what_a_child_prints_to_nobody_is_lost_and_no_more():
-    code = ("import taskserver, test_taskserver as t\nif __name__ == '__main__': child = taskserver.Child(); "
-            "print(t.run(child, t.say, text='heard'), t.run(child, t.pid) == t.run(child, t.pid), file=sys.stderr)")  # fmt: skip
-    reading, writing = os.pipe()
-    os.close(reading)
-    try:
-        out = subprocess.run([sys.executable, "-c", "import sys\n" + code], check=False, cwd=str(PROGRAM.parent),
-                             stdout=writing, stderr=subprocess.PIPE, timeout=LONG, env={**os.environ, "PYTHONUNBUFFERED": ""})  # fmt: skip
-    finally:
-        os.close(writing)
-    assert out.stderr.decode().startswith("None True\n")
-
-
-@posix
 def test_a_dead_child_fails_its_task_alone_says_how_it_died_and_is_replaced(child):
-    for how, status in ("exit", "exit status 3"), ("SIGKILL", "killed by signal 9"), ("SIGABRT", "killed by signal 6"):
+    ends = {"exit": "exit status 3"}
+    if os.name == "posix":
+        ends.update(SIGKILL="killed by signal 9", SIGABRT="killed by signal 6")
+    for how, status in ends.items():
         before = run(child, pid)
         assert error_of(child, end_itself, how=how) == f"the child process died ({status})"
-        assert is_gone(before)
+        assert run(child, pid) != before
     before = run(child, pid)
-    os.kill(before, signal.SIGKILL)
+    os.kill(before, signal.SIGABRT)  # on Windows, any signal ends it at once
     assert eventually(lambda: not multiprocessing.active_children())
     assert run(child, pid) != before  # one that dies between two tasks costs none
 
 
-def test_a_task_beyond_its_time_is_ended_but_the_start_of_a_child_does_not_count(child):
-    assert run(child, echo, timeout=0.1, result=1) == 1  # a start takes longer
-    before = run(child, pid)
-    begun = time.monotonic()
-    assert error_of(child, sleep_long, timeout=0.2) == "timed out after 0.2 seconds"
-    assert time.monotonic() - begun < LONG / 2 and is_gone(before)
+def test_a_task_beyond_its_time_is_ended_but_the_start_of_a_child_does_not_count(child, leash):
+    assert run(child, echo, timeout=0.05, result=1) == 1  # a start takes longer
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        error = pool.submit(error_of, child, hold, timeout=0.2, port=leash.port)
+        end, _ = leash.next()
+        assert error.result() == "timed out after 0.2 seconds"
+        assert has_ended(end)
+
+
+# What must end with a child: its time is over, it crashes, its task is cancelled, it is ended by
+# its worker, or by the end of its server.
+ENDS = ["timeout", "exit", "kill", "cancel", "end of the worker", "end of the server"]
 
 
 @posix
-def test_children_ignore_ctrl_c_and_step_back(child):
-    ignores, ends, nice = run(child, environment)
-    assert ignores and ends and nice >= min(19, os.nice(0) + 10)
+@pytest.mark.parametrize("how", ENDS)
+def test_what_a_task_has_started_ends_with_its_child(child, leash, how):
+    live = taskserver.Live()
+    timeout = 1.0 if how == "timeout" else LONG
+    more = {"port": leash.port, "how": how}
+    if how.startswith("end of"):
+        more["how"] = "return"
     number = run(child, pid)
-    os.kill(number, signal.SIGINT)
-    assert run(child, pid) == number
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        outcome = pool.submit(run_live, child, start_a_program, live, timeout=timeout, **more)
+        ends = {said: end for end, said in (leash.next(), leash.next())}
+        if how != "timeout":
+            let_go(ends["the child"])
+        if how == "kill":
+            os.kill(number, signal.SIGKILL)
+        elif how == "cancel":
+            live.cancel_requested = True
+            child.wake()
+        if more["how"] == "return":
+            assert outcome.result() is None
+            assert not select.select([ends["the program"]], [], [], 0)[0]  # until its child ends
+        else:
+            error = outcome.exception(LONG)  # it does not wait for the program
+            assert isinstance(error, (taskserver.TaskError, taskserver.Cancelled))
+    if how == "end of the worker":
+        child.end()
+    elif how == "end of the server":
+        child.kill()
+    assert has_ended(ends["the program"])
+
+
+@needs_fork
+def test_a_child_that_dies_is_missed_though_a_copy_of_it_lives(child, leash):
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        error = pool.submit(error_of, child, start_a_copy, port=leash.port)
+        ends = {said: end for end, said in (leash.next(), leash.next())}
+        let_go(ends["the child"])
+        assert error.result(LONG) == "the child process died (exit status 3)"
+    assert has_ended(ends["the copy"])
+
+
+@posix
+def test_a_program_that_a_task_runs_reads_nothing_and_has_no_signal_blocked_or_ignored(child):
+    assert run(child, read_stdin_in_a_program) == "''"
+    out = subprocess.check_output([sys.executable, "-c", SIGNALS_OF_A_PROGRAM])
+    assert run(child, signals_of_a_program) == json.loads(out.decode())
+    assert run(child, signals_of_a_program)[0] == []
+
+
+def test_what_a_task_leaves_in_its_child_is_put_back_before_the_next(child, tmp_path):
+    (tmp_path / "deleted").mkdir()
+    before = run(child, surroundings)
+    assert run(child, leave_a_mess, path=str(tmp_path / "deleted")) is None
+    assert run(child, surroundings) == before
+
+
+@posix
+def test_a_working_directory_that_was_deleted_is_named(child, tmp_path, monkeypatch):
+    (tmp_path / "deleted").mkdir()
+    with monkeypatch.context() as patch:
+        patch.chdir(tmp_path / "deleted")
+        (tmp_path / "deleted").rmdir()
+        assert "the working directory of the server was deleted" in error_of(child, pid)
+    number = run(child, pid)
+    with monkeypatch.context() as patch:
+        (tmp_path / "deleted").mkdir()
+        patch.chdir(tmp_path / "deleted")
+        (tmp_path / "deleted").rmdir()
+        assert run(child, pid) == number  # who has a child already needs none
+
+
+@posix
+def test_children_step_back_and_outlive_what_is_sent_to_all(child, leash):
+    assert run(child, nice) >= min(19, os.nice(0) + 10)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        result = pool.submit(run, child, hold, port=leash.port)
+        end, number = leash.next()
+        for name in "SIGINT", "SIGTERM", "SIGHUP":
+            os.kill(int(number), getattr(signal, name))
+        let_go(end)
+        assert result.result() == "let go"
+    for name in "SIGINT", "SIGTERM", "SIGHUP":
+        os.kill(int(number), getattr(signal, name))
+        assert run(child, pid) == int(number)
+
+
+def nice(payload, report):
+    return os.nice(0)
+
+
+def test_a_cancel_ends_a_child_and_one_that_comes_late_ends_none(child, leash):
+    live = taskserver.Live()
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        outcome = pool.submit(run_live, child, hold, live, port=leash.port)
+        end, _ = leash.next()
+        child.wake()  # for another task
+        live.cancel_requested = True
+        child.wake()
+        assert isinstance(outcome.exception(LONG), taskserver.Cancelled)
+        assert has_ended(end)
+    before = run(child, pid)
+    for _ in range(3):
+        for _ in range(100):
+            child.wake()
+        assert run(child, pid) == before
+    with pytest.raises(taskserver.Cancelled):  # it is cancelled before the child begins
+        run_live(child, hold, live, port=leash.port)
+    assert run(child, echo, result=5) == 5
 
 
 def test_reports_cross_in_order_throttled_and_the_last_is_never_lost(child, tmp_path):
     got = []
     begun = time.monotonic()
-    run(child, storm, lambda *report: got.append(report))
+    run(child, storm, report=lambda *report: got.append(report))
     took = time.monotonic() - begun
-    assert got[-1] == (1.0, "last") and got == sorted(got, key=lambda report: report[0])
+    assert got[-1] == (1.0, "last")
+    assert got == sorted(got, key=lambda report: report[0])
     assert len(got) <= 3 + 25 * took
 
     def report(fraction, message):
@@ -1034,10 +2347,9 @@ def test_reports_cross_in_order_throttled_and_the_last_is_never_lost(child, tmp_
         if message == "second":
             (tmp_path / "go").write_text("")  # the task goes on only because this report came
 
-    assert run(child, wait_for_file, report, path=str(tmp_path / "go")) is True
+    assert run(child, wait_for_file, report=report, path=str(tmp_path / "go")) is True
     assert got[-1] == "second"
-    with pytest.raises(taskserver.TaskError):
-        run(child, fail_as_told, lambda *report: got.append(report), how="exit")
+    error_of(child, raise_as_told, report=lambda *report: got.append(report), how="exit")
     assert got[-1] == (0.2, "before")
 
 
@@ -1045,19 +2357,27 @@ def test_reports_of_a_stray_thread_are_ignored_after_the_end(child):
     before, got = run(child, pid), []
     run(child, leave_a_thread)
     assert not threading.Event().wait(0.3)  # the thread reports, and nobody asks
-    assert run(child, pid, lambda *report: got.append(report)) == before
+    assert run(child, pid, report=lambda *report: got.append(report)) == before
     for n in range(20):
-        assert run(child, echo, lambda *report: got.append(report), result=n) == n
+        assert run(child, echo, report=lambda *report: got.append(report), result=n) == n
     assert got == []
 
 
-@pytest.mark.parametrize("error", [BlockingIOError(11, "no process"), OSError(24, "no descriptor"), MemoryError()], ids=brief)
-def test_no_process_to_be_had_fails_the_task_and_the_next_one_tries_again(child, monkeypatch, error):
+@pytest.mark.parametrize(
+    "error",
+    [BlockingIOError(11, "no process"), OSError(24, "no descriptor"), MemoryError()],
+    ids=brief,
+)
+def test_no_process_to_be_had_fails_the_task_and_the_next_one_tries_again(
+    child, monkeypatch, error
+):
+    def start(process):
+        raise error
+
     with monkeypatch.context() as patch:
-        patch.setattr(multiprocessing.get_context("spawn").Process, "start", lambda process: (_ for _ in ()).throw(error))
+        patch.setattr(multiprocessing.get_context("spawn").Process, "start", start)
         assert "no child process can take the task: " in error_of(child, echo)
-    if isinstance(error, MemoryError):
-        assert run(child, echo, result=1) == 1
+    assert run(child, echo, result=1) == 1
 
 
 def test_cpu_tasks_run_in_children_of_their_own_and_end_with_their_workers(application):
@@ -1067,9 +2387,57 @@ def test_cpu_tasks_run_in_children_of_their_own_and_end_with_their_workers(appli
     application.task("killed", cpu=True)(end_itself)
     slow, killed = create(application, "sleep"), create(application, "killed", how="exit")
     assert final(application, killed)["error"] == "the child process died (exit status 3)"
-    assert final(application, slow)["error"] == "timed out after 0.5 seconds"
-    assert (poll(application, slow)["progress"], poll(application, slow)["result"]) == (0.5, None)
+    slow = final(application, slow)
+    assert slow["error"] == "timed out after 0.5 seconds"
+    assert (slow["progress"], slow["result"]) == (0.5, None)
     assert final(application, create(application, "pid"))["result"] != os.getpid()
+
+
+def test_the_end_of_all_children_ends_no_process_of_others(application, leash):
+    application.task("hold", cpu=True)(hold)
+    other = multiprocessing.get_context("spawn").Process(target=hold_on, args=(leash.port,))
+    other.start()
+    held, _ = leash.next()
+    record = create(application, "hold", port=leash.port)
+    own, _ = leash.next()
+    application.children.kill()
+    assert has_ended(own)
+    assert final(application, record)["error"].startswith("the child process died")
+    assert other.is_alive()
+    let_go(held)
+    other.join(LONG)
+    assert other.exitcode == 0
+
+
+@needs_fork
+def test_a_copy_that_a_task_in_a_thread_forks_does_not_keep_children_alive(child, leash):
+    """Their server ends, and they must see that, though a copy of the server lives."""
+    code = (
+        "import sys, threading, taskserver, test_taskserver as tests\n"
+        "if __name__ == '__main__':\n"
+        "    child, port = taskserver.Child(threading.Lock()), int(sys.argv[1])\n"
+        "    begin = threading.Thread(target=tests.run, args=(child, tests.hold),\n"
+        "                             kwargs={'port': port}, daemon=True)\n"
+        "    begin.start()\n"
+        "    tests.hold_on(port, 'the server')\n"
+        "    if tests.os.fork() == 0:\n"
+        "        tests.hold_on(port, 'the copy')\n"
+        "        tests.os._exit(0)\n"
+        "    tests.hold_on(port, 'the server again')\n"
+    )
+    command = [sys.executable, "-W", "ignore", "-c", code, str(leash.port)]
+    server = subprocess.Popen(command, cwd=str(PROGRAM.parent))
+    try:
+        ends = dict(reversed(leash.next()) for _ in range(2))
+        let_go(ends.pop("the server"))
+        ((_, child_end),) = ends.items()
+        ends = dict(reversed(leash.next()) for _ in range(2))
+        server.kill()
+        assert has_ended(child_end)
+        assert not select.select([ends["the copy"]], [], [], 0)[0]
+    finally:
+        server.kill()
+        server.wait(LONG)
 
 
 MAIN = '''
@@ -1092,28 +2460,40 @@ def burning(program):
     """Have two children compute for ever; return their ids."""
     numbers = []
     for _ in range(2):
-        path = "/poll-mine/" + program.ask("POST", "/create-mine", {"name": "x", "burn": True}).json["id"]
+        created = program.ask("POST", "/create-mine", {"name": "x", "burn": True})
+        path = "/poll-mine/" + created.json["id"]
         assert eventually(lambda path=path: program.ask("GET", path).json["message"])
         numbers.append(int(program.ask("GET", path).json["message"]))
-    assert not any(map(is_gone, numbers)) and len(set(numbers)) == 2
+    assert not any(map(is_gone, numbers))
+    assert len(set(numbers)) == 2
     return numbers
 
 
-@posix
-@pytest.mark.parametrize("number, grace, status", [
-    (signal.SIGKILL, "1", -9), (signal.SIGTERM, "0.2", 0), (signal.SIGINT, "0.2", 0), (signal.SIGTERM, "1000", 143),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "number, grace, status",
+    [
+        (None, "1", None),
+        (signal.SIGTERM, "0.2", 0),
+        (signal.SIGINT, "0.2", 0),
+        (signal.SIGTERM, "1000", 143),
+    ],
+)
 def test_children_end_with_their_server_however_it_ends(tmp_path, number, grace, status):
     file = tmp_path / "mine.py"
     file.write_text(MAIN.format(guard="if __name__ == '__main__': "))
     with Program("--cpu-workers", "2", "--grace", grace, file=file) as program:
         record = program.ask("POST", "/create-mine", {"name": "x"}).json
-        assert program.ask("GET", f"/poll-mine/{record['id']}?wait=30").json["result"] == "__mp_main__"
+        record = program.ask("GET", f"/poll-mine/{record['id']}?wait=30").json
+        assert record["result"] == "__mp_main__"
         numbers = burning(program)
         if status == 143:  # a second signal follows
-            program.process.send_signal(number)
+            program.send(number)
             assert "stopping" in program.log(wait_for="stopping")
-        assert program.stops(number) == status
+        if number is None:  # no signal but kill -9, or what is like it on Windows
+            program.process.kill()
+            assert program.process.wait(LONG)
+        else:
+            assert program.stops(number) == status
         assert eventually(lambda: all(map(is_gone, numbers)), 5)
         assert "Traceback" not in program.log()
 
@@ -1124,8 +2504,10 @@ def test_a_missing_main_guard_is_named(tmp_path):
     with Program(file=file) as program:
         record = program.ask("POST", "/create-mine", {"name": "x"}).json
         record = program.ask("GET", f"/poll-mine/{record['id']}?wait=30").json
-        assert record["status"] == "failed" and "__main__" in record["error"]
-        assert "Traceback" not in program.log() and "__main__" in program.log()
+        assert record["status"] == "failed"
+        assert "__main__" in record["error"]
+        assert "__main__" in program.log()
+        assert "Traceback" not in program.log()
 
 
 # -- 5. Requests, responses, routes ----------------------------------------------------------------
@@ -1134,34 +2516,55 @@ def test_a_missing_main_guard_is_named(tmp_path):
 @pytest.fixture
 def router():
     router = Router()
-    for method, pattern in ("GET", "/"), ("POST", "/create-a"), ("GET", "/poll-a/{id}"), ("GET", "/both"), ("POST", "/both"):
-        router.add(method, pattern, lambda *_, found=method + " " + pattern: found)
+    for known in "GET /", "POST /create-a", "GET /poll-a/{id}", "GET /both", "POST /both":
+        router.add(*known.split(), lambda *_, found=known: found)
     return router
 
 
-@pytest.mark.parametrize("method, path, found", [
-    ("GET", "/", ("GET /", ())),
-    ("HEAD", "/", ("GET /", ())),
-    ("POST", "/create-a", ("POST /create-a", ())),
-    ("GET", "/poll-a/7", ("GET /poll-a/{id}", ("7",))),
-    ("GET", "/%70oll-a/7", ("GET /poll-a/{id}", ("7",))),
-    ("GET", "/poll-a/%37", ("GET /poll-a/{id}", ("7",))),
-    ("GET", "/poll-a/x%2Fy", ("GET /poll-a/{id}", ("x/y",))),
-    ("GET", "/poll-a/%2537", ("GET /poll-a/{id}", ("%37",))),
-    ("GET", "/poll-a/", ("GET /poll-a/{id}", ("",))),
-    ("GET", "/poll-a/%C3%A9", ("GET /poll-a/{id}", ("é",))),
-    ("HEAD", "/both", ("GET /both", ())),
-    ("POST", "/both", ("POST /both", ())),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "method, path, found",
+    [
+        ("GET", "/", ("GET /", ())),
+        ("HEAD", "/", ("GET /", ())),
+        ("POST", "/create-a", ("POST /create-a", ())),
+        ("GET", "/poll-a/7", ("GET /poll-a/{id}", ("7",))),
+        ("GET", "/%70oll-a/7", ("GET /poll-a/{id}", ("7",))),
+        ("GET", "/poll-a/%37", ("GET /poll-a/{id}", ("7",))),
+        ("GET", "/poll-a/x%2Fy", ("GET /poll-a/{id}", ("x/y",))),
+        ("GET", "/poll-a/%2537", ("GET /poll-a/{id}", ("%37",))),
+        ("GET", "/poll-a/", ("GET /poll-a/{id}", ("",))),
+        ("GET", "/poll-a/%C3%A9", ("GET /poll-a/{id}", ("é",))),
+        ("HEAD", "/both", ("GET /both", ())),
+        ("POST", "/both", ("POST /both", ())),
+    ],
+)
 def test_a_path_finds_its_endpoint_and_is_decoded_once(router, method, path, found):
-    endpoint, arguments = router.match(method, path)
-    assert (endpoint(), arguments) == found
+    call = router.match(method, path)
+    assert (call.route.endpoint(), call.arguments) == found
 
 
-@pytest.mark.parametrize("path", [
-    "", "//", "/x", "/create-a/", "//create-a", "/create-a%00", "/create-a%2F", "/poll-a", "/poll-a/7/", "/poll-a%2F7",
-    "/poll-a/7/8", "/./create-a", "/x/../create-a", "/CREATE-A", "/create%2Da/x", "/{id}", "*x",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "path",
+    [
+        "",
+        "//",
+        "/x",
+        "/create-a/",
+        "//create-a",
+        "/create-a%00",
+        "/create-a%2F",
+        "/poll-a",
+        "/poll-a/7/",
+        "/poll-a%2F7",
+        "/poll-a/7/8",
+        "/./create-a",
+        "/x/../create-a",
+        "/CREATE-A",
+        "/create%2Da/x",
+        "/{id}",
+        "*x",
+    ],
+)
 @pytest.mark.parametrize("method", ["GET", "POST", "OPTIONS", "BREW"])
 def test_an_unknown_path_is_404_whatever_the_method(router, method, path):
     with pytest.raises(HTTPError) as caught:
@@ -1169,16 +2572,19 @@ def test_an_unknown_path_is_404_whatever_the_method(router, method, path):
     assert caught.value.response.status == 404
 
 
-@pytest.mark.parametrize("path, allow", [
-    ("/", "GET, HEAD, OPTIONS"),
-    ("/create-a", "OPTIONS, POST"),
-    ("/poll-a/7", "GET, HEAD, OPTIONS"),
-    ("/both", "GET, HEAD, OPTIONS, POST"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "path, allow",
+    [
+        ("/", "GET, HEAD, OPTIONS"),
+        ("/create-a", "OPTIONS, POST"),
+        ("/poll-a/7", "GET, HEAD, OPTIONS"),
+        ("/both", "GET, HEAD, OPTIONS, POST"),
+    ],
+)
 @pytest.mark.parametrize("method", ["PUT", "DELETE", "TRACE", "BREW", "get", "post", "OPTIONS"])
 def test_another_method_is_405_with_allow_and_options_204(router, method, path, allow):
     if method == "OPTIONS":
-        response = router.match(method, path)[0]()
+        response = router.match(method, path).route.endpoint(Request(method, path))
     else:
         with pytest.raises(HTTPError) as caught:
             router.match(method, path)
@@ -1188,61 +2594,159 @@ def test_another_method_is_405_with_allow_and_options_204(router, method, path, 
 
 
 def test_options_for_the_whole_server(router):
-    response = router.match("OPTIONS", "*")[0]()
+    response = router.match("OPTIONS", "*").route.endpoint(Request("OPTIONS", "*"))
     assert (response.status, response.body) == (204, b"")
 
 
 def test_a_path_of_its_own_goes_before_any_id(router):
     router.add("GET", "/poll-a/newest", lambda *_: "newest")
-    assert router.match("GET", "/poll-a/newest")[0]() == "newest"
-    assert router.match("GET", "/poll-a/{id}")[1] == ("{id}",)
+    assert router.match("GET", "/poll-a/newest").route.endpoint() == "newest"
+    assert router.match("GET", "/poll-a/{id}").arguments == ("{id}",)
 
 
 def test_a_route_that_is_added_later_is_found(router):
     with pytest.raises(HTTPError):
         router.match("GET", "/late")
     router.add("GET", "/late", lambda: "late")
-    assert router.match("GET", "/late")[0]() == "late"
+    assert router.match("GET", "/late").route.endpoint() == "late"
+
+
+def test_a_route_says_what_there_is_and_may_block_unless_it_says_otherwise(router):
+    router.add("GET", "/quick", seven, blocks=taskserver.never_blocks, summary="Quick")
+    plain, quick = router.match("GET", "/both").route, router.match("HEAD", "/quick").route
+    assert plain.blocks(Request("GET", "/both")) and not quick.blocks(Request("GET", "/quick"))
+    assert [route.pattern for route in router.routes[-2:]] == ["/both", "/quick"]
+    assert router.routes[-1].summary == "Quick"
+    with pytest.raises(TypeError, match="sumary"):
+        router.add("GET", "/typing-error", seven, sumary="Quick")
+
+
+def test_a_request_with_a_body_is_the_same_request():
+    request = Request("POST", "/x", "a=b", "h", Fields({"c": "d"}, 3), b"", "192.0.2.1", False)
+    assert request.with_body(b"abc") == request._replace(body=b"abc")
+
+
+@pytest.mark.parametrize(
+    "query, value",
+    [
+        ("", None),
+        ("other=5", None),
+        ("n=5", "5"),
+        ("n=%35&m=1", "5"),
+        ("n=5&n=5", HTTPError),
+        ("n=", HTTPError),
+        ("n", HTTPError),
+        ("n=x", HTTPError),
+        ("n=5%0A", HTTPError),
+    ],
+)
+def test_a_parameter_of_the_query_matches_its_pattern_or_is_400_with_an_example(query, value):
+    request = Request("GET", "/x", query)
+    if value is not HTTPError:
+        assert request.parameter("n", "[0-9]", "7") == value
+        return
+    with pytest.raises(HTTPError, match="n=7") as caught:
+        request.parameter("n", "[0-9]", "7")
+    assert caught.value.status == 400
+
+
+@pytest.mark.parametrize(
+    "seconds, text",
+    [(-5, "1"), (0, "1"), (0.2, "1"), (1, "1"), (1.01, "2"), (math.inf, "1000000000")],
+)
+def test_what_cannot_be_done_now_is_503_with_whole_seconds_to_wait(seconds, text):
+    response = taskserver.unavailable(taskserver.Unavailable("Not now.", seconds)).response
+    assert (response.status, response.headers) == (503, (("Retry-After", text),))
+    assert json.loads(response.body.decode()) == {"error": "Not now."}
 
 
 def test_a_refusal_is_one_sentence_in_json():
     response = HTTPError(503, 'Say "why".', ("Retry-After", "1")).response
-    assert (response.status, response.content_type, response.headers) == (503, "application/json", (("Retry-After", "1"),))
+    assert (response.status, response.content_type) == (503, "application/json")
+    assert response.headers == (("Retry-After", "1"),)
     assert json.loads(response.body.decode()) == {"error": 'Say "why".'}
 
 
-@pytest.mark.parametrize("body, value", [
-    (b"{}", {}),
-    (b' \r\n\t{"a" : 1 } ', {"a": 1}),
-    (b'{"a": [true, false, null, -0.5e3, "\xc3\xa9\\u00e9\\ud83d\\ude00"]}', {"a": [True, False, None, -500.0, "éé😀"]}),
-    (b'{"a": 1e308}', {"a": 1e308}),
-    (b'{"a": 1e-999}', {"a": 0.0}),
-    (b'{"a": {"a": 1}}', {"a": {"a": 1}}),
-    (b'{"": "\\u0000"}', {"": "\0"}),
-    (b'{"a": "\\\\ud800"}', {"a": "\\ud800"}),
-    (b'{"a": "%s"}' % (b"[{" * 200), {"a": "[{" * 200}),
-    (b'{"a": "\\"%s"}' % (b"[" * 200), {"a": '"' + "[" * 200}),
-    (b'{"a": [%s]}' % b",".join([b"[]"] * 300), {"a": [[]] * 300}),
-    (b'{"a": %s1%s}' % (b"[" * 99, b"]" * 99), None),
-    (b'{"a": %s}' % (b"9" * 4300), None),
-    (b'{"a": -%s}' % (b"9" * 4300), None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "body, value",
+    [
+        (b"{}", {}),
+        (b' \r\n\t{"a" : 1 } ', {"a": 1}),
+        (
+            b'{"a": [true, false, null, -0.5e3, "\xc3\xa9\\u00e9\\ud83d\\ude00"]}',
+            {"a": [True, False, None, -500.0, "éé😀"]},
+        ),
+        (b'{"a": 1e308}', {"a": 1e308}),
+        (b'{"a": 1e-999}', {"a": 0.0}),
+        (b'{"a": {"a": 1}}', {"a": {"a": 1}}),
+        (b'{"": "\\u0000"}', {"": "\0"}),
+        (b'{"a": "\\\\ud800"}', {"a": "\\ud800"}),
+        (b'{"a": "%s"}' % (b"[{" * 200), {"a": "[{" * 200}),
+        (b'{"a": "\\"%s"}' % (b"[" * 200), {"a": '"' + "[" * 200}),
+        (b'{"a": [%s]}' % b",".join([b"[]"] * 300), {"a": [[]] * 300}),
+        (b'{"a": %s1%s}' % (b"[" * 99, b"]" * 99), None),
+        (b'{"a": %s}' % (b"9" * 4300), None),
+        (b'{"a": -%s}' % (b"9" * 4300), None),
+    ],
+)
 def test_a_strict_json_object_is_decoded(body, value):
     decoded = taskserver.decode_object(body)
     assert "a" in decoded if value is None else decoded == value
 
 
-@pytest.mark.parametrize("body", [
-    b"", b" ", b"null", b"[]", b'"{}"', b"1", b"{} {}", b"{", b"}", b'{"a": 1,}', b"{'a': 1}", b'{"a": 01}', b'{"a": .5}',
-    b'{"a": +1}', b'{"a": NaN}', b'{"a": Infinity}', b'{"a": -Infinity}', b'{"a": 1e999}', b'{"a": -1e999}',
-    b'{"a": 1, "a": 2}', b'{"b": [{"a": 1, "a": 1}]}', b'{"a": 1, "\\u0061": 2}', b'{"a": "\\ud800"}',
-    b'{"a": "\\udc00\\ud800"}', b'{"\\ud800": 1}', b'{"a": "\xff"}', b'{"a": "\xed\xa0\x80"}', b'{"a": "\xc0\x80"}',
-    b"\xef\xbb\xbf{}", '{"a": 1}'.encode("utf-16"), '{"a": 1}'.encode("utf-16-le"), b'{"a": "\n"}', b'{"a": "\0"}',
-    b'{"a": "\\x41"}', b'{"a": tru}', b'{"a": 1}\0', b'{"a": 1 // comment\n}', b'\x0c{"a": 1}', '{"a": ١}'.encode(),
-    b'{"a": %s1%s}' % (b"[" * 100, b"]" * 100), b'{"a":' * 101 + b"1" + b"}" * 101, b"[" * 100_000, b'{"a":' * 100_000,
-    b'{"a": %s}' % (b"9" * 4301), b'{"a": -%s}' % (b"9" * 4301), b'{"a": %s}' % (b"9" * 1_000_000),
-    b'{"a": "%s' % (b"\\" * 100_001),
-], ids=brief)  # fmt: skip
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b" ",
+        b"null",
+        b"[]",
+        b'"{}"',
+        b"1",
+        b"{} {}",
+        b"{",
+        b"}",
+        b'{"a": 1,}',
+        b"{'a': 1}",
+        b'{"a": 01}',
+        b'{"a": .5}',
+        b'{"a": +1}',
+        b'{"a": NaN}',
+        b'{"a": Infinity}',
+        b'{"a": -Infinity}',
+        b'{"a": 1e999}',
+        b'{"a": -1e999}',
+        b'{"a": 1, "a": 2}',
+        b'{"b": [{"a": 1, "a": 1}]}',
+        b'{"a": 1, "\\u0061": 2}',
+        b'{"a": "\\ud800"}',
+        b'{"a": "\\udc00\\ud800"}',
+        b'{"\\ud800": 1}',
+        b'{"a": "\xff"}',
+        b'{"a": "\xed\xa0\x80"}',
+        b'{"a": "\xc0\x80"}',
+        b"\xef\xbb\xbf{}",
+        '{"a": 1}'.encode("utf-16"),
+        '{"a": 1}'.encode("utf-16-le"),
+        b'{"a": "\n"}',
+        b'{"a": "\0"}',
+        b'{"a": "\\x41"}',
+        b'{"a": tru}',
+        b'{"a": 1}\0',
+        b'{"a": 1 // comment\n}',
+        b'\x0c{"a": 1}',
+        '{"a": ١}'.encode(),
+        b'{"a": %s1%s}' % (b"[" * 100, b"]" * 100),
+        b'{"a":' * 101 + b"1" + b"}" * 101,
+        b"[" * 100_000,
+        b'{"a":' * 100_000,
+        b'{"a": %s}' % (b"9" * 4301),
+        b'{"a": -%s}' % (b"9" * 4301),
+        b'{"a": %s}' % (b"9" * 1_000_000),
+        b'{"a": "%s' % (b"\\" * 100_001),
+    ],
+    ids=brief,
+)
 def test_anything_else_is_400(body):
     with pytest.raises(HTTPError) as caught:
         taskserver.decode_object(body)
@@ -1253,7 +2757,8 @@ def test_anything_else_is_400(body):
 
 def test_an_unterminated_string_of_escapes_is_refused_in_a_time_that_grows_with_its_length():
     for end in b"", b"\\":
-        body = b"[" * 101 + b'"' + b'\\"' * 400_000 + end  # with a search for each quote this takes an hour
+        # With a search for each quote this takes an hour.
+        body = b"[" * 101 + b'"' + b'\\"' * 400_000 + end
         with pytest.raises(HTTPError) as refused:
             taskserver.decode_object(body)
         assert refused.value.response.status == 400
@@ -1265,53 +2770,303 @@ def test_a_string_full_of_brackets_is_not_nested():
         taskserver.decode_object(b'"' + b"[" * 200 + b'"')
 
 
+@pytest.mark.parametrize("codec", ["utf-8-sig", "utf-16"])
+def test_json_with_a_byte_order_mark_is_400_and_the_sentence_names_it(codec):
+    with pytest.raises(HTTPError, match="byte order mark") as caught:
+        taskserver.decode_object('{"name": "x"}'.encode(codec))
+    assert caught.value.status == 400
+
+
 # -- 6. Application --------------------------------------------------------------------------------
 
 
-def test_building_an_application_starts_nothing():
-    code = ("import threading, multiprocessing, taskserver as t; a = t.demo(); t.add_monitoring(a); t.add_pages(a); "
-            "print(threading.active_count(), multiprocessing.active_children(), len(a.types))")  # fmt: skip
-    assert subprocess.check_output([sys.executable, "-c", code], cwd=str(PROGRAM.parent)) == b"1 [] 2\n"
+BUILD = """
+import multiprocessing, sys, threading
+import taskserver
+
+application = taskserver.demo()
+taskserver.add_monitoring(application)
+taskserver.add_pages(application)
+
+@application.task("coroutine", timeout=5)
+async def coroutine(payload, report):
+    pass
+
+print(threading.active_count(), multiprocessing.active_children(), "asyncio" in sys.modules)
+"""
+
+
+def test_building_an_application_starts_nothing_and_imports_no_asyncio():
+    command = [sys.executable, "-c", BUILD]
+    out = subprocess.check_output(command, cwd=str(PROGRAM.parent))
+    assert out.split() == [b"1", b"[]", b"False"]
 
 
 def test_the_decorator_returns_the_function_unchanged():
     assert Application().task("echo")(echo) is echo
     assert Application().task("echo", cpu=True, timeout=5)(echo) is echo
+    assert Application().task("wait", timeout=5)(wait_a_moment) is wait_a_moment
 
 
-@pytest.mark.parametrize("name", ["", "A", "a b", "1a", "-a", "a_b", "a/b", "é", "a\n", "{id}", "a.b"])
+@pytest.mark.parametrize(
+    "name", ["", "A", "a b", "1a", "-a", "a_b", "a/b", "é", "a\n", "{id}", "a.b", None, 5]
+)
 def test_a_bad_name_of_a_task_type_is_a_value_error(name):
     with pytest.raises(ValueError, match="choose a name"):
-        Application().task(name)(echo)
-
-
-@pytest.mark.parametrize("options", [
-    {"timeout": 5}, {"cpu": True, "executor": object()}, {"executor": object(), "timeout": 5},
-])  # fmt: skip
-def test_options_that_exclude_each_other_are_a_value_error(options):
-    with pytest.raises(ValueError, match="task type 'echo': "):
-        Application().task("echo", **options)(echo)
+        Application().task(name)
 
 
 def test_a_name_that_is_taken_is_a_value_error():
     application = Application()
     application.task("a-1")(echo)
-    with pytest.raises(ValueError, match="'a-1'"):
+    with pytest.raises(ValueError, match="'a-1'.*taken"):
         application.task("a-1")(fail)
     decorator = application.task("a-2")
     decorator(echo)
-    with pytest.raises(ValueError, match="'a-2'"):
+    with pytest.raises(ValueError, match="'a-2'.*taken"):
         decorator(fail)
 
 
-def test_a_function_that_cannot_be_pickled_is_a_value_error_with_cpu():
-    def nested(payload, report):
+async def wait_a_moment(payload, report):
+    return payload.get("result")
+
+
+def yields(payload, report):
+    yield 1
+
+
+async def yields_later(payload, report):
+    yield 1
+
+
+class Ways:
+    """Ways in which an object can be called, or cannot."""
+
+    def plain(self, payload, report):
+        return [self.__class__.__name__, payload["name"]]
+
+    def yields(self, payload, report):
+        yield 1
+
+    async def waits(self, payload, report):
+        return payload["name"]
+
+    @staticmethod
+    def static(payload, report):
+        return payload["name"]
+
+
+class Plain(Ways):
+    __call__ = Ways.plain
+
+
+class Yields(Ways):
+    __call__ = Ways.yields
+
+
+class Waits(Ways):
+    __call__ = Ways.waits
+
+
+def one_argument(payload):
+    pass
+
+
+def three_arguments(payload, report, more):
+    pass
+
+
+def only_by_name(payload, *, report):
+    pass
+
+
+def through(function):
+    """Return a function that hands everything on, as decorators do."""
+
+    @functools.wraps(function)
+    def wrapper(*arguments):
+        return function(*arguments)
+
+    return wrapper
+
+
+def without_report(function):
+    """Return a function of two arguments that calls one of one."""
+
+    @functools.wraps(function)
+    def wrapper(payload, report):
+        return function(payload)
+
+    return wrapper
+
+
+def name_of(payload):
+    return payload["name"]
+
+
+TWO = r"must take two arguments, \(payload, report\)"
+YIELDS = "a generator cannot be a task: return the result instead of yielding"
+TOP_LEVEL = "with cpu=True, use a function at the top level of a module"
+WAITS = "a coroutine waits and does not compute: leave out cpu=True"
+NO_FUNCTION = r"decorate a function that takes \(payload, report\)"
+CPU = {"cpu": True}
+
+
+@pytest.mark.parametrize(
+    "function, options, sentence",
+    [
+        (one_argument, {}, TWO),
+        (three_arguments, {}, TWO),
+        (only_by_name, {}, TWO),
+        (lambda: None, {}, TWO),
+        (functools.partial(echo, {}), {}, TWO),
+        (Ways.plain, {}, TWO),  # of the class, which lacks an object
+        (yields, {}, YIELDS),
+        (yields_later, {}, YIELDS),
+        (functools.partial(yields), {}, YIELDS),
+        (Ways().yields, {}, YIELDS),
+        (Yields(), {}, YIELDS),
+        (Ways, {}, NO_FUNCTION),
+        (None, {}, NO_FUNCTION),
+        ("echo", {}, NO_FUNCTION),
+        (staticmethod(echo), {}, "swap the decorators: @staticmethod above @application.task"),
+        (classmethod(echo), {}, "swap the decorators: @classmethod above @application.task"),
+        (property(echo), {}, "swap the decorators: @property above @application.task"),
+        (lambda payload, report: None, CPU, TOP_LEVEL),
+        (functools.partial(lambda payload, report: None), CPU, TOP_LEVEL),
+        (through(lambda payload, report: None), CPU, TOP_LEVEL),
+        (wait_a_moment, CPU, WAITS),
+        (Waits(), CPU, WAITS),
+        (functools.partial(wait_a_moment), CPU, WAITS),
+        (echo, {"timeout": 5}, "a thread cannot be ended, so leave out timeout="),
+        (Plain(), {"timeout": 5}, "a thread cannot be ended, so leave out timeout="),
+    ],
+)
+def test_a_function_that_cannot_work_is_refused_with_a_sentence(function, options, sentence):
+    application = Application()
+    with pytest.raises(ValueError, match="^task type 'x': .*" + sentence):
+        application.task("x", **options)(function)
+    application.task("x")(echo)  # the name is free
+
+
+@pytest.mark.parametrize("timeout", [0, -1, math.nan, math.inf, 1e7, "5", [5]], ids=brief)
+@pytest.mark.parametrize("options", [{}, CPU])
+def test_a_time_limit_is_a_number_of_seconds(options, timeout):
+    with pytest.raises(
+        ValueError, match="'x': use a timeout= of more than 0 and at most a million"
+    ):
+        Application().task("x", timeout=timeout, **options)
+
+
+def test_options_that_do_not_exist_are_a_type_error_and_that_of_executors_shows_what_to_do():
+    with pytest.raises(TypeError, match=r"'x'.*await .*run_in_executor\(executor, work, payload\)"):
+        Application().task("x", executor=None)
+    with pytest.raises(TypeError, match="'x'.*no option time_out="):
+        Application().task("x", time_out=5)
+    with pytest.raises(TypeError, match="name the task type"):
+        Application().task(echo)
+
+
+@pytest.mark.parametrize(
+    "function, result",
+    [
+        (Ways().plain, ["Ways", "sample"]),
+        (Ways().static, "sample"),
+        (Plain(), ["Plain", "sample"]),
+        (functools.partial(lambda more, payload, report: more, 7), 7),
+        (functools.partial(Ways().plain), ["Ways", "sample"]),
+        (through(Ways().plain), ["Ways", "sample"]),
+        (without_report(name_of), "sample"),
+        (lambda *arguments: len(arguments), 2),
+        (lambda payload, report, more=7: more, 7),
+        (wait_a_moment, None),
+        (functools.partial(wait_a_moment), None),
+        (Ways().waits, "sample"),
+        (Waits(), "sample"),
+    ],
+)
+def test_whatever_takes_two_arguments_can_be_a_task(application, function, result):
+    record = outcome(application, function)
+    assert (record["status"], record["result"]) == ("completed", result)
+
+
+def test_a_plain_function_that_returns_an_awaitable_fails_with_a_sentence(application):
+    class Promise:
+        def __await__(self):
+            yield
+
+    for function in through(wait_a_moment), lambda payload, report: Promise():
+        record = outcome(application, function)
+        sentence = "the function returned an awaitable; declare it with `async def`"
+        assert (record["status"], record["error"]) == ("failed", sentence)
+
+
+IN_MAIN = """
+import taskserver
+
+application = taskserver.Application()
+
+@application.task("x", cpu=True)
+def work(payload, report):
+    pass
+
+try:
+    application.check_types()
+except ValueError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("how", ["a package", "a command line", "a file"])
+def test_what_a_child_cannot_import_is_refused_at_the_start(tmp_path, how):
+    (tmp_path / "package").mkdir()
+    main = tmp_path / "package" / "__main__.py"
+    main.write_text(IN_MAIN)
+    command = {"a package": ["-m", "package"], "a command line": ["-c", IN_MAIN], "a file": [main]}
+    out = subprocess.check_output(
+        [sys.executable, *map(str, command[how])],
+        cwd=str(tmp_path),
+        env={**os.environ, "PYTHONPATH": str(PROGRAM.parent)},
+    )
+    sentence = b"task type 'x': a child process cannot import this program; with cpu=True, move"
+    assert out.startswith(sentence) if how != "a file" else not out
+
+
+hidden = through(Ways.static)  # its name leads to another function
+
+
+def test_what_cannot_be_pickled_for_a_child_is_refused_at_the_start():
+    for function in hidden, NotToBePickled():
+        application = Application()
+        application.task("x", cpu=True)(function)
+        with pytest.raises(ValueError, match="'x': a child process cannot get this function") as it:
+            application.check_types()
+        assert "at the top level of a module" in str(it.value)
+    application = Application(default=lambda value: None)
+    application.task("x", cpu=True)(echo)
+    with pytest.raises(ValueError, match="'x': a child process cannot get"):
+        application.check_types()
+    application = Application(default=str)
+    application.task("x", cpu=True)(echo)
+    application.task("in-a-thread")(NotToBePickled())
+    application.check_types()
+
+
+class NotToBePickled:
+    def __call__(self, payload, report):
         pass
 
-    for function in nested, lambda payload, report: None:
-        with pytest.raises(ValueError, match="top level"):
-            Application().task("nested", cpu=True)(function)
-        Application().task("nested")(function)
+    def __reduce__(self):
+        raise TypeError("not this one")
+
+
+def test_the_description_shows_the_text_of_a_function_and_not_that_of_what_wraps_it():
+    application = Application()
+    application.task("wrapped")(functools.partial(echo))
+    application.task("method")(Ways().plain)
+    paths = taskserver.openapi(application)["paths"]
+    assert paths["/create-wrapped"]["post"]["description"] == "Return what was sent."
+    assert "partial" not in json.dumps(paths)
 
 
 def test_create_answers_201_with_the_record_and_its_location(application):
@@ -1330,10 +3085,12 @@ def test_create_answers_201_with_the_record_and_its_location(application):
 
 def test_pending_covers_waiting_and_running_and_ends_as_completed(application, gate):
     application.pool.max_workers = 1
-    first, second = create(application, "gate", result=[1]), create(application, "gate", result={"a": None})
+    first = create(application, "gate", result=[1])
+    second = create(application, "gate", result={"a": None})
     gate.wait_for()
     running, waiting = poll(application, first), poll(application, second)
-    assert [running[key] for key in ("status", "progress", "message")] == ["pending", 0.25, "at the gate"]
+    seen = [running[key] for key in ("status", "progress", "message")]
+    assert seen == ["pending", 0.25, "at the gate"]
     assert running["started_at"] and not running["finished_at"]
     assert waiting == second
     gate.opened.set()
@@ -1352,18 +3109,25 @@ def test_the_function_gets_what_was_posted_untouched(application):
     assert list(record["result"]) == ["name", *payload]
 
 
-@pytest.mark.parametrize("raised, error", [
-    (ValueError("what it said"), "ValueError: what it said"),
-    (SystemExit(3), "SystemExit: 3"),
-    (KeyboardInterrupt(), "KeyboardInterrupt"),
-    (GeneratorExit("x"), "GeneratorExit: x"),
-    (AssertionError(), "AssertionError"),
-    (ValueError("caf\udce9 \0"), "ValueError: caf\\udce9 \0"),
-    (Speechless(), "Speechless: (an exception that cannot say what it is)"),
-    (HTTPError(404, "no"), "HTTPError: (404, 'no')"),
-    (taskserver.JournalError("no", 1), "JournalError: no"),
-], ids=brief)  # fmt: skip
-def test_whatever_a_task_raises_makes_it_fail_alone_and_its_traceback_goes_to_the_log(application, caplog, raised, error):
+@pytest.mark.parametrize(
+    "raised, error",
+    [
+        (ValueError("what it said"), "ValueError: what it said"),
+        (SystemExit(3), "SystemExit: 3"),
+        (KeyboardInterrupt(), "KeyboardInterrupt"),
+        (GeneratorExit("x"), "GeneratorExit: x"),
+        (AssertionError(), "AssertionError"),
+        (ValueError("caf\udce9 \0"), "ValueError: caf\\udce9 \0"),
+        (Speechless(), "Speechless: (an exception that cannot say what it is)"),
+        (HTTPError(404, "no"), "HTTPError: (404, 'no')"),
+        (taskserver.JournalError("no", 1), "JournalError: no"),
+        (taskserver.Cancelled(), "Cancelled"),  # nobody has asked for it
+    ],
+    ids=brief,
+)
+def test_whatever_a_task_raises_makes_it_fail_alone_and_its_traceback_goes_to_the_log(
+    application, caplog, raised, error
+):
     application.pool.max_workers = 1
 
     def task(payload, report):
@@ -1378,16 +3142,53 @@ def test_whatever_a_task_raises_makes_it_fail_alone_and_its_traceback_goes_to_th
     assert outcome(application, echo, result=1)["result"] == 1
 
 
-@pytest.mark.parametrize("make, error", [
-    (lambda: math.nan, "JSON"), (object, "JSON"), (cycle, "JSON"), (lambda: "x" * (MIB - 1), "1048577 bytes"),
-], ids=["nan", "object", "cycle", "1 MiB + 1"])  # fmt: skip
-def test_a_result_that_cannot_be_kept_makes_the_task_fail_and_breaks_no_poll(application, make, error):
+@pytest.mark.parametrize(
+    "make, error",
+    [
+        (lambda: math.nan, "JSON"),
+        (object, "JSON"),
+        (cycle, "JSON"),
+        (lambda: {"a": [{}, {1: 2, "1": 3}]}, "JSON at ['a'][1]: two keys are the same as JSON"),
+        (lambda: {"when": {"day": 1j}}, "JSON at ['when']['day']: "),
+        (lambda: "x" * (MIB - 1), "1048577 bytes"),
+    ],
+    ids=["nan", "object", "cycle", "equal keys", "place", "1 MiB + 1"],
+)
+def test_a_result_that_cannot_be_kept_makes_the_task_fail_and_breaks_no_poll(
+    application, make, error
+):
     record = outcome(application, lambda payload, report: make())
     assert record["status"] == "failed" and error in record["error"] and record["result"] is None
 
 
 def test_a_result_of_1_mib_is_polled_whole(application):
-    assert outcome(application, lambda payload, report: "x" * (MIB - 2))["result"] == "x" * (MIB - 2)
+    text = "x" * (MIB - 2)
+    assert outcome(application, lambda payload, report: text)["result"] == text
+
+
+@pytest.mark.parametrize("waits", [False, True], ids=["thread", "coroutine"])
+def test_default_makes_json_of_a_result_that_json_does_not_know(waits):
+    def function(payload, report):
+        return {"sum": decimal.Decimal("1.10"), "half": [fractions.Fraction(1, 2)]}
+
+    async def coroutine(payload, report):
+        return function(payload, report)
+
+    task = coroutine if waits else function
+    record = outcome(Application(default=str), task)
+    assert record["result"] == {"sum": "1.10", "half": ["1/2"]}
+    record = outcome(Application(default=refuse_all), task)
+    assert record["status"] == "failed"
+    assert record["error"].endswith("as JSON at ['sum']: no word for it")
+    record = outcome(Application(), task)
+    assert record["status"] == "failed" and "JSON at ['sum']: " in record["error"]
+
+
+def test_a_lone_surrogate_in_a_result_breaks_no_client(application):
+    name = "caf\udce9.txt"  # what os.listdir says of a name that is not UTF-8
+    assert outcome(application, lambda payload, report: {name: name})["result"] == {
+        "caf\\udce9.txt": "caf\\udce9.txt"
+    }
 
 
 def test_an_exception_that_breaks_whatever_looks_at_it_makes_the_task_fail(application):
@@ -1456,13 +3257,17 @@ def test_records_are_never_half_changed_and_never_go_backwards_while_many_poll(a
                     assert now["progress"] == int(now["message"]) / 200
                 if now["status"] == "completed":
                     assert now["result"] == n
-                stage = "final" if now["status"] != "pending" else "running" if now["started_at"] else "waiting"
+                if now["status"] != "pending":
+                    stage = "final"
+                else:
+                    stage = "running" if now["started_at"] else "waiting"
                 seen = order[stage], now["progress"] or 0.0
                 assert seen >= last[n] or now["status"] == "failed"
                 last[n] = seen
 
     in_threads(4, watch)
-    assert [record["status"] for record in ask(application, "GET", "/tasks").json["tasks"]].count("failed") in range(10, 21)
+    statuses = [poll(application, record)["status"] for record in records]
+    assert (statuses.count("failed"), statuses.count("completed")) == (20, 40)
 
 
 def test_50_clients_create_and_poll_and_every_task_is_found_and_completed(application):
@@ -1478,10 +3283,25 @@ def test_50_clients_create_and_poll_and_every_task_is_found_and_completed(applic
     assert len(ids) == 1000
 
 
-@pytest.mark.parametrize("name, status", [
-    ("x", 201), ("x" * 256, 201), ("😀" * 256, 201), (" x ", 201), ("\0", 201), ("x" * 257, 400), ("", 400), (" \t\n", 400),
-    ("\u3000", 400), (None, 400), (5, 400), (["x"], 400), (True, 400),
-], ids=brief)  # fmt: skip
+@pytest.mark.parametrize(
+    "name, status",
+    [
+        ("x", 201),
+        ("x" * 256, 201),
+        ("😀" * 256, 201),
+        (" x ", 201),
+        ("\0", 201),
+        ("x" * 257, 400),
+        ("", 400),
+        (" \t\n", 400),
+        ("\u3000", 400),
+        (None, 400),
+        (5, 400),
+        (["x"], 400),
+        (True, 400),
+    ],
+    ids=brief,
+)
 def test_a_name_is_a_string_that_is_not_blank_of_at_most_256_characters(application, name, status):
     answer = ask(application, "POST", "/create-echo", {"name": name})
     assert answer.status == status
@@ -1489,48 +3309,101 @@ def test_a_name_is_a_string_that_is_not_blank_of_at_most_256_characters(applicat
 
 
 def test_a_body_that_is_no_object_or_has_no_name_is_400_and_makes_no_task(application):
-    for body in b"", b"{", b"[]", b"{}", b'{"Name": "x"}', b'{"name": "x", "name": "x"}', b'{"name": "\xff"}':
+    for body in (
+        b"",
+        b"{",
+        b"[]",
+        b"{}",
+        b'{"Name": "x"}',
+        b'{"name": "x", "name": "x"}',
+        b'{"name": "\xff"}',
+    ):
         assert ask(application, "POST", "/create-echo", body).status == 400
     assert ask(application, "GET", "/tasks").json == {"tasks": []}
 
 
-@pytest.mark.parametrize("headers, status", [
-    ({"content_type": "application/json"}, 201),
-    ({"content_type": "Application/JSON ; charset=utf-8"}, 201),
-    ({"content_type": "application/json;"}, 201),
-    ({"content_type": None}, 415),
-    ({"content_type": ""}, 415),
-    ({"content_type": "text/plain"}, 415),
-    ({"content_type": "text/plain, application/json"}, 415),
-    ({"content_type": "application/json, text/plain"}, 415),
-    ({"content_type": "application/jsonx"}, 415),
-    ({"content_type": "application/vnd.api+json"}, 415),
-    ({"content_type": "application/x-www-form-urlencoded"}, 415),
-    ({"content_encoding": "gzip"}, 415),
-    ({"content_encoding": "identity"}, 415),
-], ids=brief)  # fmt: skip
+@pytest.mark.parametrize(
+    "headers, status",
+    [
+        ({"content_type": "application/json"}, 201),
+        ({"content_type": "Application/JSON ; charset=utf-8"}, 201),
+        ({"content_type": "application/json;"}, 201),
+        ({"content_type": None}, 415),
+        ({"content_type": ""}, 415),
+        ({"content_type": "text/plain"}, 415),
+        ({"content_type": "text/plain, application/json"}, 415),
+        ({"content_type": "application/json, text/plain"}, 415),
+        ({"content_type": "application/jsonx"}, 415),
+        ({"content_type": "application/vnd.api+json"}, 415),
+        ({"content_type": "application/x-www-form-urlencoded"}, 415),
+        ({"content_encoding": "gzip"}, 415),
+        ({"content_encoding": "identity"}, 415),
+    ],
+    ids=brief,
+)
 def test_only_plain_json_is_taken(application, headers, status):
     answer = ask(application, "POST", "/create-echo", {"name": "x"}, **headers)
     assert answer.status == status, answer
+
+
+SOME_UUID = "0a1b2c3d-4e5f-6071-8293-a4b5c6d7e8f9"
+NO_UUIDS = [
+    SOME_UUID.replace("-", ""),
+    "{{{}}}",
+    "urn:uuid:{}",
+    "{}0",
+    SOME_UUID[:-1],
+    SOME_UUID[:-1] + "g",
+    "",
+    "%20{}",
+    "{}%0A",
+    SOME_UUID.replace("0", "%D9%A0"),
+]
 
 
 def test_an_id_is_the_hyphenated_form_in_any_case(application):
     record = create(application, "echo")
     id = record["id"]
     assert final(application, dict(record, id=id.upper()))["id"] == id
-    for bad in id.replace("-", ""), f"{{{id}}}", f"urn:uuid:{id}", id + "0", id[:-1], id[:-1] + "g", "", "%20" + id, id + "%0A":
-        answer = ask(application, "GET", f"/poll-echo/{bad}")
-        assert answer.status == 400 and "36 characters" in answer.json["error"], bad
-    for target in f"/poll-echo/{uuid.uuid4()}", f"/poll-gate/{id}", f"/poll-echo/{uuid.uuid4()}?wait=30":
+    for bad in NO_UUIDS:
+        for method, path in ("GET", "/poll-echo"), ("POST", "/cancel-echo"):
+            answer = ask(application, method, f"{path}/{bad.format(id)}")
+            assert answer.status == 400 and "36 characters" in answer.json["error"], bad
+    unknown = uuid.uuid4()
+    for target in f"/poll-echo/{unknown}", f"/poll-gate/{id}", f"/poll-echo/{unknown}?wait=30":
         assert ask(application, "GET", target).status == 404
+    for target in f"/cancel-echo/{unknown}", f"/cancel-gate/{id}":
+        assert ask(application, "POST", target).status == 404
 
 
-@pytest.mark.parametrize("query, status", [
-    ("wait=0", 200), ("wait=0.01", 200), ("wait=00.010", 200), ("", 200), ("other=1", 200), ("wait=%30", 200),
-    ("wait=", 400), ("wait", 400), ("wait=-1", 400), ("wait=%2B1", 400), ("wait=+1", 400), ("wait=.5", 400),
-    ("wait=5.", 400), ("wait=1e1", 400), ("wait=nan", 400), ("wait=inf", 400), ("wait=1_0", 400), ("wait=%D9%A1", 400),
-    ("wait=0x1", 400), ("wait=1&wait=1", 400), ("wait=1%0A", 400), ("wait=%201", 400), ("wait=1,5", 400),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "query, status",
+    [
+        ("wait=0", 200),
+        ("wait=0.01", 200),
+        ("wait=00.010", 200),
+        ("", 200),
+        ("other=1", 200),
+        ("wait=%30", 200),
+        ("wait=", 400),
+        ("wait", 400),
+        ("wait=-1", 400),
+        ("wait=%2B1", 400),
+        ("wait=+1", 400),
+        ("wait=.5", 400),
+        ("wait=5.", 400),
+        ("wait=1e1", 400),
+        ("wait=nan", 400),
+        ("wait=inf", 400),
+        ("wait=1_0", 400),
+        ("wait=%D9%A1", 400),
+        ("wait=0x1", 400),
+        ("wait=1&wait=1", 400),
+        ("wait=1%0A", 400),
+        ("wait=%201", 400),
+        ("wait=1,5", 400),
+    ],
+)
 def test_wait_is_a_plain_number(application, gate, query, status):
     record = create(application, "gate")
     assert ask(application, "GET", f"/poll-gate/{record['id']}?{query}").status == status
@@ -1542,7 +3415,8 @@ def test_wait_is_clamped(application, gate, monkeypatch):
     record = create(application, "gate")
     for seconds in "31", "9" * 400:
         begun = time.monotonic()
-        assert ask(application, "GET", f"/poll-gate/{record['id']}?wait={seconds}").json["status"] == "pending"
+        answer = ask(application, "GET", f"/poll-gate/{record['id']}?wait={seconds}")
+        assert answer.json["status"] == "pending"
         assert 0.04 < time.monotonic() - begun < LONG / 2
 
 
@@ -1573,36 +3447,39 @@ def test_a_full_store_answers_503_with_both_flags_and_when_to_come_again(applica
     assert ask(application, "GET", f"/poll-echo/{last['id']}").status == 404
 
 
-def test_send_workers_finds_workers_for_what_waits(application, monkeypatch):
+def test_a_store_that_is_full_by_bytes_answers_503_with_the_flag(application, gate):
+    application.store.max_memory = 1000
+    record = create(application, "gate", text="x" * 600)
+    refused = ask(application, "POST", "/create-gate", {"name": "x", "text": "x" * 600})
+    assert refused.status == 503 and int(refused.headers["Retry-After"]) >= 1
+    assert "--max-memory" in refused.json["error"] and "--keep" in refused.json["error"]
+    assert application.pool.counts()[0] + application.pool.counts()[1] == 1
+    gate.opened.set()
+    final(application, record)  # which has no payload any more
+    create(application, "gate", text="x" * 600)
+
+
+def test_workers_come_for_what_waits_when_the_system_has_threads_again(application, monkeypatch):
     final(application, create(application, "echo"))
-    assert eventually(lambda: not [thread for thread in threading.enumerate() if thread.name == "task"])
+    assert eventually(lambda: not [t for t in threading.enumerate() if t.name == "task"])
+
+    def refuse(thread):
+        raise RuntimeError("can't start new thread")
+
     with monkeypatch.context() as patch:
-        patch.setattr(threading.Thread, "start", lambda thread: (_ for _ in ()).throw(RuntimeError("no thread")))
+        patch.setattr(threading.Thread, "start", refuse)
         waiting = create(application, "echo", result=5)
     assert poll(application, waiting)["status"] == "pending"
-    application.send_workers()
+    application.wake_workers()
     assert final(application, waiting)["result"] == 5
 
 
 def test_a_pool_that_is_busy_does_not_hold_up_another(application, gate):
-    with concurrent.futures.ThreadPoolExecutor(1) as executor:
-        application.task("elsewhere", executor=executor)(echo)
-        application.pool.max_workers = 1
-        create(application, "gate"), create(application, "gate")
-        gate.wait_for()
-        assert final(application, create(application, "elsewhere", result=1))["result"] == 1
-        gate.opened.set()
-
-
-def test_a_check_before_the_request_may_refuse_it(application):
-    def check(request):
-        if "x-let-me-in" not in request.fields.headers:
-            raise HTTPError(403, "Ask nicely.")
-
-    application.before_request.append(check)
-    assert ask(application, "POST", "/create-echo", {"name": "x"}).json == {"error": "Ask nicely."}
-    assert ask(application, "GET", "/nowhere").status == 403
-    assert ask(application, "POST", "/create-echo", {"name": "x"}, x_let_me_in="please").status == 201
+    application.task("elsewhere")(wait_a_moment)
+    application.pool.max_workers = 1
+    create(application, "gate"), create(application, "gate")
+    gate.wait_for()
+    assert final(application, create(application, "elsewhere", result=1))["result"] == 1
 
 
 def test_a_fault_in_an_endpoint_is_500_in_json_and_tells_the_log_alone(application, caplog):
@@ -1612,103 +3489,2045 @@ def test_a_fault_in_an_endpoint_is_500_in_json_and_tells_the_log_alone(applicati
     assert "Zero" not in answer.json["error"] and "ZeroDivisionError" in caplog.text
 
 
-def test_an_answer_that_may_have_to_wait_is_not_begun_where_it_must_not(application, gate):
-    record = create(application, "gate")
-    path = f"/poll-gate/{record['id']}"
-    assert application.handle(request("GET", path, b""), may_block=False).status == 200
-    assert application.handle(request("GET", path + "?wait=30"), may_block=False) is None
-    application.router.add("GET", "/mine", lambda request: Response(200))
-    assert application.handle(request("GET", "/mine"), may_block=False) is None
-
-
-def test_a_stopping_application_refuses_creates_and_answers_polls(application, gate):
-    record = create(application, "gate")
-    application.store.stop()
-    refused = ask(application, "POST", "/create-gate", {"name": "x"})
-    assert refused.status == 503 and refused.headers["Retry-After"] and "stopping" in refused.json["error"]
-    assert poll(application, record)["status"] == "pending"
-
-
-# An executor is anything with submit() that returns a future with result().
-
-
-@pytest.fixture(params=["threads", "processes"])
-def executor(request):
-    if request.param == "threads":
-        made = concurrent.futures.ThreadPoolExecutor(2)
-    else:
-        made = concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
-    with made:
-        yield made
-
-
-def report_and_echo(payload, report):
-    for n in range(101):
-        report(n / 100, "not seen")
-    return payload
-
-
-def end_process(payload, report):
-    os._exit(1)
-
-
-def test_any_executor_runs_tasks(application, executor):
-    application.task("there", executor=executor)(report_and_echo)
-    application.task("fails-there", executor=executor)(fail)
-    application.task("no-json-there", executor=executor)(cycle_there)
-    records = [create(application, "there", n=n) for n in range(5)]
-    failing, cyclic = create(application, "fails-there"), create(application, "no-json-there")
-    for n, record in enumerate(final(application, record) for record in records):
-        consistent(record)
-        assert record["result"] == {"name": "sample", "n": n} and record["message"] is None
-    assert final(application, failing)["error"] == "ValueError: what it said"
-    assert "JSON" in final(application, cyclic)["error"]
-    if isinstance(executor, concurrent.futures.ProcessPoolExecutor):
-        application.task("dies-there", executor=executor)(end_process)
-        assert "BrokenProcessPool" in final(application, create(application, "dies-there"))["error"]
-        assert "BrokenProcessPool" in final(application, create(application, "there"))["error"]
-        assert final(application, create(application, "echo", result=1))["result"] == 1
-
-
-def cycle_there(payload, report):
-    return cycle()
-
-
-def test_an_executor_that_raises_or_cancels_fails_the_task_alone(application):
-    class Broken:
-        def submit(self, function, *arguments):
-            raise RuntimeError("cannot schedule new futures after shutdown")
-
-    class Cancels:
-        def submit(self, function, *arguments):
-            future = concurrent.futures.Future()
-            future.cancel()
-            return future
-
-    for executor, error in (Broken(), "RuntimeError: cannot schedule"), (Cancels(), "CancelledError"):
-        name = type(executor).__name__.lower()
-        application.task(name, executor=executor)(echo)
-        record = final(application, create(application, name))
-        assert record["status"] == "failed" and record["error"].startswith(error)
-    assert final(application, create(application, "echo", result=1))["result"] == 1
-
-
-@pytest.mark.parametrize("error, text", [(taskserver.TaskError, "TaskError"), (taskserver.TaskError(""), "TaskError"),
-                                         (taskserver.TaskError("disk: full"), "disk: full")])  # fmt: skip
-def test_a_task_error_fails_the_task_with_its_text_whatever_it_says(error, text):
-    application = taskserver.Application()
-
-    @application.task("x")
-    def fail(payload, report):
+@pytest.mark.parametrize(
+    "error, text",
+    [
+        (taskserver.TaskError, "TaskError"),
+        (taskserver.TaskError(""), "TaskError"),
+        (taskserver.TaskError("disk: full"), "disk: full"),
+    ],
+)
+def test_a_task_error_fails_the_task_with_its_text_whatever_it_says(application, error, text):
+    def task(payload, report):
         raise error
 
-    headers = {"content-type": "application/json"}
-    created = application.handle(Request("POST", "/create-x", fields=Fields(headers), body=b'{"name": "n"}'))
-    id = json.loads(created.body)["id"]
-    record = json.loads(application.handle(Request("GET", f"/poll-x/{id}", "wait=30")).body)
+    record = outcome(application, task)
     assert (record["status"], record["error"]) == ("failed", text)
     application.pool.join(LONG)
     assert application.pool.counts() == (0, 0)
+
+
+# How a request is judged and answered
+
+
+def refuse_strangers(request):
+    if "x-let-me-in" not in request.fields.headers:
+        raise HTTPError(403, "Ask nicely.")
+
+
+def test_a_check_may_refuse_a_request_before_anything_else_is_said(application):
+    application.checks.append(refuse_strangers)
+    assert ask(application, "POST", "/create-echo", {"name": "x"}).json == {"error": "Ask nicely."}
+    assert ask(application, "POST", "/create-echo", b"{").status == 403
+    assert ask(application, "POST", "/create-echo", content_type="text/plain").status == 403
+    assert ask(application, "GET", "/nowhere").status == 403
+    assert ask(application, "PUT", "/create-echo").status == 403
+    welcome = {"x_let_me_in": "please"}
+    assert ask(application, "POST", "/create-echo", {"name": "x"}, **welcome).status == 201
+    assert ask(application, "GET", "/nowhere", **welcome).status == 404
+
+
+def test_a_check_runs_once_for_each_request_and_sees_its_head(application, gate):
+    seen, own = [], []
+    application.checks.append(lambda request: seen.append((request.method, request.path)))
+    application.router.add("GET", "/own", lambda request: Response(200), check=own.append)
+    id = create(application, "gate")["id"]
+    gate.wait_for()
+    asked = [
+        ("POST", "/create-gate"),
+        ("GET", f"/poll-gate/{id}"),
+        ("GET", f"/poll-gate/{id}?wait=0.01"),
+        ("POST", f"/cancel-gate/{id}"),
+        ("GET", "/own"),
+        ("GET", "/nowhere"),
+        ("PUT", "/own"),
+        ("OPTIONS", "/own"),
+    ]
+    for method, target in asked[1:]:
+        ask(application, method, target)
+    assert seen == [(method, target.partition("?")[0]) for method, target in asked]
+    assert [request.path for request in own] == ["/own"]
+
+
+def test_who_the_client_is_can_be_seen_by_a_check(application):
+    def once_each(request):
+        if request.peer in peers:
+            raise HTTPError(429, "Wait a minute.")
+        peers.add(request.peer)
+
+    peers = set()
+    application.checks.append(once_each)
+    statuses = [
+        application.handle(Request("GET", "/healthz", host="localhost", peer=peer)).status
+        for peer in ("192.0.2.1", "192.0.2.2", "192.0.2.1")
+    ]
+    assert statuses == [200, 200, 429]
+
+
+def test_a_fault_in_a_check_is_500_and_no_way_in(application, caplog):
+    application.checks.append(lambda request: 1 / 0)
+    assert ask(application, "POST", "/create-echo", {"name": "x"}).status == 500
+    assert "ZeroDivisionError" in caplog.text
+    del application.checks[:]
+    assert ask(application, "GET", "/tasks").json == {"tasks": []}
+
+
+def test_a_route_may_do_without_a_check_and_then_knows_that_it_was_refused(application):
+    def tell(request):
+        return Response(200, json.dumps(request.trusted).encode())
+
+    def check_for(name, status):
+        def check(request):
+            ran.append(name)
+            if name in request.fields.headers:
+                raise HTTPError(status, "No.")
+
+        return check
+
+    ran = []
+    application.checks += [check_for("a", 401), check_for("b", 421), check_for("c", 403)]
+    application.router.add("GET", "/waives", tell, waived=(401, 421))
+    application.router.add("GET", "/does-not", tell)
+    assert ask(application, "GET", "/waives").json is True
+    assert ask(application, "GET", "/waives", a="").json is False
+    assert ask(application, "GET", "/waives", b="").json is False
+    assert ask(application, "GET", "/does-not").json is True
+    assert [ask(application, "GET", "/does-not", **{name: ""}).status for name in "abc"] == [
+        401,
+        421,
+        403,
+    ]
+    # Who is refused by one that is waived has to do with the others all the same.
+    del ran[:]
+    assert ask(application, "GET", "/waives", a="", c="").status == 403
+    assert ran == ["a", "b", "c"]
+    assert ask(application, "OPTIONS", "/does-not", a="", b="").status == 204
+    assert ask(application, "OPTIONS", "/does-not", c="").status == 403
+
+
+def test_the_rule_of_a_route_is_its_own(application):
+    def needs_a_length(request):
+        if "content-length" not in request.fields.headers:
+            raise HTTPError(411, "Send a Content-Length.")
+
+    application.router.add("POST", "/text", lambda request: Response(200), check=needs_a_length)
+    assert ask(application, "POST", "/text", b"text", content_type="text/plain").status == 200
+    assert application.handle(Request("POST", "/text")).status == 411
+
+
+def test_a_create_without_a_length_is_411_and_a_cancel_needs_neither_body_nor_media_type(
+    application,
+):
+    record = final(application, create(application, "echo"))
+    json_alone = Fields({"content-type": "application/json"})
+    assert application.handle(Request("POST", "/create-echo", fields=json_alone)).status == 411
+    assert application.handle(Request("POST", f"/cancel-echo/{record['id']}")).status == 200
+
+
+def test_what_may_block_is_known_before_it_is_called(application, gate):
+    def blocks(method, target, body=b""):
+        asked = request(method, target, body)
+        return application.judge(asked).route.blocks(asked)
+
+    id = create(application, "gate")["id"]
+    application.router.add("GET", "/mine", lambda request: Response(200))
+    for method, target in ("GET", f"/poll-gate/{id}?wait=30"), ("POST", f"/cancel-gate/{id}"):
+        assert not blocks(method, target)
+    assert not blocks("GET", "/healthz") and not blocks("OPTIONS", "/mine")
+    assert not blocks("POST", "/create-gate", {"name": "x"})
+    assert blocks("POST", "/create-gate", {"name": "x" * 100_000})  # long to decode
+    assert blocks("GET", "/mine")
+    application.store.journal = MemoryJournal()
+    assert blocks("POST", "/create-gate", {"name": "x"})
+
+
+class Doorbell:
+    """Something for which an endpoint may wait."""
+
+    def __init__(self, answer=lambda: Response(200, b'"rung"')):
+        self.calls = []
+        self.watched = threading.Semaphore(0)
+        self.answer = answer
+
+    def watch(self, wake):
+        self.calls.append(("watch", wake))
+        self.watched.release()
+
+    def unwatch(self, wake):
+        self.calls.append(("unwatch", wake))
+
+    def respond(self):
+        self.calls.append(("answer", None))
+        return self.answer()
+
+    def later(self, seconds=LONG):
+        return taskserver.Later(seconds, self.watch, self.unwatch, self.respond)
+
+
+def ring(bell):
+    assert bell.watched.acquire(timeout=LONG)
+    wake = bell.calls[0][1]
+    wake(), wake()
+
+
+def test_an_endpoint_may_answer_later_whatever_it_waits_for(application):
+    bell = Doorbell()
+    application.router.add("GET", "/bell", lambda request: bell.later())
+    with concurrent.futures.ThreadPoolExecutor(1) as executor:
+        answer = executor.submit(ask, application, "GET", "/bell")
+        ring(bell)
+        assert answer.result(LONG).json == "rung"
+    assert [what for what, _ in bell.calls] == ["watch", "unwatch", "answer"]
+    assert bell.calls[0][1] == bell.calls[1][1]
+
+
+def test_an_answer_that_comes_later_comes_when_its_time_is_over(application):
+    bell = Doorbell()
+    application.router.add("GET", "/bell", lambda request: bell.later(0.01))
+    assert ask(application, "GET", "/bell").json == "rung"
+    assert [what for what, _ in bell.calls] == ["watch", "unwatch", "answer"]
+
+
+def test_an_answer_that_comes_later_may_be_a_refusal_or_a_fault(application, caplog):
+    def refuse():
+        raise HTTPError(410, "It is gone.")
+
+    for answer, status in (refuse, 410), (lambda: 1 / 0, 500):
+        bell = Doorbell(answer)
+        application.router.add("GET", f"/bell-{status}", lambda request, b=bell: b.later(0.01))
+        assert ask(application, "GET", f"/bell-{status}").status == status
+    assert "ZeroDivisionError" in caplog.text
+
+
+def test_a_long_poll_answers_when_the_task_is_final(application, gate):
+    record = create(application, "gate", result=[7])
+    gate.wait_for()
+    with concurrent.futures.ThreadPoolExecutor(3) as executor:
+        polls = [executor.submit(poll, application, record, wait=LONG) for _ in range(3)]
+        assert not concurrent.futures.wait(polls, 0.05).done
+        gate.opened.set()
+        for answer in polls:
+            assert answer.result(LONG)["result"] == [7]
+
+
+# The stop
+
+
+def test_a_stopping_application_refuses_creates_and_answers_polls(application, gate):
+    running = create(application, "gate")
+    gate.wait_for()
+    with concurrent.futures.ThreadPoolExecutor(1) as executor:
+        long_poll = executor.submit(poll, application, running, wait=LONG)
+        assert not concurrent.futures.wait([long_poll], 0.05).done
+        application.stop()
+        assert long_poll.result(LONG / 3)["status"] == "pending"
+    refused = ask(application, "POST", "/create-gate", {"name": "x"})
+    assert refused.status == 503 and refused.headers["Retry-After"]
+    assert "stopping" in refused.json["error"]
+    assert poll(application, running, wait=LONG)["status"] == "pending"  # at once
+    gate.opened.set()
+    assert application.pool.join(LONG)
+    assert poll(application, running)["status"] == "completed"
+
+
+def test_nothing_begins_when_an_application_stops(application, gate):
+    application.pool.max_workers = 1
+    running, waiting = create(application, "gate"), create(application, "echo")
+    gate.wait_for()
+    assert application.stop() == 1
+    gate.opened.set()
+    assert application.pool.join(LONG)
+    application.wake_workers()
+    assert [poll(application, record)["status"] for record in (running, waiting)] == [
+        "completed",
+        "pending",
+    ]
+
+
+def restarted(application, *types, **options):
+    """Return another application that takes over the journal of one, with these types of it."""
+    successor = Application()
+    for type in types:
+        successor.task(type, **options)(application.types[type].function)
+    taskserver.add_monitoring(successor)
+    successor.store.journal = application.store.journal
+    taskserver.recover(successor)
+    successor.wake_workers()
+    return successor
+
+
+@pytest.mark.parametrize("n", [1, 12])
+def test_a_create_that_is_being_journaled_when_the_stop_begins_is_not_begun(application, n):
+    journal, begun, held = MemoryJournal(), [], Gate()
+    application.store.journal = journal
+    application.task("note")(lambda payload, report: begun.append(payload["n"]))
+    journal.before_save = lambda record: held({})
+    with concurrent.futures.ThreadPoolExecutor(n) as executor:
+        created = [executor.submit(create, application, "note", n=i) for i in range(n)]
+        held.wait_for(n)
+        application.stop()
+        held.opened.set()
+        records = [future.result(LONG) for future in created]
+    application.wake_workers()
+    assert application.pool.join(LONG) and not begun
+    assert [poll(application, record)["started_at"] for record in records] == [None] * n
+    successor = restarted(application, "note")
+    assert [final(successor, record)["status"] for record in records] == ["completed"] * n
+    assert sorted(begun) == list(range(n))
+
+
+# With a journal
+
+
+@pytest.fixture
+def memory_journal(application, monkeypatch):
+    monkeypatch.setattr(taskserver, "CANCEL_SECONDS", LONG)
+    application.store.journal = MemoryJournal()
+    return application.store.journal
+
+
+def test_records_outlive_the_process_in_their_order_with_their_outcome(application, memory_journal):
+    application.task("fail")(fail)
+    records = [create(application, type, result=n) for n, type in enumerate(["echo", "fail"] * 5)]
+    records = [final(application, record) for record in records]
+    successor = restarted(application, "echo", "fail")
+    assert [poll(successor, record) for record in records] == records
+    before, after = ask(application, "GET", "/tasks"), ask(successor, "GET", "/tasks")
+    assert after.json == before.json and len(after.json["tasks"]) == 10
+
+
+def test_a_start_is_in_the_journal_before_the_function_is_called_unless_it_may_run_again(
+    application, memory_journal
+):
+    def started(payload, report):
+        (record,) = [r for r in memory_journal.records.values() if r.name == payload["name"]]
+        return record.started_at is not None
+
+    application.task("once")(started)
+    application.task("again", rerun=True)(started)
+    assert final(application, create(application, "once", "a"))["result"] is True
+    assert final(application, create(application, "again", "b"))["result"] is False
+
+
+def test_a_create_that_the_journal_cannot_take_now_is_503_and_one_that_it_never_can_is_400(
+    application, memory_journal
+):
+    memory_journal.before_save = fail_to_save
+    answer = ask(application, "POST", "/create-echo", {"name": "x"})
+    assert answer.status == 503 and answer.headers["Retry-After"]
+    assert "disk" not in answer.json["error"]
+    assert ask(application, "GET", "/healthz").status == 503
+    memory_journal.before_save = lambda record: None
+    create(application, "echo")
+    assert ask(application, "GET", "/healthz").status == 200
+    memory_journal.before_save = refuse
+    answer = ask(application, "POST", "/create-echo", {"name": "x\0"})
+    assert answer.status == 400 and "a text with a NUL" in answer.json["error"]
+    assert ask(application, "GET", "/healthz").status == 200
+    assert len(ask(application, "GET", "/tasks").json["tasks"]) == 1
+    assert eventually(lambda: application.pool.counts() == (0, 0))
+
+
+def test_a_start_that_the_journal_can_never_take_fails_its_task_alone(application, memory_journal):
+    memory_journal.before_save = lambda record: (
+        record.started_at and record.payload and refuse(record)
+    )
+    record = final(application, create(application, "echo", result=1))
+    assert record["status"] == "failed" and "a text with a NUL" in record["error"]
+    memory_journal.before_save = lambda record: None
+    assert final(application, create(application, "echo", result=1))["result"] == 1
+
+
+def test_nothing_begins_once_the_journal_is_lost(application, memory_journal):
+    begun, told = [], threading.Event()
+    application.task("note")(lambda payload, report: begun.append(payload))
+    application.store.journal_lost = lambda reason: told.set()
+    memory_journal.before_save = lambda record: record.started_at and lose(record)
+    record = create(application, "note")
+    assert told.wait(LONG)
+    application.stop()
+    assert poll(application, record)["status"] == "pending" and not begun
+    application.store.journal = None  # as at a second signal: its worker need not try for ever
+    assert application.pool.join(LONG)
+
+
+# Cancel
+
+
+def cancel(application, record, **headers):
+    """Return the answer to a cancel that has neither a body nor a media type."""
+    headers.setdefault("content_type", None)
+    return ask(application, "POST", f"/cancel-{record['type']}/{record['id']}", **headers)
+
+
+def cancelled(application, record, **headers):
+    answer = cancel(application, record, **headers)
+    assert answer.status == 200, answer
+    consistent(answer.json)
+    return answer.json
+
+
+BY_REQUEST = "cancelled: by request"
+
+
+@pytest.mark.parametrize("has_journal", [False, True])
+def test_a_task_that_waits_is_final_at_once_and_never_begun(application, gate, has_journal):
+    if has_journal:
+        application.store.journal = MemoryJournal()
+    application.pool.max_workers, application.pool.max_waiting = 1, 1
+    begun = []
+    application.task("note")(lambda payload, report: begun.append(payload))
+    create(application, "gate")
+    gate.wait_for()
+    record = create(application, "note")
+    with concurrent.futures.ThreadPoolExecutor(1) as executor:
+        long_poll = executor.submit(poll, application, record, wait=LONG)
+        assert not concurrent.futures.wait([long_poll], 0.05).done
+        answer = cancelled(application, record)
+        assert long_poll.result(LONG / 3) == answer
+    assert (answer["status"], answer["error"]) == ("failed", BY_REQUEST)
+    assert (answer["started_at"], answer["progress"], answer["result"]) == (None, None, None)
+    assert poll(application, record) == answer == cancelled(application, record)
+    if has_journal:
+        assert application.store.journal.records[record["id"]].error == BY_REQUEST
+    last = create(application, "echo", result=1)  # its place is free
+    gate.opened.set()
+    assert final(application, last)["result"] == 1 and not begun
+    assert eventually(lambda: application.pool.counts() == (0, 0))
+    counts = application.store.counts()
+    assert (counts["note", "failed"], counts["note", "pending"]) == (1, 0)
+
+
+def test_a_task_in_a_thread_meets_its_cancel_when_it_reports_next(application):
+    begun, asked, after = threading.Event(), threading.Event(), []
+
+    @application.task("loop")
+    def loop(payload, report):
+        begun.set()
+        assert asked.wait(LONG)
+        while True:
+            try:
+                report(0.5)
+            except Exception:
+                after.append("swallowed")
+            finally:
+                after.append("finally")
+
+    record = create(application, "loop")
+    assert begun.wait(LONG)
+    answer = cancelled(application, record)
+    assert (answer["status"], answer["started_at"] is not None) == ("pending", True)
+    asked.set()
+    record = final(application, record)
+    consistent(record)
+    assert (record["status"], record["error"]) == ("failed", BY_REQUEST)
+    assert record["started_at"] and after == ["finally"]
+
+
+@pytest.mark.parametrize(
+    "end, status, error, result",
+    [
+        ("return", "completed", None, "done all the same"),
+        ("raise", "failed", "ValueError: of its own", None),
+        ("no report", "completed", None, "done all the same"),
+    ],
+)
+def test_a_function_that_ends_in_its_own_way_decides_what_became_of_its_task(
+    application, end, status, error, result
+):
+    begun, asked = threading.Event(), threading.Event()
+
+    @application.task("stubborn")
+    def stubborn(payload, report):
+        begun.set()
+        assert asked.wait(LONG)
+        if end != "no report":
+            with pytest.raises(taskserver.Cancelled):
+                report(0.5)
+        if end == "raise":
+            raise ValueError("of its own")
+        return "done all the same"
+
+    record = create(application, "stubborn")
+    assert begun.wait(LONG)
+    cancel(application, record)
+    asked.set()
+    record = final(application, record)
+    consistent(record)
+    assert (record["status"], record["error"], record["result"]) == (status, error, result)
+
+
+def test_a_coroutine_is_cancelled_where_it_waits(application):
+    begun, after = threading.Event(), []
+
+    @application.task("wait")
+    async def wait(payload, report):
+        import asyncio
+
+        report(0.5, "so far")
+        begun.set()
+        try:
+            await asyncio.sleep(LONG)
+        finally:
+            await asyncio.sleep(0)
+            after.append("finally")
+
+    record = create(application, "wait")
+    assert begun.wait(LONG)
+    cancelled(application, record)
+    record = final(application, record)
+    consistent(record)
+    assert (record["status"], record["error"]) == ("failed", BY_REQUEST)
+    assert (record["progress"], record["message"], after) == (0.5, "so far", ["finally"])
+
+
+@pytest.mark.parametrize("type", ["echo", "fail"])
+def test_what_is_final_stays_as_it_is(application, type):
+    application.task("fail")(fail)
+    record = final(application, create(application, type, result=1))
+    assert cancelled(application, record) == record == poll(application, record)
+
+
+def test_a_hundred_cancels_of_one_task_are_one(application, gate, memory_journal, monkeypatch):
+    lines, held, waiting = [], Gate(), threading.Semaphore(0)
+    application.log_task = lambda *line: lines.append(line[0] % line[1:])
+    application.pool.max_workers = 1
+    create(application, "gate")
+    gate.wait_for()
+    record = create(application, "echo")
+    memory_journal.before_save = lambda record: held({})
+    watch = application.store.watch
+
+    def watch_and_tell(id, wake):
+        watch(id, wake)
+        waiting.release()
+
+    monkeypatch.setattr(application.store, "watch", watch_and_tell)
+    with concurrent.futures.ThreadPoolExecutor(100) as executor:
+        futures = [executor.submit(cancelled, application, record) for _ in range(100)]
+        for _ in futures:
+            assert waiting.acquire(timeout=LONG)
+        held.opened.set()
+        answers = [future.result(LONG) for future in futures]
+    assert answers == [answers[0]] * 100 and answers[0]["error"] == BY_REQUEST
+    about = [line for line in lines if record["id"] in line]
+    assert len(about) == 3  # it was created, is to be cancelled, and has failed
+    assert application.store.counts()["echo", "failed"] == 1
+
+
+def test_of_a_cancel_and_a_start_at_the_same_moment_one_wins(application):
+    begun = []
+    application.task("note")(lambda payload, report: begun.append(payload["n"]))
+    application.pool.max_workers = 2
+
+    def client(i):
+        chance = random.Random(i)
+        for n in range(100):
+            record = create(application, "note", n=(i, n))
+            while chance.random() < 0.5:
+                time.sleep(0)
+            cancelled(application, record)
+            record = final(application, record)
+            consistent(record)
+            was_begun = [i, n] in begun
+            if record["status"] == "completed":
+                assert was_begun
+            else:
+                assert record["error"] == BY_REQUEST and not was_begun
+
+    in_threads(6, client)
+    assert eventually(lambda: application.pool.counts() == (0, 0))
+    counts = application.store.counts()
+    assert counts["note", "pending"] == 0
+    assert counts["note", "completed"] == len(begun)
+    assert counts["note", "completed"] + counts["note", "failed"] == 600
+
+
+def test_of_a_cancel_and_an_end_at_the_same_moment_one_wins(application):
+    returned = []
+
+    def work(payload, report):
+        while payload["loops"]:
+            payload["loops"] -= 1
+            report(0.5)
+        returned.append(payload["n"])
+        return "done"
+
+    application.task("work")(work)
+    application.store.journal = MemoryJournal()
+
+    def client(i):
+        for n in range(60):
+            record = create(application, "work", n=[i, n], loops=n % 20)
+            cancelled(application, record)
+            record = final(application, record)
+            consistent(record)
+            completed = record["status"] == "completed"
+            assert completed == ([i, n] in returned)
+            assert completed or record["error"] == BY_REQUEST
+            saved = application.store.journal.records[record["id"]]
+            assert (saved.status, saved.error) == (record["status"], record["error"])
+
+    in_threads(6, client)
+    assert eventually(lambda: application.pool.counts() == (0, 0))
+
+
+def test_a_cancel_between_the_storing_of_a_create_and_its_place_in_the_queue(
+    application, monkeypatch
+):
+    begun, answers, put = [], [], application.pool.put
+    application.task("note")(lambda payload, report: begun.append(payload))
+
+    def put_late(key, record):
+        asked = {"type": record.type, "id": record.id}
+        answers.append(cancelled(application, asked))
+        put(key, record)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(application.pool, "put", put_late)
+        record = create(application, "note")
+    assert [answer["error"] for answer in answers] == [BY_REQUEST]
+    assert poll(application, record) == answers[0]
+    assert application.pool.join(LONG) and application.pool.counts() == (0, 0) and not begun
+
+
+def test_a_cancel_while_the_start_is_being_journaled_means_that_nothing_is_called(
+    application, memory_journal
+):
+    begun, held = [], Gate()
+    application.task("note")(lambda payload, report: begun.append(payload))
+    memory_journal.before_save = lambda record: record.payload and record.started_at and held({})
+    record = create(application, "note")
+    held.wait_for()
+    answer = cancelled(application, record)
+    assert answer["status"] == "pending" and answer["started_at"]
+    held.opened.set()
+    record = final(application, record)
+    assert (record["status"], record["error"]) == ("failed", BY_REQUEST)
+    assert record["started_at"] == answer["started_at"] and not begun
+
+
+def test_a_cancel_of_what_waits_is_in_the_journal_before_it_is_answered(
+    application, gate, memory_journal
+):
+    application.pool.max_workers, held = 1, Gate()
+    create(application, "gate")
+    gate.wait_for()
+    record = create(application, "echo")
+    memory_journal.before_save = lambda record: held({})
+    with concurrent.futures.ThreadPoolExecutor(2) as executor:
+        answers = [executor.submit(cancelled, application, record) for _ in range(2)]
+        held.wait_for()
+        assert not concurrent.futures.wait(answers, 0.1).done  # the second waits for the same save
+        assert poll(application, record)["status"] == "pending"
+        memory_journal.before_save = lambda record: None
+        held.opened.set()
+        assert [answer.result(LONG)["error"] for answer in answers] == [BY_REQUEST] * 2
+    assert memory_journal.records[record["id"]].error == BY_REQUEST
+
+
+def test_a_cancel_that_the_journal_cannot_take_is_503_and_the_task_does_not_begin(
+    application, gate, memory_journal, monkeypatch
+):
+    monkeypatch.setattr(taskserver, "CANCEL_SECONDS", 0.05)
+    application.pool.max_workers, begun = 1, []
+    application.task("note")(lambda payload, report: begun.append(payload))
+    create(application, "gate")
+    gate.wait_for()
+    record = create(application, "note")
+    memory_journal.before_save = fail_to_save
+    answer = cancel(application, record)
+    assert answer.status == 503 and answer.headers["Retry-After"]
+    assert "will not begin" in answer.json["error"]
+    assert poll(application, record)["status"] == "pending"
+    memory_journal.before_save = lambda record: None
+    record = final(application, record)  # it was tried again
+    assert record["error"] == BY_REQUEST
+    gate.opened.set()
+    assert application.pool.join(LONG) and not begun
+
+
+def test_a_cancel_works_while_the_server_stops(application, gate):
+    application.pool.max_workers = 1
+    create(application, "gate")
+    gate.wait_for()
+    record = create(application, "echo")
+    application.stop()
+    assert cancelled(application, record)["error"] == BY_REQUEST
+
+
+def test_a_restart_changes_nothing_of_a_cancel(application, gate, memory_journal):
+    application.task("again", rerun=True)(echo)
+    application.pool.max_workers = 1
+    create(application, "gate")
+    gate.wait_for()
+    records = [cancelled(application, create(application, type)) for type in ("echo", "again")]
+    successor = restarted(application, "echo", "again", rerun=True)
+    assert [poll(successor, record) for record in records] == records
+    assert successor.pool.counts() == (0, 0)
+    gate.opened.set()
+
+
+def test_a_cancel_of_what_a_restart_has_queued_again(application, memory_journal, gate):
+    waiting = create(application, "gate"), create(application, "gate")
+    gate.wait_for(2)
+    successor = Application()
+    successor.task("gate", rerun=True)(gate)
+    successor.store.journal = memory_journal
+    taskserver.recover(successor)
+    record = cancelled(successor, waiting[0])
+    assert (record["status"], record["error"]) == ("failed", BY_REQUEST)
+    successor.wake_workers()
+    gate.wait_for()
+    gate.opened.set()
+    assert final(successor, waiting[1])["status"] == "completed"
+
+
+@pytest.mark.parametrize(
+    "headers, status",
+    [
+        ({}, 200),  # curl
+        ({"content_type": "application/json"}, 200),
+        ({"sec_fetch_site": "same-origin", "origin": "http://localhost"}, 200),
+        ({"sec_fetch_site": "none"}, 200),  # the user, by hand
+        ({"sec_fetch_site": "cross-site"}, 403),
+        ({"sec_fetch_site": "same-site"}, 403),
+        ({"sec_fetch_site": "cross-site", "origin": "http://localhost"}, 403),
+        ({"origin": "http://localhost"}, 200),  # an older browser
+        ({"origin": "https://LOCALHOST"}, 200),
+        ({"origin": "http://evil.example"}, 403),
+        ({"origin": "http://localhost:81"}, 403),
+        ({"origin": "http://localhost.evil.example"}, 403),
+        ({"origin": "null"}, 403),  # a page in a sandbox, or of a file
+        ({"origin": "localhost"}, 403),
+        ({"origin": "http://evil.example, http://localhost"}, 403),
+        ({"origin": "null", "host": ""}, 403),
+        ({"origin": "http://evil.example", "content_type": "text/plain"}, 403),  # a form
+    ],
+    ids=brief,
+)
+def test_a_page_of_another_site_cannot_cancel(application, gate, headers, status):
+    record = create(application, "gate")
+    gate.wait_for()
+    answer = cancel(application, record, **headers)
+    assert answer.status == status
+    if status == 403:
+        assert list(answer.json) == ["error"]
+        application.checks.append(refuse_strangers)
+        assert cancel(application, record, x_let_me_in="", **headers).status == 403
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD", "PUT", "DELETE"])
+def test_a_cancel_is_a_post(application, gate, method):
+    record = create(application, "gate")
+    answer = ask(application, method, f"/cancel-gate/{record['id']}")
+    assert (answer.status, answer.headers["Allow"]) == (405, "OPTIONS, POST")
+
+
+# Creates that may be sent twice
+
+
+def create_with(application, key, type="echo", name="sample", **payload):
+    return ask(
+        application, "POST", f"/create-{type}", {"name": name, **payload}, idempotency_key=key
+    )
+
+
+def new_key():
+    return str(uuid.uuid4())
+
+
+def test_a_create_with_a_key_is_made_once_and_answered_each_time(application, gate):
+    key = new_key()
+    first = create_with(application, key, "gate", result=1)
+    assert (first.status, first.json["id"]) == (201, key)
+    assert first.headers["Location"] == f"/poll-gate/{key}"
+    gate.wait_for()
+    again = create_with(application, key, "gate", result=2)  # the payload is not compared
+    assert (again.status, again.headers["Location"]) == (200, first.headers["Location"])
+    assert again.json == poll(application, first.json) and again.json["started_at"]
+    gate.opened.set()
+    record = final(application, first.json)
+    assert record["result"] == 1
+    assert create_with(application, key, "gate").json == record
+    assert len(ask(application, "GET", "/tasks").json["tasks"]) == 1
+
+
+def test_a_key_may_be_of_any_case_and_in_quotes(application):
+    key = new_key()
+    assert create_with(application, f'"{key.upper()}"').json["id"] == key
+    for same in key, key.upper(), f'"{key}"':
+        answer = create_with(application, same)
+        assert (answer.status, answer.json["id"]) == (200, key)
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        *(bad for bad in NO_UUIDS if "%" not in bad),
+        '"',
+        '""',
+        '"{}',
+        '{}"',
+        "'{}'",
+        '""{}""',
+        "{0}, {0}",  # the header, twice
+        "8e03978e",
+        '"a-key-of-text"',
+        "{};a=1",
+        "٠" * 36,
+    ],
+    ids=brief,
+)
+def test_a_key_that_is_no_uuid_is_400_and_makes_no_task(application, key):
+    answer = create_with(application, key.format(SOME_UUID))
+    assert answer.status == 400 and "UUID" in answer.json["error"]
+    head = request("POST", "/create-echo", idempotency_key=key.format(SOME_UUID))
+    assert application.judge(head).refusal.status == 400  # before its body is awaited
+    assert ask(application, "GET", "/tasks").json == {"tasks": []}
+
+
+def test_a_key_that_was_used_for_another_type_or_name_is_422(application, gate):
+    key = new_key()
+    assert create_with(application, key, "gate").status == 201
+    for type, name in ("gate", "another"), ("echo", "sample"), ("gate", "Sample"):
+        answer = create_with(application, key, type, name)
+        assert answer.status == 422 and "choose a new one" in answer.json["error"]
+    record = create(application, "gate")  # an id that the server gave counts as a key, too
+    assert create_with(application, record["id"], "echo").status == 422
+    answer = create_with(application, record["id"], "gate")
+    assert (answer.status, answer.json["id"]) == (200, record["id"])
+    assert len(ask(application, "GET", "/tasks").json["tasks"]) == 2
+
+
+def test_a_body_is_judged_whether_its_key_was_used_or_not(application):
+    key = new_key()
+    for body in b"{", b"{}", b'{"name": ""}':
+        answer = ask(application, "POST", "/create-echo", body, idempotency_key=key)
+        assert answer.status == 400
+    assert create_with(application, key).status == 201  # it was left free
+    for body in b"{", b"{}":
+        answer = ask(application, "POST", "/create-echo", body, idempotency_key=key)
+        assert answer.status == 400
+
+
+def test_a_key_whose_first_create_is_still_being_stored_is_409(application, memory_journal):
+    key, held = new_key(), Gate()
+    memory_journal.before_save = lambda record: record.started_at or held({})
+    with concurrent.futures.ThreadPoolExecutor(1) as executor:
+        first = executor.submit(create_with, application, key)
+        held.wait_for()
+        for type, name in ("echo", "sample"), ("gate", "another"):
+            answer = create_with(application, key, type, name)
+            assert answer.status == 409 and int(answer.headers["Retry-After"]) >= 1
+            assert "try again" in answer.json["error"]
+        assert ask(application, "GET", f"/poll-echo/{key}").status == 404
+        held.opened.set()
+        assert first.result(LONG).status == 201
+    assert create_with(application, key).status == 200
+
+
+def test_of_two_creates_with_a_key_that_meet_in_the_store_one_is_told_so(
+    application, memory_journal, monkeypatch
+):
+    key, held, add = new_key(), Gate(), application.store.add
+
+    def add_late(record):
+        """Come to the store when another one with this key is being saved, and leave later."""
+        first = executor.submit(add, record._replace(live=taskserver.Live()))
+        held.wait_for()
+        try:
+            return add(record)
+        finally:
+            held.opened.set()
+            assert isinstance(first.exception(LONG), outcome) if outcome else first.result(LONG)
+
+    def save(record):
+        held({})
+        if outcome is taskserver.JournalError:
+            raise OSError("the disk is full")
+
+    memory_journal.before_save = lambda record: record.started_at or save(record)
+    monkeypatch.setattr(application.store, "add", add_late)
+    with concurrent.futures.ThreadPoolExecutor(1) as executor:
+        outcome = taskserver.JournalError
+        answer = create_with(application, key)
+        assert answer.status == 409 and answer.headers["Retry-After"]
+        held, outcome = Gate(), None
+        assert create_with(application, key).status == 200
+    assert application.pool.counts() == (0, 0)
+
+
+@pytest.mark.parametrize("has_journal", [False, True])
+def test_640_creates_of_40_keys_by_16_clients_make_40_tasks_each_run_once(application, has_journal):
+    if has_journal:
+        application.store.journal = MemoryJournal()
+    ran, answers = [], []
+    application.task("note")(lambda payload, report: ran.append(payload["n"]))
+    keys = [new_key() for _ in range(40)]
+
+    def client(i):
+        own = keys[:]
+        random.Random(i).shuffle(own)
+        for key in own:
+            answers.append((create_with(application, key, "note", n=key).status, key))
+
+    in_threads(16, client)
+    assert len(answers) == 640
+    assert {status for status, _ in answers} <= {200, 201, 409}
+    assert sorted(key for status, key in answers if status == 201) == sorted(keys)
+    assert application.pool.join(LONG)
+    assert eventually(lambda: application.pool.counts() == (0, 0))
+    assert sorted(ran) == sorted(keys)
+    tasks = ask(application, "GET", "/tasks?limit=500").json["tasks"]
+    assert sorted(record["id"] for record in tasks) == sorted(keys)
+
+
+def test_a_create_that_was_refused_leaves_its_key_free(application, gate, memory_journal):
+    key, late = new_key(), new_key()
+    application.pool.max_workers, application.pool.max_waiting = 1, 0
+    stored = create(application, "gate")
+    gate.wait_for()
+    assert create_with(application, key, "gate").status == 503  # the pool is full
+    assert create_with(application, key, "echo", "another").status == 503
+    application.pool.max_waiting = 5
+    application.store.max_tasks = 1
+    assert create_with(application, key).status == 503  # the store is full
+    application.store.max_tasks = 100
+    memory_journal.before_save = fail_to_save
+    assert create_with(application, key).status == 503
+    memory_journal.before_save = refuse
+    assert create_with(application, key).status == 400
+    memory_journal.before_save = lambda record: None
+    assert create_with(application, key, "gate", "of another name").status == 201
+    # A repeat of what is stored is answered whatever else is refused.
+    application.pool.max_waiting = 0
+    application.store.max_tasks = 0
+    memory_journal.before_save = fail_to_save
+    assert create_with(application, stored["id"], "gate").status == 200
+    application.stop()
+    assert create_with(application, late, "gate").status == 503
+    assert create_with(application, stored["id"], "gate").status == 200
+    memory_journal.before_save = lambda record: None
+    gate.opened.set()
+    assert application.pool.join(LONG)
+
+
+def test_a_key_outlives_a_restart_with_its_record(application, memory_journal):
+    key = new_key()
+    record = final(application, create_with(application, key, result=7).json)
+    successor = restarted(application, "echo")
+    answer = create_with(successor, key, result=8)
+    assert (answer.status, answer.json) == (200, record)
+
+
+def test_a_key_that_comes_again_after_its_record_was_evicted_is_a_new_task(
+    application, memory_journal
+):
+    key, held = new_key(), Gate()
+    assert final(application, create_with(application, key, result="old").json)["result"] == "old"
+    memory_journal.before_delete = lambda ids: held({})
+    application.store.keep = 0
+    with concurrent.futures.ThreadPoolExecutor(2) as executor:
+        assert application.store.evict() == 1
+        deleted = executor.submit(application.store.delete_left)
+        held.wait_for()
+        again = executor.submit(create_with, application, key, result="new")
+        assert eventually(lambda: create_with(application, key).status == 409)
+        assert not again.done()  # for the old record is still being deleted
+        application.store.keep = 3600
+        held.opened.set()
+        deleted.result(LONG)
+        assert again.result(LONG).status == 201
+    assert final(application, again.result().json)["result"] == "new"
+    assert memory_journal.records[key].result == b'"new"'
+    assert poll(restarted(application, "echo"), again.result().json)["result"] == "new"
+
+
+def test_a_cancelled_task_keeps_its_key(application, gate):
+    key = new_key()
+    application.pool.max_workers = 1
+    create(application, "gate")
+    gate.wait_for()
+    record = cancelled(application, create_with(application, key).json)
+    answer = create_with(application, key)
+    assert (answer.status, answer.json) == (200, record)
+
+
+# Coroutines
+
+
+class Door:
+    """A coroutine that says when it has begun, and goes on when the test lets it."""
+
+    def __init__(self):
+        self.begun = threading.Semaphore(0)
+        self.cancelled = threading.Semaphore(0)
+        self._opened = concurrent.futures.Future()
+
+    async def __call__(self, payload, report=lambda *_: None):
+        report(0.25, "at the door")
+        self.begun.release()
+        try:
+            await self.wait()
+        except asyncio.CancelledError:
+            self.cancelled.release()
+            raise
+        return payload.get("result")
+
+    async def wait(self):
+        """Wait in an event loop until the door is open."""
+        await asyncio.shield(asyncio.wrap_future(self._opened))
+
+    def wait_for(self, n=1):
+        """Wait in a thread until so many more have come."""
+        for _ in range(n):
+            assert self.begun.acquire(timeout=LONG)
+
+    def open(self):
+        if not self._opened.done():
+            self._opened.set_result(None)
+
+
+@pytest.fixture
+def door():
+    door = Door()
+    yield door
+    door.open()
+
+
+@pytest.fixture
+def coroutines(application, door):
+    """The same application with a task type that waits at the door."""
+    application.task("door")(door)
+    return application
+
+
+COUNTS_REFERENCES = hasattr(sys, "getrefcount")  # PyPy does not
+
+
+def left_behind(caplog, about, collect=not COUNTS_REFERENCES):
+    """Return what the log says of what coroutines have left behind, if it is about something."""
+    if collect:  # that it was left is found when it is deleted
+        gc.collect()
+    return [text for text in caplog.messages if "left behind" in text and about in text]
+
+
+async def where(payload, report):
+    return [threading.get_ident(), id(asyncio.get_running_loop())]
+
+
+def test_a_coroutine_is_a_task_like_any_other(coroutines):
+    @coroutines.task("squares")
+    async def squares(payload, report):
+        for n in range(3):
+            await asyncio.sleep(0)
+            report(n / 4, f"step {n}")
+        return [number**2 for number in payload["numbers"]]
+
+    created = create(coroutines, "squares", numbers=[1, 2, 3])
+    assert {key: created[key] for key in KEYS[5:]} == dict.fromkeys(KEYS[5:])
+    record = final(coroutines, created)
+    consistent(record)
+    assert (record["status"], record["result"]) == ("completed", [1, 4, 9])
+    assert record["message"] == "step 2"
+
+
+def test_a_coroutine_that_waits_is_pending_with_its_progress(coroutines, door):
+    record = create(coroutines, "door", result=5)
+    door.wait_for()
+    now = poll(coroutines, record)
+    consistent(now)
+    assert [now[key] for key in ("status", "progress", "message")] == [
+        "pending",
+        0.25,
+        "at the door",
+    ]
+    assert now["started_at"]
+    door.open()
+    assert final(coroutines, record)["result"] == 5
+
+
+def test_all_coroutines_run_in_one_loop_in_a_thread_that_begins_with_the_first(coroutines):
+    before = threading.active_count()
+    coroutines.task("where")(where)
+    coroutines.task("where-too")(where)
+    assert threading.active_count() == before
+    records = [create(coroutines, name) for name in ("where", "where-too") * 5]
+    places = {tuple(final(coroutines, record)["result"]) for record in records}
+    assert len(places) == 1
+    assert places.pop()[0] not in (threading.get_ident(), outcome(coroutines, thread_id)["result"])
+
+
+def thread_id(payload, report):
+    return threading.get_ident()
+
+
+def test_a_server_without_coroutines_does_not_import_asyncio():
+    code = """
+        import http.client, json, sys, threading, taskserver
+        application = taskserver.demo()
+        taskserver.add_monitoring(application), taskserver.add_pages(application)
+        server = taskserver.Server(("127.0.0.1", 0), application)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+
+        def run(type):
+            client = http.client.HTTPConnection("127.0.0.1", server.server_port)
+            body = json.dumps({"name": "x", "seconds": 0})
+            client.request("POST", f"/create-{type}", body, {"Content-Type": "application/json"})
+            id = json.loads(client.getresponse().read().decode())["id"]
+            client.request("GET", f"/poll-{type}/{id}?wait=30")
+            record = json.loads(client.getresponse().read().decode())
+            return record["status"], "asyncio" in sys.modules
+
+        print(run("task"))
+        @application.task("coroutine")
+        async def coroutine(payload, report):
+            pass
+        print("asyncio" in sys.modules, run("coroutine"))
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    out = subprocess.check_output(command, cwd=str(PROGRAM.parent), timeout=LONG)
+    assert out.decode().splitlines() == ["('completed', False)", "False ('completed', True)"]
+
+
+class Methods:
+    async def method(self, payload, report):
+        return await where(payload, report)
+
+    @staticmethod
+    async def static(payload, report):
+        return await where(payload, report)
+
+    @classmethod
+    async def of_the_class(cls, payload, report):
+        return await where(payload, report)
+
+    async def __call__(self, payload, report):
+        return await where(payload, report)
+
+
+async def with_more(more, payload, report, most=None):
+    return await where(payload, report)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        where,
+        Methods(),
+        Methods().method,
+        Methods.static,
+        Methods.of_the_class,
+        functools.partial(with_more, 1),
+        functools.partial(functools.partial(with_more, 1), most=2),
+        functools.partial(Methods()),
+        functools.partial(Methods().method),
+    ],
+    ids=lambda _: "",
+)
+def test_whatever_gives_a_coroutine_runs_in_the_loop(coroutines, function):
+    here = outcome(coroutines, where)["result"]
+    coroutines.task("limited", timeout=LONG)(function)  # which no thread can have
+    assert final(coroutines, create(coroutines, "limited"))["result"] == here
+
+
+def give_a_coroutine(payload, report):
+    return where(payload, report)
+
+
+def give_a_future(payload, report):
+    class Awaitable:
+        def __await__(self):
+            return iter(())
+
+    return Awaitable()
+
+
+@pytest.mark.parametrize("function", [give_a_coroutine, give_a_future])
+def test_a_plain_function_that_returns_an_awaitable_fails_with_advice(application, function):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a coroutine that nobody awaits
+        record = outcome(application, function)
+        gc.collect()
+    assert record["error"] == "the function returned an awaitable; declare it with `async def`"
+
+
+def test_as_many_coroutines_run_as_workers_allow_and_the_rest_has_a_queue_of_its_own(
+    coroutines, door, gate
+):
+    coroutines.coroutine_pool.max_workers, coroutines.coroutine_pool.max_waiting = 2, 3
+    coroutines.pool.max_workers, coroutines.pool.max_waiting = 1, 0
+    records = [create(coroutines, "door", result=n) for n in range(5)]
+    door.wait_for(2)
+    refused = ask(coroutines, "POST", "/create-door", {"name": "one too many"})
+    assert refused.status == 503 and int(refused.headers["Retry-After"]) >= 1
+    assert "--max-waiting" in refused.json["error"]
+    assert not door.begun.acquire(timeout=0.05)
+    health = ask(coroutines, "GET", "/healthz").json
+    assert (health["waiting"], health["running"]) == (3, 2)
+    create(coroutines, "gate")  # the queue of the threads is another
+    assert ask(coroutines, "POST", "/create-gate", {"name": "one too many"}).status == 503
+    door.open()
+    assert [final(coroutines, record)["result"] for record in records] == list(range(5))
+    assert final(coroutines, create(coroutines, "door"))["status"] == "completed"
+
+
+def test_thousands_of_coroutines_wait_at_once_in_a_few_threads(coroutines, door):
+    coroutines.coroutine_pool.max_workers = 2000
+    before = threading.active_count()
+    records = [create(coroutines, "door", result=n) for n in range(2000)]
+    door.wait_for(2000)
+    assert threading.active_count() - before <= 10
+    door.open()
+    assert [final(coroutines, record)["result"] for record in records] == list(range(2000))
+
+
+@pytest.mark.parametrize(
+    "raised, error",
+    [
+        (ValueError("what it said"), "ValueError: what it said"),
+        (SystemExit(3), "SystemExit: 3"),
+        (KeyboardInterrupt(), "KeyboardInterrupt"),
+        (GeneratorExit("x"), "GeneratorExit: x"),
+        (StopIteration(), "RuntimeError: coroutine raised StopIteration"),
+        (StopAsyncIteration("x"), "StopAsyncIteration: x"),
+        (asyncio.CancelledError(), "CancelledError"),
+        (asyncio.TimeoutError("x"), "TimeoutError: x"),
+        (taskserver.Cancelled(), "Cancelled"),
+        (taskserver.TaskError("in its own words"), "in its own words"),
+        (Speechless(), "Speechless: (an exception that cannot say what it is)"),
+    ],
+    ids=brief,
+)
+@pytest.mark.parametrize("when", ["at once", "later"])
+def test_whatever_a_coroutine_raises_fails_it_alone(coroutines, door, caplog, raised, error, when):
+    sister = create(coroutines, "door", result="unharmed")
+    door.wait_for()
+
+    async def task(payload, report):
+        report(0.5, "so far")
+        if when == "later":
+            await asyncio.sleep(0)
+        raise raised
+
+    record = outcome(coroutines, task)
+    consistent(record)
+    assert (record["status"], record["error"], record["message"]) == ("failed", error, "so far")
+    if not isinstance(raised, taskserver.TaskError):
+        assert caplog.text.count("Traceback") >= 1 and "raise raised" in caplog.text
+    door.open()
+    assert final(coroutines, sister)["result"] == "unharmed"
+    assert not left_behind(caplog, "raise raised")
+
+
+@pytest.mark.parametrize("raised", [SystemExit("inner"), KeyboardInterrupt("inner")], ids=brief)
+def test_what_an_awaited_task_raises_fails_the_coroutine_that_awaits_it(coroutines, caplog, raised):
+    async def inner():
+        await asyncio.sleep(0)
+        raise raised
+
+    async def task(payload, report):
+        await asyncio.ensure_future(inner())
+
+    assert outcome(coroutines, task)["error"] == f"{type(raised).__name__}: inner"
+    gc.collect()
+    assert caplog.text.count("raise raised") == 1 and "left behind" not in caplog.text
+    assert outcome(coroutines, where)["status"] == "completed"
+
+
+def test_a_result_that_json_cannot_hold_fails_the_coroutine_alone(coroutines):
+    async def give_an_object(payload, report):
+        return {"a": object()}
+
+    assert "JSON" in outcome(coroutines, give_an_object)["error"]
+    coroutines.default = lambda value: "an object"
+    assert outcome(coroutines, give_an_object)["result"] == {"a": "an object"}
+
+
+def current_task():
+    if hasattr(asyncio, "current_task"):
+        return asyncio.current_task()
+    return asyncio.Task.current_task()
+
+
+def test_a_coroutine_that_cancels_itself_fails_where_it_waits_next(coroutines):
+    async def cancel_and_wait(payload, report):
+        current_task().cancel()
+        await asyncio.sleep(LONG)
+
+    async def cancel_and_return(payload, report):
+        current_task().cancel()
+        return "it did not wait"
+
+    assert outcome(coroutines, cancel_and_wait)["error"] == "CancelledError"
+    assert outcome(coroutines, cancel_and_return)["result"] == "it did not wait"
+    assert outcome(coroutines, where)["status"] == "completed"
+
+
+def test_no_coroutine_ends_the_loop(coroutines, door, caplog):
+    sister = create(coroutines, "door", result="unharmed")
+    door.wait_for()
+
+    async def stop(payload, report):
+        asyncio.get_running_loop().stop()
+        await asyncio.sleep(0)
+        return "it goes on"
+
+    async def close(payload, report):
+        asyncio.get_running_loop().close()
+
+    before = outcome(coroutines, where)["result"]
+    assert outcome(coroutines, stop)["result"] == "it goes on"
+    assert outcome(coroutines, close)["error"].startswith("RuntimeError")
+    assert outcome(coroutines, where)["result"] == before
+    door.open()
+    assert final(coroutines, sister)["result"] == "unharmed"
+
+
+async def fail_soon(raised):
+    await asyncio.sleep(0)
+    raise raised
+
+
+async def numbers(raised):
+    try:
+        yield 1
+        yield 2
+    finally:
+        raise raised
+
+
+async def leave_a_task(raised):
+    asyncio.ensure_future(fail_soon(raised))
+
+
+async def leave_a_future(raised):
+    asyncio.get_running_loop().create_future().set_exception(raised)
+
+
+async def leave_a_callback(raised):
+    def fail():
+        raise raised
+
+    asyncio.get_running_loop().call_soon(fail)
+
+
+async def leave_a_generator(raised):
+    async for _ in numbers(raised):
+        break
+
+
+@pytest.mark.parametrize(
+    "leave, kind",
+    [
+        (leave_a_task, ValueError),
+        (leave_a_task, SystemExit),
+        (leave_a_task, KeyboardInterrupt),
+        (leave_a_future, ValueError),
+        (leave_a_callback, ValueError),
+        (leave_a_callback, SystemExit),
+        (leave_a_generator, ValueError),
+        (leave_a_generator, SystemExit),
+    ],
+)
+def test_what_coroutines_leave_behind_does_no_harm_and_is_logged_once(
+    coroutines, door, caplog, leave, kind
+):
+    sister = create(coroutines, "door", result="unharmed")
+    door.wait_for()
+
+    @coroutines.task("leaves")
+    async def leaves(payload, report):
+        await leave(kind(f"stray {payload['n']}."))
+        return "well"
+
+    for n in range(3):
+        assert final(coroutines, create(coroutines, "leaves", n=n))["result"] == "well"
+    for n in range(3):
+        assert eventually(lambda n=n: left_behind(caplog, f"{kind.__name__}: stray {n}."))
+    assert outcome(coroutines, where)["status"] == "completed"
+    assert len(left_behind(caplog, "stray", collect=True)) == 3
+    door.open()
+    assert final(coroutines, sister)["result"] == "unharmed"
+
+
+def test_a_task_left_behind_that_waits_for_nothing_is_logged_once(coroutines, caplog):
+    async def forlorn():
+        await asyncio.get_running_loop().create_future()
+
+    async def task(payload, report):
+        asyncio.ensure_future(forlorn())
+        await asyncio.sleep(0)
+
+    assert outcome(coroutines, task)["status"] == "completed"
+    assert eventually(lambda: left_behind(caplog, "forlorn", collect=True))
+    (text,) = left_behind(caplog, "forlorn", collect=True)
+    assert "pending" in text
+
+
+def test_a_task_left_behind_goes_on_after_its_coroutine(coroutines):
+    ended = threading.Event()
+
+    async def task(payload, report):
+        async def go_on():
+            while not payload["ended"]:
+                await asyncio.sleep(0)
+            ended.set()
+
+        payload["ended"] = False
+        asyncio.get_running_loop().call_soon(payload.update, {"ended": True})
+        task.left = asyncio.ensure_future(go_on())
+
+    assert outcome(coroutines, task)["status"] == "completed"
+    assert ended.wait(LONG)
+
+
+def test_context_variables_are_fresh_in_each_coroutine(coroutines):
+    variable = contextvars.ContextVar("variable", default="fresh")
+    variable.set("set by the test")
+
+    async def look_and_set(payload, report):
+        seen = variable.get()
+        variable.set(payload["name"])
+        await asyncio.sleep(0)
+        return [seen, variable.get()]
+
+    coroutines.task("look")(look_and_set)
+    for record in [create(coroutines, "look", name) for name in ("a", "b", "c")]:
+        assert final(coroutines, record)["result"] == ["fresh", record["name"]]
+
+
+def test_a_coroutine_reports_from_the_loop_and_from_other_threads(coroutines, door):
+    @coroutines.task("in-threads")
+    async def in_an_executor(payload, report):
+        loop = asyncio.get_running_loop()
+        await asyncio.gather(
+            *(loop.run_in_executor(None, report, 0.5, "from a thread") for _ in range(8))
+        )
+        door.begun.release()
+        await door.wait()
+        report(0.75)
+        in_an_executor.report = report
+
+    record = create(coroutines, "in-threads")
+    door.wait_for()
+    now = poll(coroutines, record)
+    assert (now["progress"], now["message"]) == (0.5, "from a thread")
+    door.open()
+    assert final(coroutines, record)["message"] == "from a thread"
+    in_an_executor.report(0.1, "late")
+    now = poll(coroutines, record)
+    assert (now["progress"], now["message"]) == (1.0, "from a thread")
+
+
+def test_a_coroutine_that_blocks_holds_up_its_sisters_and_nobody_else(
+    coroutines, server, door, gate
+):
+    async def block(payload, report):
+        return gate(payload, report)
+
+    coroutines.task("block")(block)
+    with server.client() as client:
+        records = []
+        for name in "block", "door", "echo":
+            created = client.ask("POST", f"/create-{name}", {"name": "x", "result": 1})
+            assert created.status == 201
+            records.append(created.json)
+            if name == "block":
+                gate.wait_for()
+        blocked, sister, other = records
+        assert final(coroutines, other)["result"] == 1  # in a thread
+        for record in blocked, sister:
+            answer = client.ask("GET", f"/poll-{record['type']}/{record['id']}")
+            assert (answer.status, answer.json["status"]) == (200, "pending")
+        assert not door.begun.acquire(blocking=False)
+        door.open()
+        gate.opened.set()
+    assert [final(coroutines, record)["result"] for record in (blocked, sister)] == [1, 1]
+
+
+def test_a_time_limit_ends_a_coroutine_where_it_waits_and_its_finally_may_await(coroutines, door):
+    begun, cleaned = threading.Event(), []
+
+    @coroutines.task("limited", timeout=0.01)
+    async def limited(payload, report):
+        report(0.5, "so far")
+        try:
+            await asyncio.sleep(LONG * 2)
+        finally:
+            begun.set()
+            await door.wait()
+            report(0.6)
+            cleaned.append(True)
+
+    record = create(coroutines, "limited")
+    assert begun.wait(LONG)
+    assert poll(coroutines, record)["status"] == "pending"
+    door.open()
+    record = final(coroutines, record)
+    consistent(record)
+    assert (record["status"], record["error"]) == ("failed", "timed out after 0.01 seconds")
+    assert (record["progress"], record["message"], cleaned) == (0.6, "so far", [True])
+
+
+def test_a_coroutine_within_its_time_limit_is_left_alone(coroutines):
+    coroutines.task("in-time", timeout=LONG)(where)
+    assert final(coroutines, create(coroutines, "in-time"))["status"] == "completed"
+
+
+class Stubborn:
+    """A coroutine that does not end where it is cancelled, but when the test lets it."""
+
+    def __init__(self, door):
+        self.door = door
+        self.cancelled = threading.Event()
+
+    async def __call__(self, payload, report):
+        self.door.begun.release()
+        try:
+            await asyncio.sleep(LONG * 2)
+        except asyncio.CancelledError:
+            self.cancelled.set()
+        await self.door.wait()
+        return "all the same"
+
+
+def test_a_coroutine_that_outlasts_the_grace_is_final_and_keeps_its_place(coroutines, door):
+    pool = coroutines.coroutine_pool
+    pool.grace, pool.max_workers = 0.01, 1
+    coroutines.task("stubborn", timeout=0.01)(Stubborn(door))
+    first, second = create(coroutines, "stubborn"), create(coroutines, "door", result=2)
+    door.wait_for()
+    record = final(coroutines, first)
+    consistent(record)
+    assert record["error"] == "timed out after 0.01 seconds"
+    assert pool.counts() == (1, 1) and not door.begun.acquire(timeout=0.05)
+    assert poll(coroutines, second)["started_at"] is None
+    door.open()
+    assert final(coroutines, second)["result"] == 2
+    assert pool.join(LONG) and pool.counts() == (0, 0)
+    assert poll(coroutines, first) == record
+
+
+def test_a_coroutine_that_swallows_its_time_limit_and_returns_is_completed(coroutines, door):
+    stubborn = Stubborn(door)
+    coroutines.task("stubborn", timeout=0.01)(stubborn)
+    record = create(coroutines, "stubborn")
+    assert stubborn.cancelled.wait(LONG)
+    door.open()
+    record = final(coroutines, record)
+    assert (record["status"], record["result"]) == ("completed", "all the same")
+
+
+def test_a_journal_that_hangs_stops_no_coroutine_that_runs(coroutines, memory_journal, door):
+    pool, held, first = coroutines.coroutine_pool, Gate(), Door()
+    pool.max_workers = 2
+    went_on = threading.Event()
+    coroutines.task("first")(first)
+
+    @coroutines.task("steps")
+    async def steps(payload, report):
+        door.begun.release()
+        await door.wait()
+        for n in range(10):
+            report(n / 10)
+            await asyncio.sleep(0.001)
+        went_on.set()
+        return "went on"
+
+    ending, running = create(coroutines, "first", result="ended"), create(coroutines, "steps")
+    first.wait_for(), door.wait_for()
+    waiting = [create(coroutines, "door", result=n) for n in range(pool.THREADS + 5)]
+    memory_journal.before_save = lambda record: held({})
+    first.open()
+    held.wait_for()  # its outcome is to be saved
+    pool.max_workers = 100
+    coroutines.wake_workers()
+    held.wait_for(pool.THREADS - 1)  # each is to save the start of a task
+    door.open()
+    assert went_on.wait(LONG)
+    assert poll(coroutines, running)["status"] == "pending"
+    assert not door.begun.acquire(blocking=False)  # none begins before its start is on disk
+    held.opened.set()
+    assert final(coroutines, ending)["result"] == "ended"
+    assert final(coroutines, running)["result"] == "went on"
+    assert [final(coroutines, record)["result"] for record in waiting] == list(range(len(waiting)))
+
+
+def test_many_coroutines_share_the_commits_of_a_journal(coroutines, memory_journal, door):
+    taskserver.recover(coroutines)  # as the program does when it opens a journal
+    held = Gate()
+    memory_journal.before_save = lambda record: record.started_at and held({})
+    records = [create(coroutines, "door") for _ in range(40)]
+    held.wait_for(32)  # starts that are being saved at once
+    door.open()
+    held.opened.set()
+    assert {final(coroutines, record)["status"] for record in records} == {"completed"}
+
+
+def stop(application, grace):
+    """Stop an application as its server does."""
+    with serving(application) as server:
+        taskserver.stop_in_order(server, grace)
+
+
+def test_the_stop_gives_coroutines_the_grace(coroutines, memory_journal, door):
+    record = create(coroutines, "door", result=5)
+    door.wait_for()
+    opener = threading.Thread(target=lambda: eventually(is_stopping) and door.open())
+
+    def is_stopping():
+        return ask(coroutines, "GET", "/healthz").status == 503
+
+    opener.start()
+    stop(coroutines, LONG)
+    opener.join(LONG)
+    assert poll(restarted(coroutines, "door"), record)["result"] == 5
+    assert not door.cancelled.acquire(blocking=False)
+
+
+def test_the_stop_cancels_coroutines_that_outlast_the_grace_and_the_next_start_says_so(
+    coroutines, memory_journal
+):
+    begun, cleaned = threading.Semaphore(0), []
+
+    async def outlast(payload, report):
+        begun.release()
+        try:
+            await asyncio.sleep(LONG * 2)
+        except asyncio.CancelledError:
+            if payload["name"] == "returns":
+                return "its end decides"
+            raise
+        finally:
+            await asyncio.sleep(0.001)
+            cleaned.append(payload["name"])
+            if payload["name"] == "raises":
+                raise ValueError("because of the stop")
+
+    coroutines.task("outlast")(outlast)
+    names = ["ends", "raises", "returns"]
+    records = [create(coroutines, "outlast", name) for name in names]
+    for _ in names:
+        assert begun.acquire(timeout=LONG)
+    stop(coroutines, 0.01)
+    assert sorted(cleaned) == names
+    successor = restarted(coroutines, "outlast")
+    *interrupted, returned = [final(successor, record) for record in records]
+    for record in interrupted:
+        consistent(record)
+        assert record["error"] == "interrupted: the server ended while it ran"
+    assert returned["result"] == "its end decides"
+
+
+def test_a_coroutine_that_may_run_again_does_so_after_the_stop(coroutines, memory_journal):
+    begun, may_end = threading.Semaphore(0), []
+
+    async def run_again(payload, report):
+        begun.release()
+        if not may_end:
+            await asyncio.sleep(LONG * 2)
+        return "in the second run"
+
+    coroutines.task("again", rerun=True)(run_again)
+    record = create(coroutines, "again")
+    assert begun.acquire(timeout=LONG)
+    stop(coroutines, 0)
+    may_end.append(True)
+    successor = restarted(coroutines, "again", rerun=True)
+    assert final(successor, record)["result"] == "in the second run"
+
+
+def test_the_stop_does_not_wait_for_a_coroutine_that_does_not_end(coroutines, memory_journal, door):
+    coroutines.task("stubborn")(Stubborn(door))
+    record, beside = create(coroutines, "stubborn"), create(coroutines, "door")
+    door.wait_for(2)
+    begun = time.monotonic()
+    stop(coroutines, 0)
+    assert time.monotonic() - begun < LONG / 2
+    assert door.cancelled.acquire(timeout=LONG)
+    successor = restarted(coroutines, "stubborn", "door")
+    for one in record, beside:
+        assert final(successor, one)["error"] == "interrupted: the server ended while it ran"
+
+
+def test_no_coroutine_that_waits_begins_during_the_stop(coroutines, memory_journal, door):
+    coroutines.coroutine_pool.max_workers = 1
+    running, waiting = create(coroutines, "door"), create(coroutines, "door", result="later")
+    door.wait_for()
+    stop(coroutines, 0)
+    assert poll(coroutines, waiting)["started_at"] is None
+    assert not door.begun.acquire(blocking=False)
+    door.open()
+    successor = restarted(coroutines, "door")
+    assert final(successor, running)["error"].startswith("interrupted: ")
+    assert final(successor, waiting)["result"] == "later"
+
+
+def test_work_in_a_pool_of_threads_reports_and_a_cancel_reaches_it(coroutines, gate):
+    called, after = [], queue.Queue()
+
+    def work(payload, report):
+        called.append(payload["name"])
+        try:
+            gate(payload, report)
+            report(0.5)
+        except BaseException as error:
+            after.put(error)
+            raise
+        return "done"
+
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+
+        @coroutines.task("pooled")
+        async def pooled(payload, report):
+            return await asyncio.get_running_loop().run_in_executor(pool, work, payload, report)
+
+        running = create(coroutines, "pooled", "a")
+        gate.wait_for()
+        waiting, last = create(coroutines, "pooled", "b"), create(coroutines, "pooled", "c")
+        assert poll(coroutines, running)["message"] == "at the gate"
+        for record in waiting, running:
+            cancelled(coroutines, record)
+            assert final(coroutines, record)["error"] == BY_REQUEST
+        gate.opened.set()  # until now the work went on
+        assert isinstance(after.get(timeout=LONG), taskserver.Cancelled)
+        assert final(coroutines, last)["result"] == "done"
+        assert called == ["a", "c"]
+
+
+@pytest.mark.skipif(not hasattr(sys, "getrefcount"), reason="needs counted references")
+def test_nobody_holds_what_a_coroutine_held_when_it_failed(coroutines):
+    class Held:
+        pass
+
+    held = []
+
+    async def hold(payload, report):
+        here = Held()
+        held.append(weakref.ref(here))
+        raise ValueError("with a traceback, in which `here` is")
+
+    gc.disable()
+    try:
+        assert outcome(coroutines, hold)["status"] == "failed"
+        assert eventually(lambda: held[0]() is None)
+    finally:
+        gc.enable()
+
+
+def test_executor_is_refused_with_the_idiom_that_takes_its_place():
+    with pytest.raises(TypeError) as caught:
+        Application().task("there", executor=concurrent.futures.Executor())
+    assert "task type 'there'" in str(caught.value)
+    assert "await asyncio.get_running_loop().run_in_executor(" in str(caught.value)
+
+
+# Cancel of coroutines and children
+
+
+def test_cancel_ends_a_coroutine_where_it_waits_and_its_finally_may_await(coroutines, door, caplog):
+    in_finally = threading.Event()
+
+    @coroutines.task("cleans")
+    async def cleans(payload, report):
+        report(0.5, "so far")
+        try:
+            door.begun.release()
+            await asyncio.sleep(LONG * 2)
+        finally:
+            in_finally.set()
+            await door.wait()
+
+    record = create(coroutines, "cleans")
+    door.wait_for()
+    assert cancelled(coroutines, record)["status"] == "pending"
+    assert in_finally.wait(LONG)
+    assert poll(coroutines, record)["status"] == "pending"
+    door.open()
+    record = final(coroutines, record)
+    consistent(record)
+    assert (record["status"], record["error"]) == ("failed", BY_REQUEST)
+    assert (record["progress"], record["message"]) == (0.5, "so far")
+    assert "Traceback" not in caplog.text
+    assert cancelled(coroutines, record) == record
+
+
+def test_a_coroutine_that_swallows_its_cancel_and_returns_is_completed(coroutines, door):
+    stubborn = Stubborn(door)
+    coroutines.task("stubborn")(stubborn)
+    record = create(coroutines, "stubborn")
+    door.wait_for()
+    cancelled(coroutines, record)
+    assert stubborn.cancelled.wait(LONG)
+    door.open()
+    record = final(coroutines, record)
+    assert (record["status"], record["result"]) == ("completed", "all the same")
+    assert cancelled(coroutines, record) == record
+
+
+def test_a_cancelled_coroutine_that_outlasts_the_grace_is_final_and_keeps_its_place(
+    coroutines, door
+):
+    pool = coroutines.coroutine_pool
+    pool.grace, pool.max_workers = 0.01, 1
+    coroutines.task("stubborn")(Stubborn(door))
+    first, second = create(coroutines, "stubborn"), create(coroutines, "door", result=2)
+    door.wait_for()
+    cancelled(coroutines, first)
+    assert final(coroutines, first)["error"] == BY_REQUEST
+    assert pool.counts() == (1, 1)
+    door.open()
+    assert final(coroutines, second)["result"] == 2
+    assert final(coroutines, first)["error"] == BY_REQUEST
+
+
+def test_report_raises_cancelled_in_the_loop_and_in_executors(coroutines, door):
+    reporting = threading.Event()
+
+    def work(report):
+        reporting.set()
+        while True:  # a loop that `except Exception` does not leave
+            with contextlib.suppress(Exception):
+                report(0.5)
+
+    @coroutines.task("elsewhere")
+    async def elsewhere(payload, report):
+        future = asyncio.get_running_loop().run_in_executor(None, work, report)
+        try:
+            await asyncio.shield(future)
+        except asyncio.CancelledError:
+            with pytest.raises(taskserver.Cancelled):
+                await future
+            with pytest.raises(taskserver.Cancelled):
+                report(0.6)
+            raise
+
+    record = create(coroutines, "elsewhere")
+    assert reporting.wait(LONG)
+    cancelled(coroutines, record)
+    assert final(coroutines, record)["error"] == BY_REQUEST
+
+
+def test_a_waiting_coroutine_that_is_cancelled_is_final_at_once_and_never_begins(coroutines, door):
+    pool = coroutines.coroutine_pool
+    pool.max_workers, pool.max_waiting = 1, 1
+    running, waiting = create(coroutines, "door"), create(coroutines, "door")
+    door.wait_for()
+    refused = ask(coroutines, "POST", "/create-door", {"name": "full"})
+    assert refused.status == 503
+    with concurrent.futures.ThreadPoolExecutor(1) as threads:
+        polling = threads.submit(poll, coroutines, waiting, LONG)
+        record = cancelled(coroutines, waiting)
+        assert polling.result(LONG) == record
+    consistent(record)
+    assert (record["error"], record["started_at"]) == (BY_REQUEST, None)
+    last = create(coroutines, "door", result="in its place")
+    door.open()
+    assert final(coroutines, last)["result"] == "in its place"
+    assert final(coroutines, running)["status"] == "completed"
+    door.wait_for()  # that is the last one
+    assert not door.begun.acquire(blocking=False)
+
+
+def test_a_coroutine_that_is_cancelled_between_its_start_and_its_turn_in_the_loop_is_not_called(
+    coroutines, door, gate
+):
+    async def block(payload, report):
+        gate({})
+
+    coroutines.task("block")(block)
+    blocking = create(coroutines, "block")
+    gate.wait_for()  # the loop can begin nothing now
+    record = create(coroutines, "door")
+    assert eventually(lambda: poll(coroutines, record)["started_at"])
+    asked = cancelled(coroutines, record)
+    assert asked["status"] == "pending"
+    gate.opened.set()
+    record = final(coroutines, record)
+    consistent(record)
+    assert (record["error"], record["started_at"]) == (BY_REQUEST, asked["started_at"])
+    assert final(coroutines, blocking)["status"] == "completed"
+    assert not door.begun.acquire(blocking=False)
+
+
+def test_a_coroutine_that_is_cancelled_before_the_loop_knows_of_it_is_not_called(
+    coroutines, door, monkeypatch
+):
+    pool, answers = coroutines.coroutine_pool, []
+    call_in_loop, start = pool._call_in_loop, pool._start
+
+    def call_late(function, *arguments):
+        if function == start:
+            (record,) = ask(coroutines, "GET", "/tasks").json["tasks"]
+            answers.append(cancelled(coroutines, record))
+        call_in_loop(function, *arguments)
+
+    monkeypatch.setattr(pool, "_call_in_loop", call_late)
+    record = final(coroutines, create(coroutines, "door"))
+    consistent(record)
+    assert (record["error"], record["started_at"]) == (BY_REQUEST, answers[0]["started_at"])
+    assert not door.begun.acquire(blocking=False)
+
+
+@pytest.fixture
+def places(coroutines, tmp_path):
+    """Functions that leave a mark when they are called: in a coroutine and in a child."""
+    mark = tmp_path / "called"
+
+    async def in_the_loop(payload, report):
+        leave_a_mark(payload, report)
+
+    coroutines.task("coroutine")(in_the_loop)
+    coroutines.task("child", cpu=True)(leave_a_mark)
+    return lambda type: (create(coroutines, type, path=str(mark)), mark)
+
+
+def leave_a_mark(payload, report):
+    pathlib.Path(payload["path"]).write_text("called", encoding="utf-8")
+
+
+@pytest.mark.parametrize("type", ["coroutine", "child"])
+def test_a_task_that_is_cancelled_while_its_start_is_journaled_is_not_called_there(
+    coroutines, memory_journal, places, type
+):
+    held = Gate()
+    memory_journal.before_save = lambda record: record.payload and record.started_at and held({})
+    record, mark = places(type)
+    held.wait_for()
+    asked = cancelled(coroutines, record)
+    assert asked["status"] == "pending" and asked["started_at"]
+    held.opened.set()
+    record = final(coroutines, record)
+    consistent(record)
+    assert (record["error"], record["started_at"]) == (BY_REQUEST, asked["started_at"])
+    assert not mark.exists()
+    assert memory_journal.records[record["id"]].error == BY_REQUEST
+
+
+def test_a_waiting_coroutine_that_is_cancelled_is_in_the_journal_before_the_answer(
+    coroutines, memory_journal, door
+):
+    coroutines.coroutine_pool.max_workers = 1
+    create(coroutines, "door")
+    door.wait_for()
+    record = cancelled(coroutines, create(coroutines, "door"))
+    assert (record["error"], record["started_at"]) == (BY_REQUEST, None)
+    assert memory_journal.records[record["id"]].error == BY_REQUEST
+
+
+def test_rerun_does_not_bring_a_cancelled_coroutine_back(coroutines, memory_journal, door):
+    coroutines.task("again", rerun=True)(door.__call__)
+    record = create(coroutines, "again")
+    door.wait_for()
+    cancelled(coroutines, record)
+    record = final(coroutines, record)
+    successor = restarted(coroutines, "again", rerun=True)
+    assert poll(successor, record) == record and record["error"] == BY_REQUEST
+    assert not door.begun.acquire(blocking=False)
+
+
+def sleep_with_a_process(payload, report):
+    """Start a process, tell its number, and sleep."""
+    code = "import time; time.sleep(600)"
+    process = subprocess.Popen([sys.executable, "-c", code])
+    report(0.5, f"{os.getpid()} {process.pid}")
+    time.sleep(600)
+
+
+def test_cancel_ends_a_child_with_all_that_it_has_started(application, caplog):
+    application.task("sleep", cpu=True)(sleep_with_a_process)
+    application.task("echo-there", cpu=True)(echo)
+    application.cpu_pool.max_workers = 1
+    record, after = create(application, "sleep"), create(application, "echo-there", result=7)
+    assert eventually(lambda: poll(application, record)["message"])
+    numbers = [int(number) for number in poll(application, record)["message"].split()]
+    cancelled(application, record)
+    record = final(application, record)
+    consistent(record)
+    assert (record["error"], record["progress"]) == (BY_REQUEST, 0.5)
+    assert final(application, after)["result"] == 7
+    if os.name == "posix":
+        assert eventually(lambda: all(is_gone(number) for number in numbers))
+    assert "Traceback" not in caplog.text
+
+
+def test_a_waiting_task_of_a_child_that_is_cancelled_is_final_at_once(application, tmp_path):
+    application.task("sleep", cpu=True)(sleep_with_a_process)
+    application.task("mark", cpu=True)(leave_a_mark)
+    application.cpu_pool.max_workers = 1
+    running = create(application, "sleep")
+    assert eventually(lambda: poll(application, running)["message"])
+    waiting = create(application, "mark", path=str(tmp_path / "called"))
+    record = cancelled(application, waiting)
+    assert (record["status"], record["error"], record["started_at"]) == ("failed", BY_REQUEST, None)
+    cancelled(application, running)
+    assert final(application, running)["error"] == BY_REQUEST
+    assert application.cpu_pool.join(LONG) and not (tmp_path / "called").exists()
+
+
+def test_a_cancel_that_comes_as_a_child_just_ends_leaves_the_next_task_alone(application):
+    application.task("echo-there", cpu=True)(echo)
+    application.cpu_pool.max_workers = 1
+    final(application, create(application, "echo-there"))  # the process has started
+    chance = random.Random(13)
+    for n in range(12):
+        first = create(application, "echo-there", result=n)
+        second = create(application, "echo-there", result=-n)
+        end = time.perf_counter() + chance.uniform(0, 0.002)
+        while time.perf_counter() < end:
+            pass
+        cancelled(application, first)
+        assert final(application, second)["result"] == -n
+        record = final(application, first)
+        assert record["result"] == n or record["error"] == BY_REQUEST
+
+
+@pytest.mark.parametrize("type", ["door", "sleep"])
+def test_a_hundred_cancels_of_one_that_runs_are_one(coroutines, door, caplog, type):
+    caplog.set_level(logging.INFO, "taskserver")
+    coroutines.task("sleep", cpu=True)(sleep_with_a_process)
+    record = create(coroutines, type)
+    assert eventually(lambda: poll(coroutines, record)["message"])
+    in_threads(100, lambda _: cancelled(coroutines, record))
+    assert final(coroutines, record)["error"] == BY_REQUEST
+    assert coroutines.types[type].pool.join(LONG)
+    about = [text for text in caplog.messages if record["id"] in text]
+    assert sum("is to be cancelled" in text for text in about) == 1
+    assert sum(" failed: " in text for text in about) == 1
+    assert len(about) == 3  # created, cancelled, failed
+    if type == "door":
+        assert door.cancelled.acquire(timeout=LONG) and not door.cancelled.acquire(blocking=False)
+
+
+@pytest.mark.parametrize("type", ["door", "echo-there"])
+def test_of_a_cancel_and_a_start_or_an_end_elsewhere_one_wins(coroutines, door, type):
+    door.open()
+    coroutines.task("echo-there", cpu=True)(echo)
+    coroutines.cpu_pool.max_workers = 2
+    wait = threading.Barrier(2)
+    records = []
+
+    def cancel(i):
+        for n in range(60):
+            wait.wait(LONG)
+            cancelled(coroutines, records[n])
+
+    def make(i):
+        for n in range(60):
+            records.append(create(coroutines, type, result=n))
+            wait.wait(LONG)
+
+    in_threads(2, lambda i: (make, cancel)[i](i))
+    for n, record in enumerate(records):
+        record = final(coroutines, record)
+        consistent(record)
+        assert record["result"] == n or record["error"] == BY_REQUEST
+    pool = coroutines.types[type].pool
+    assert pool.join(LONG) and pool.counts() == (0, 0)
+    health = ask(coroutines, "GET", "/healthz").json
+    assert health["completed"] + health["failed"] == 60
 
 
 # -- 7. HTTP ---------------------------------------------------------------------------------------
@@ -2023,7 +5842,7 @@ def test_no_beginning_of_a_request_is_a_request_or_refused(data):
     "line, words",
     [
         (b"CONNECT h:80 HTTP/1.1", "no proxy"),
-        (b"CONNECT http://h HTTP/1.1", "no proxy"),
+        (b"CONNECT http://h:port HTTP/1.1", "no proxy"),
         (b"GET http://user@g/a HTTP/1.1", "well-formed host"),
         (b"GET http:///a HTTP/1.1", "well-formed host"),
         (b"GET http://a b/ HTTP/1.1", "well-formed host"),
@@ -2031,7 +5850,7 @@ def test_no_beginning_of_a_request_is_a_request_or_refused(data):
         (b"GET ftp://g/a HTTP/1.1", "well-formed host"),
         (b"GET a HTTP/1.1", "slash"),
         (b"GET * HTTP/1.1", "slash"),
-        (b"GET /%zz HTTP/1.1", "percent-encoding"),
+        (b"GET /%zz HTTP/1.1", "percent-encoded"),
         (b"GET /%ff HTTP/1.1", "percent-encoded"),
         (b"hello", "GET /healthz HTTP/1.1"),
     ],
@@ -2065,9 +5884,10 @@ class ScannedPattern:
     def __init__(self, pattern):
         self.pattern = pattern
 
-    def search(self, buffer, start=0):
-        buffer.looked_at += len(buffer) - start
-        return self.pattern.search(buffer, start)
+    def search(self, buffer, start=0, end=None):
+        end = len(buffer) if end is None else end
+        buffer.looked_at += max(0, end - start)
+        return self.pattern.search(buffer, start, end)
 
 
 @pytest.mark.parametrize(
@@ -2169,7 +5989,7 @@ def test_each_limit_is_kept_to_the_byte_however_the_bytes_arrive(make, limit, st
 @pytest.mark.parametrize(
     "data, status",
     [
-        (b"G" * 8193, 414),
+        (b"G" * 8194, 414),
         (b"GET /a HTTP/2.0\r\n", 505),
         (b"GET /a\r\n", 400),
         (b"GET /a HTTP/1.1\r\n" + b"A: x\r\n" * 3000, 431),
@@ -2600,8 +6420,10 @@ def test_the_phases_have_the_agreed_seconds():
     "begin",
     [
         b"GET /healthz HTTP/1.1\r\nA: ",
-        b"POST /create-echo HTTP/1.1\r\nHost: h\r\nContent-Type: application/json\r\n"
-        b"Content-Length: 100000\r\n\r\n",
+        (
+            b"POST /create-echo HTTP/1.1\r\nHost: h\r\nContent-Type: application/json\r\n"
+            b"Content-Length: 100000\r\n\r\n"
+        ),
         b"POST /create-echo HTTP/1.1\r\nHost: h\r\nContent-Type: application/json\r\n"
         + CHUNKED
         + b"\r\n\r\n5000\r\n",
@@ -2690,7 +6512,8 @@ def test_clients_that_vanish_leave_nothing_behind(server, application, gate, cap
     application.store.stop()
     with server.client() as client:
         assert client.ask("GET", "/healthz").status == 503
-    assert eventually(lambda: len(server.sockets) == 151 and server.open_connections() == 0)
+    # A system may drop a connection that is reset before it is accepted; the others are seen.
+    assert eventually(lambda: len(server.sockets) > 75 and server.open_connections() == 0)
     assert "Traceback" not in caplog.text
 
 
@@ -2751,8 +6574,8 @@ def test_long_polls_hold_up_nobody(server, gate):
 class Bell:
     """An endpoint whose answer comes later: when it is rung, or after some seconds."""
 
-    def __init__(self, seconds=LONG):
-        self.seconds = seconds
+    def __init__(self):
+        self.seconds = 10 * LONG
         self.wakes = []  # what rings, of each that has waited
         self.waiting = threading.Semaphore(0)  # released when one waits
         self.left = threading.Semaphore(0)  # released when one waits no more
@@ -2799,7 +6622,13 @@ def either(request, application):
             yield server
     else:
         tls = request.getfixturevalue("tls")
-        tls.connect = tls.tls_client
+
+        def connect():
+            client = tls.tls_client()
+            client.ask("OPTIONS", "/")  # the tickets of the session come before the first answer
+            return client
+
+        tls.connect = connect
         yield tls
 
 
@@ -2901,7 +6730,6 @@ def test_who_ends_its_sending_side_gets_the_record_as_it_is_now(server, bell, ga
         assert client.answer().json == "rung"
         assert client.answer().status == 404
         assert client.ended()
-    bell.await_left()
     assert eventually(lambda: server.open_connections() == 0)
 
 
@@ -2925,13 +6753,13 @@ def test_over_tls_who_ends_its_sending_side_gets_the_answer_as_it_is_now(tls, be
             return result
 
         do(session.do_handshake)
-        do(session.write, raw("GET", "/bell"))
+        do(session.write, raw("GET", "/bell") * 2)
         bell.await_waiting()
         with contextlib.suppress(ssl.SSLWantReadError):
             session.unwrap()  # says that nothing more comes, and would wait for the same
         client.send(outgoing.read())
         received = b""
-        while b'"rung"' not in received:
+        while received.count(b'"rung"') < 2:
             received += do(session.read, 65_536)
         bell.await_left()
         while client.socket.recv(65_536):  # the connection ends, though this side is open
@@ -3025,7 +6853,7 @@ def test_a_fault_of_what_waits_harms_that_connection_alone(server, bell, faulty,
         else:
             assert client.ended()
         leaving = server.client()
-        bell.seconds = LONG
+        bell.seconds = 10 * LONG
         leaving.send(raw("GET", "/bell"))
         bell.await_waiting()
         leaving.__exit__()
@@ -3059,7 +6887,8 @@ class MetTwice(collections.deque):
             self.barrier.abort()  # the two have met; nobody waits from now on
 
 
-def test_two_answers_that_are_ready_in_one_moment_wake_the_loop(application, bell):
+def test_two_answers_that_are_ready_in_one_moment_wake_the_loop(application, bell, monkeypatch):
+    patient(monkeypatch, header=10 * LONG, idle=10 * LONG)  # so that nothing else wakes it
     with serving(application, poll_interval=10 * LONG) as server, contextlib.ExitStack() as stack:
         clients = [stack.enter_context(server.client()) for _ in range(2)]
         for client in clients:
@@ -3202,15 +7031,16 @@ GONE = ["ECONNABORTED", "ECONNRESET", "EPROTO", "ENETDOWN", "EHOSTUNREACH", "EPE
 
 @pytest.mark.parametrize("name", [name for name in GONE if hasattr(errno, name)])
 def test_a_client_that_goes_before_it_is_accepted_holds_up_nobody(application, caplog, name):
-    with serving(application, poll_interval=10 * LONG) as server:
-        with server.client() as idle, server.client() as client:
-            assert idle.ask("GET", "/healthz").status == 200
-            server.errors += [OSError(getattr(errno, name), "gone")] * 3
-            assert client.ask("GET", "/healthz").status == 200
-            with server.client() as other:
-                assert other.ask("GET", "/healthz").status == 200
-            assert not server.errors
-            assert idle.ask("GET", "/healthz").status == 200
+    with serving(
+        application, poll_interval=10 * LONG
+    ) as server, server.client() as idle, server.client() as client:
+        assert idle.ask("GET", "/healthz").status == 200
+        server.errors += [OSError(getattr(errno, name), "gone")] * 3
+        assert client.ask("GET", "/healthz").status == 200
+        with server.client() as other:
+            assert other.ask("GET", "/healthz").status == 200
+        assert not server.errors
+        assert idle.ask("GET", "/healthz").status == 200
     assert "have to wait" not in caplog.text
 
 
@@ -3218,19 +7048,20 @@ def test_a_client_that_goes_before_it_is_accepted_holds_up_nobody(application, c
 def test_want_of_descriptors_or_memory_pauses_accepting_until_one_is_free(
     application, caplog, name
 ):
-    with serving(application, poll_interval=10 * LONG) as server:
-        with server.client() as client, server.client() as leaving:
-            assert client.ask("GET", "/healthz").status == 200
-            assert leaving.ask("GET", "/healthz").status == 200
-            server.errors += [OSError(getattr(errno, name), "no more")] * 2
-            with server.client() as late:
-                late.send(raw("GET", "/healthz"))
-                assert eventually(lambda: len(server.errors) == 1)
-                pass_through_the_loop(client)
-                assert len(server.errors) == 1  # it does not try again and again
-                server.errors.clear()
-                leaving.__exit__()
-                assert late.answer().status == 200
+    with serving(
+        application, poll_interval=10 * LONG
+    ) as server, server.client() as client, server.client() as leaving:
+        assert client.ask("GET", "/healthz").status == 200
+        assert leaving.ask("GET", "/healthz").status == 200
+        server.errors += [OSError(getattr(errno, name), "no more")] * 2
+        with server.client() as late:
+            late.send(raw("GET", "/healthz"))
+            assert eventually(lambda: len(server.errors) == 1)
+            pass_through_the_loop(client)
+            assert len(server.errors) == 1  # it does not try again and again
+            server.errors.clear()
+            leaving.__exit__()
+            assert late.answer().status == 200
     assert caplog.text.count("have to wait") == 1
 
 
@@ -3375,9 +7206,6 @@ def test_more_clients_than_descriptors_make_no_busy_loop_and_it_recovers():
         assert program.log().count("have to wait") == 1
 
 
-# ==== The core ends here ============================================================================
-
-
 # -- 8. Running ------------------------------------------------------------------------------------
 
 
@@ -3395,86 +7223,136 @@ def logging_to(descriptor):
 
 @contextlib.contextmanager
 def pipe():
-    ends = os.pipe()
-    try:
-        yield ends
-    finally:
-        for end in ends:
-            with contextlib.suppress(OSError):
-                os.close(end)
-
-
-def read_all(descriptor):
-    data = b""
-    while True:
-        piece = os.read(descriptor, 1 << 16)
-        data += piece
-        if not piece:
-            return data.decode("ascii")
+    """Make a pipe of two files: unlike a number, a file may be closed twice."""
+    reading, writing = os.pipe()
+    with open(reading, "rb", buffering=0) as far, open(writing, "wb", buffering=0) as end:
+        yield far, end
 
 
 def test_the_log_escapes_what_came_from_outside():
     with pipe() as (ends, end):
-        with logging_to(end) as (logger, _):
+        with logging_to(end.fileno()) as (logger, _):
             logger.warning("task %s: %s", 1, "a\nb\x1b[2J\r\0\x7f\x85\u2028é\ud800😀")
             try:
                 raise ValueError("what\nit said")
             except ValueError:
                 logger.exception("failed")
-        os.close(end)
-        text = read_all(ends)
+        end.close()
+        text = ends.readall().decode("ascii")
     lines = text.splitlines()
     assert re.match(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ WARNING task 1: a", lines[0])
     assert not set(text) - set(map(chr, range(32, 127))) - {"\n"}
-    assert [line for line in lines if not line.startswith("    ")] == [lines[0], next(line for line in lines if "ERROR" in line)]
-    assert "\\x1b[2J" in text and "\\xe9\\ud800\\U0001f600" in text and "it said" in text and "Traceback" in text
+    assert [line for line in lines if not line.startswith("    ")] == [
+        lines[0],
+        next(line for line in lines if "ERROR" in line),
+    ]
+    assert (
+        "\\x1b[2J" in text
+        and "\\xe9\\ud800\\U0001f600" in text
+        and "it said" in text
+        and "Traceback" in text
+    )
 
 
 def test_a_line_that_cannot_be_composed_does_not_end_the_log():
     with pipe() as (far, end):
-        with logging_to(end) as (logger, _):
+        with logging_to(end.fileno()) as (logger, _):
             logger.warning("%d", "no number")
             try:
                 raise Unspeakable
             except Unspeakable:
                 logger.exception("failed")
             logger.warning("the last")
-        os.close(end)
-        text = read_all(far)
+        end.close()
+        text = far.readall().decode("ascii")
     assert "WARNING %d" in text and "ERROR failed" in text and "WARNING the last" in text
 
 
 def test_a_log_that_nobody_reads_blocks_nobody_and_says_what_it_dropped():
-    with pipe() as (far, end), logging_to(end) as (logger, handler), concurrent.futures.ThreadPoolExecutor(1) as pool:
+    with pipe() as (far, end), logging_to(end.fileno()) as (
+        logger,
+        handler,
+    ), concurrent.futures.ThreadPoolExecutor(1) as pool:
         lines = taskserver.LogHandler.MAX_LINES * 2
         in_threads(1, lambda _: [logger.warning("%d %s", n, "x" * 50) for n in range(lines)])
         in_threads(1, lambda _: handler.finish(0.1))  # in vain, yet it returns
-        reading = pool.submit(read_all, far)
+        reading = pool.submit(far.readall)
         handler.finish(LONG)
-        os.close(end)
-        text = reading.result(LONG)
+        end.close()
+        text = reading.result(LONG).decode("ascii")
     numbers = [int(line.split()[2]) for line in text.splitlines() if "WARNING" in line]
     (dropped,) = re.findall(r"(\d+) lines of the log did not fit", text)
     assert numbers == sorted(numbers) and len(numbers) + int(dropped) == lines
 
 
 def test_a_log_that_is_closed_stops_nobody():
-    with pipe() as (far, end), logging_to(end) as (logger, _):
-        os.close(far)
+    with pipe() as (far, end), logging_to(end.fileno()) as (logger, _):
+        far.close()
         for n in range(100):
             logger.warning("%d", n)
 
 
-class Program:
-    """A server in a process of its own."""
+# Windows has no way to send a signal to one process, but a process can raise each in itself, as
+# Ctrl-C does: in another thread. This runs a file, and raises what comes on stdin.
+OBEDIENT = '''
+import ctypes, os, runpy, signal, sys, threading
 
-    def __init__(self, *flags, file=PROGRAM, port=0, stderr=None, token=None, **options):
-        environment = dict(os.environ, PYTHONPATH=str(PROGRAM.parent), TASKSERVER_TOKEN=token or "")
-        self.stderr = tempfile.TemporaryFile()  # noqa: SIM115
-        command = [sys.executable, str(file), "--port", str(port), *flags]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr or self.stderr, env=environment, **options)
-        self.hello = [self.process.stdout.readline().decode() for _ in range(3)]
-        found = re.search(r" on https?://\S+:(\d+)\b", self.hello[0])
+def obey():
+    """Raise signals until stdin ends."""
+    python37 = not hasattr(signal, "raise_signal")
+    raise_signal = getattr(ctypes.CDLL("ucrtbase"), "raise") if python37 else signal.raise_signal
+    for number in iter(lambda: os.read(0, 1), b""):
+        raise_signal(ord(number))
+
+threading.Thread(target=obey, daemon=True).start()
+del sys.argv[0]
+sys.path[0] = os.path.dirname(sys.argv[0])
+runpy.run_path(sys.argv[0], run_name="__main__")
+'''
+
+
+class Program:
+    """A server in a process of its own: a file, or what `command` says."""
+
+    def __init__(
+        self,
+        *flags,
+        file=PROGRAM,
+        command=None,
+        port=0,
+        stdout=subprocess.PIPE,
+        stderr=None,
+        token=None,
+        environment=(),
+        **options,
+    ):
+        arguments = [*(command or [str(file)]), "--port", str(port), *flags]
+        if os.name == "nt" and not command:
+            arguments[:0] = ["-c", OBEDIENT]
+            options["stdin"] = subprocess.PIPE
+        self.folder = pathlib.Path(tempfile.mkdtemp())
+        self.stderr = self.folder / "stderr"
+        with self.stderr.open("ab") as own_stderr:
+            self.process = subprocess.Popen(
+                [sys.executable, *arguments],
+                stdout=stdout,
+                stderr=stderr or own_stderr,
+                env={
+                    **os.environ,
+                    "PYTHONPATH": str(PROGRAM.parent),
+                    "PYTHONUNBUFFERED": "",
+                    "TASKSERVER_TOKEN": token or "",
+                    **dict(environment),
+                },
+                **options,
+            )
+        if stdout == subprocess.PIPE:
+            self.hello = [self.process.stdout.readline().decode() for _ in range(3)]
+            address = self.hello[0]
+        else:
+            self.hello = []
+            address = self.log(wait_for="serving ")
+        found = re.search(r" https?://\S+:(\d+)\b", address)
         self.port = int(found.group(1)) if found else None
 
     def __enter__(self):
@@ -3488,8 +7366,9 @@ class Program:
         if self.process.poll() is None:
             self.process.kill()
         self.process.wait(LONG)
-        self.process.stdout.close()
-        self.stderr.close()
+        for pipe in filter(None, (self.process.stdin, self.process.stdout)):
+            pipe.close()
+        shutil.rmtree(str(self.folder), ignore_errors=True)
 
     def client(self):
         return Client(self.port)
@@ -3498,19 +7377,40 @@ class Program:
         with self.client() as client:
             return client.ask(method, target, body, *lines)
 
+    def create(self, type, **payload):
+        """Create a task; return where it can be polled."""
+        created = self.ask("POST", f"/create-{type}", {"name": "x", **payload})
+        assert created.status == 201, created
+        return created.headers["Location"]
+
+    def final(self, path):
+        """Return the final record of a task."""
+        record = self.ask("GET", path + "?wait=30").json
+        assert record["status"] != "pending", record
+        return record
+
+    def result(self, type, **payload):
+        """Create a task, and return its result."""
+        record = self.final(self.create(type, **payload))
+        assert record["status"] == "completed", record
+        return record["result"]
+
     def log(self, wait_for=""):
         """Return what is in the log, once a text is there."""
+        eventually(lambda: wait_for.encode() in self.stderr.read_bytes(), 10)
+        return self.stderr.read_bytes().decode()
 
-        def read():
-            self.stderr.seek(0)
-            return self.stderr.read().decode()
-
-        eventually(lambda: wait_for in read(), 10)
-        return read()
+    def send(self, number):
+        """Send a signal."""
+        if os.name == "nt":
+            self.process.stdin.write(bytes([number]))
+            self.process.stdin.flush()
+        else:
+            self.process.send_signal(number)
 
     def stops(self, number):
         """Send a signal; return the exit status."""
-        self.process.send_signal(number)
+        self.send(number)
         return self.process.wait(LONG)
 
 
@@ -3536,28 +7436,27 @@ def waiting(tmp_path):
     """Start a server with tasks that wait for a file."""
     (tmp_path / "waiting.py").write_text(WAITING)
     with contextlib.ExitStack() as stack:
-        yield lambda *flags: stack.enter_context(Program(*flags, file=tmp_path / "waiting.py"))
+        file = tmp_path / "waiting.py"
+        yield lambda *flags, **more: stack.enter_context(Program(*flags, file=file, **more))
 
 
 def begin(program, path, name="one"):
     """Create a task that waits for a file; return its path once it runs."""
-    created = program.ask("POST", "/create-wait", {"name": name, "path": str(path)})
-    where = created.headers["Location"]
+    where = program.create("wait", name=name, path=str(path))
     assert eventually(lambda: program.ask("GET", where).json["message"] == "begun")
     return where
 
 
-@posix
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_drains_running_tasks_and_drops_waiting_ones(waiting, tmp_path, number):
     program = waiting("--workers", "1")
     running = begin(program, tmp_path / "go")
     for name in "two", "three":
-        assert program.ask("POST", "/create-wait", {"name": name, "path": str(tmp_path / "go")}).status == 201
+        program.create("wait", name=name, path=str(tmp_path / "go"))
     with program.client() as poll, program.client() as client:
         poll.send(raw("GET", running + "?wait=30"))
         assert not poll.says(0.1)
-        program.process.send_signal(number)
+        program.send(number)
         assert poll.answer().json["status"] == "pending"  # woken
         health = client.ask("GET", "/healthz")
         assert (health.status, health.json) == (503, {"status": "stopping"})
@@ -3568,10 +7467,11 @@ def test_a_signal_drains_running_tasks_and_drops_waiting_ones(waiting, tmp_path,
         assert program.process.wait(LONG) == 0
     assert (tmp_path / "go.one").exists() and not (tmp_path / "go.two").exists()
     assert "2 waiting tasks" in program.log() and "Traceback" not in program.log()
-    assert taskserver.Server(("127.0.0.1", program.port), Application()).server_close() is None  # the port is free
+    assert (
+        taskserver.Server(("127.0.0.1", program.port), Application()).server_close() is None
+    )  # the port is free
 
 
-@posix
 def test_a_task_that_hangs_is_left_after_the_grace(waiting, tmp_path):
     program = waiting("--grace", "0.2")
     begin(program, tmp_path / "never")
@@ -3581,23 +7481,24 @@ def test_a_task_that_hangs_is_left_after_the_grace(waiting, tmp_path):
     assert "Traceback" not in program.log()
 
 
-@posix
-@pytest.mark.parametrize("first, second, status", [(signal.SIGTERM, signal.SIGTERM, 143), (signal.SIGINT, signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    "first, second, status",
+    [(signal.SIGTERM, signal.SIGTERM, 143), (signal.SIGINT, signal.SIGINT, 130)],
+)
 def test_a_second_signal_leaves_at_once(waiting, tmp_path, first, second, status):
     program = waiting("--grace", "1000")
     begin(program, tmp_path / "never")
-    program.process.send_signal(first)
+    program.send(first)
     assert "stopping" in program.log(wait_for="stopping")
     begun = time.monotonic()
     assert program.stops(second) == status
     assert time.monotonic() - begun < 5 and "Traceback" not in program.log()
 
 
-@posix
 def test_with_a_journal_waiting_tasks_stay_for_the_next_start(waiting, tmp_path, path):
     program = waiting("--workers", "1", "--db", path, "--grace", "0.2")
     running = begin(program, tmp_path / "go")
-    later = program.ask("POST", "/create-wait", {"name": "two", "path": str(tmp_path / "go")}).headers["Location"]
+    later = program.create("wait", name="two", path=str(tmp_path / "go"))
     assert program.stops(signal.SIGTERM) == 0
     assert "1 waiting tasks stay" in program.log() and "memory" not in program.hello[2]
     (tmp_path / "go").write_text("")
@@ -3608,14 +7509,17 @@ def test_with_a_journal_waiting_tasks_stay_for_the_next_start(waiting, tmp_path,
     assert not (tmp_path / "go.one").exists() and (tmp_path / "go.two").exists()
 
 
-@posix
 def test_a_signal_under_load_tears_no_answer():
     statuses = []
 
     def load(program, begun, i):
         with contextlib.suppress(ConnectionError), program.client() as client:
             while True:
-                answer = client.ask(*[("GET", "/tasks"), ("POST", "/create-task", {"name": "x", "seconds": 0})][i % 2])
+                answer = client.ask(
+                    *[("GET", "/tasks"), ("POST", "/create-task", {"name": "x", "seconds": 0})][
+                        i % 2
+                    ]
+                )
                 if answer is None:
                     return
                 statuses.append(answer.status)
@@ -3640,36 +7544,19 @@ def test_a_closed_stderr_stops_nobody():
 
     with Program(preexec_fn=close) as program:
         for _ in range(3):
-            record = program.ask("POST", "/create-task", {"name": "x", "seconds": 0}).json
-            assert program.ask("GET", f"/poll-task/{record['id']}?wait=30").json["status"] == "completed"
+            assert program.result("task", seconds=0) == {"seconds": 0}
+        assert program.result("primes", limit=10)["primes"] == 4
         assert program.stops(signal.SIGTERM) == 0
-
-
-@posix
-def test_a_stdout_that_nobody_reads_stops_nobody(tmp_path):
-    log = tmp_path / "log"
-    with pipe() as (far, end), log.open("wb") as stderr:
-        os.close(far)
-        process = subprocess.Popen([sys.executable, str(PROGRAM), "--port", "0"], stdout=end, stderr=stderr)
-    try:
-        assert eventually(lambda: re.search(r"serving http://\S+:\d+", log.read_text()), 10), log.read_text()
-        with Client(int(re.findall(r"serving http://\S+:(\d+)", log.read_text())[0])) as client:
-            assert client.ask("GET", "/healthz").status == 200
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(LONG) == 0 and "Traceback" not in log.read_text()
-    finally:
-        process.kill()
-        process.wait(LONG)
 
 
 @posix
 def test_a_full_stderr_that_nobody_reads_stops_nobody():
     with pipe() as (_, end):
-        os.set_blocking(end, False)
+        os.set_blocking(end.fileno(), False)
         with contextlib.suppress(BlockingIOError):
             while True:
-                os.write(end, b"x" * 4096)
-        os.set_blocking(end, True)
+                os.write(end.fileno(), b"x" * 4096)
+        os.set_blocking(end.fileno(), True)
         with Program("--verbose", stderr=end) as program, program.client() as client:
             for _ in range(20):
                 client.send(raw("GET", "/healthz") * 100)
@@ -3680,21 +7567,488 @@ def test_a_full_stderr_that_nobody_reads_stops_nobody():
             assert time.monotonic() - begun < 10
 
 
+@posix
+@pytest.mark.parametrize("is_ignored", [False, True], ids=["", "with nohup"])
+def test_sighup_stops_unless_it_is_ignored(waiting, tmp_path, is_ignored):
+    def ignore():
+        if is_ignored:
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+    program = waiting("--workers", "1", preexec_fn=ignore)
+    running = begin(program, tmp_path / "go")
+    program.process.send_signal(signal.SIGHUP)
+    if is_ignored:
+        (tmp_path / "go").write_text("")
+        assert program.final(running)["status"] == "completed"
+        assert "stopping" not in program.log()
+        assert program.stops(signal.SIGTERM) == 0
+    else:
+        assert "stopping" in program.log(wait_for="stopping")
+        assert program.stops(signal.SIGHUP) == 129  # the second one
+    assert "Traceback" not in program.log()
+
+
+# Tasks that hold on to a test's leash. A child does so, too, when it is to import its file slowly.
+HOLDING = '''
+import asyncio, logging, multiprocessing, os, signal, socket, sys, threading, time
+import taskserver
+
+{hold_on}
+
+if __name__ != "__main__" and "SLOW_IMPORT" in os.environ:
+    hold_on(int(os.environ["SLOW_IMPORT"]), str(os.getpid()))
+application = taskserver.Application()
+
+def hold(payload, report):
+    """Print, and go on when the test lets it."""
+    report(0.5, "begun")
+    print(payload.get("text", "holding").replace("(lone)", "\\ud800"))
+    hold_on(payload["port"], str(os.getpid()))
+    return payload.get("text")
+
+async def hold_in_the_loop(payload, report):
+    """The same, without holding up its sisters."""
+    report(0.5, "begun")
+    print(payload.get("text", "holding").replace("(lone)", "\\ud800"))
+    run = asyncio.get_running_loop().run_in_executor
+    await run(None, hold_on, payload["port"], str(os.getpid()))
+    return payload.get("text")
+
+application.task("thread")(hold)
+application.task("coroutine")(hold_in_the_loop)
+application.task("child", cpu=True)(hold)
+application.task("child-with-a-limit", cpu=True, timeout=0.5)(hold)
+'''.replace("{hold_on}", inspect.getsource(hold_on))
+
+AND_SERVE = """
+if __name__ == "__main__":
+    taskserver.main(application)
+"""
+
+
+@pytest.fixture
+def holding(tmp_path):
+    """Start a server with tasks that hold on to a leash; it may do something first."""
+    file = tmp_path / "holding.py"
+    with contextlib.ExitStack() as stack:
+
+        def start(*flags, first="", then=AND_SERVE, **options):
+            file.write_text(HOLDING + textwrap.dedent(first) + textwrap.dedent(then))
+            return stack.enter_context(Program(*flags, file=file, **options))
+
+        yield start
+
+
+@posix
+@pytest.mark.parametrize("where", ["at its start", "at work"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP"])
+def test_a_child_outlives_a_signal_to_all_processes_and_has_the_grace(holding, leash, where, name):
+    """As a service manager or a terminal sends it. The server decides what becomes of tasks."""
+    number = getattr(signal, name)
+    environment = {"SLOW_IMPORT": str(leash.port)}
+    program = holding("--grace", "60", start_new_session=True, environment=environment)
+    path = program.create("child", port=leash.port, text="done")
+    end, child = leash.next()  # it imports its file
+    if where == "at its start":
+        os.kill(int(child), number)
+        os.killpg(program.process.pid, number)
+        assert "stopping" in program.log(wait_for="stopping")
+    let_go(end)
+    end, child = leash.next()  # it is called
+    if where == "at work":
+        os.killpg(program.process.pid, number)
+        os.kill(int(child), number)
+        assert "stopping" in program.log(wait_for="stopping")
+    with program.client() as client:
+        client.send(raw("GET", path))
+        assert client.answer().json["status"] == "pending"
+        let_go(end)
+        assert program.process.wait(LONG) == 0
+    assert "completed" in program.log()
+    assert "Traceback" not in program.log()
+
+
+@posix
+def test_a_child_that_may_run_again_does_so_after_a_signal_to_all(tmp_path, leash, path):
+    again = "application.task('again', cpu=True, rerun=True)(hold)\n"
+    file = tmp_path / "holding.py"
+    file.write_text(HOLDING + again + AND_SERVE)
+    with Program("--db", path, "--grace", "0.2", file=file) as program:
+        where = program.create("again", port=leash.port, text="done")
+        _, child = leash.next()
+        os.kill(int(child), signal.SIGTERM)
+        assert program.stops(signal.SIGTERM) == 0
+    with Program("--db", path, file=file) as program:
+        let_go(leash.next()[0])
+        assert program.final(where)["result"] == "done"
+
+
+FORKING = '''
+import multiprocessing, os, time, taskserver
+application = taskserver.Application()
+
+def square(n):
+    return n * n
+
+def use_processes(payload, report):
+    """Use a pool; end a process; leave another one."""
+    context = multiprocessing.get_context(payload["how"])
+    with context.Pool(2) as pool:
+        squares = pool.map(square, range(4))
+    process = context.Process(target=time.sleep, args=(600,))
+    process.start()
+    process.terminate()
+    process.join()
+    return [squares, process.exitcode]
+
+application.task("thread")(use_processes)
+application.task("child", cpu=True)(use_processes)
+
+if __name__ == "__main__":
+    taskserver.main(application)
+'''
+
+
+@pytest.mark.parametrize("how", multiprocessing.get_all_start_methods())
+def test_a_task_may_use_processes_and_terminate_ends_them(tmp_path, how):
+    file = tmp_path / "forking.py"
+    file.write_text(FORKING)
+    with Program(file=file) as program:
+        for type in "thread", "child":
+            for _ in range(2):
+                got = program.result(type, how=how)
+                assert got == [[0, 1, 4, 9], -signal.SIGTERM], type
+
+
+@needs_fork
+def test_a_signal_that_reaches_a_copy_at_once_is_not_lost():
+    """Before Python has noticed that it is a copy, it has the handlers of the server."""
+    code = (
+        "import os, signal\n"
+        "end = lambda: os.kill(os.getpid(), signal.SIGTERM)\n"
+        "os.register_at_fork(after_in_child=end)\n"  # it is called before that of the next line
+        "import taskserver\n"
+        "taskserver.handle_stop_signals(lambda number, frame: None)\n"
+        "pid = os.fork()\n"
+        "if pid == 0: os._exit(0)\n"
+        "print(os.waitpid(pid, 0)[1])\n"
+    )
+    out = subprocess.check_output([sys.executable, "-c", code], cwd=str(PROGRAM.parent))
+    assert int(out) == signal.SIGTERM
+
+
+@posix
+@pytest.mark.parametrize("how", multiprocessing.get_all_start_methods())
+def test_the_stop_waits_for_no_process_that_a_task_has_left_behind_and_ends_none(
+    holding, leash, how
+):
+    first = """
+        @application.task("leave")
+        def leave(payload, report):
+            context = multiprocessing.get_context(payload["how"])
+            context.Process(target=hold_on, args=(payload["port"],)).start()
+    """
+    program = holding("--grace", "1", first=first)
+    program.result("leave", port=leash.port, how=how)
+    end, _ = leash.next()
+    assert program.stops(signal.SIGTERM) == 0
+    assert not select.select([end], [], [], 0)[0]
+    assert "Traceback" not in program.log()
+    let_go(end)
+    assert has_ended(end)
+
+
+@needs_fork
+def test_the_port_is_free_after_kill_9_while_a_copy_of_the_server_lives(holding, leash):
+    first = """
+        @application.task("leave")
+        def leave(payload, report):
+            context = multiprocessing.get_context("fork")
+            context.Process(target=hold_on, args=(payload["port"],)).start()
+    """
+    program = holding(first=first)
+    with program.client() as client:  # it has a connection of a client, too
+        created = client.ask("POST", "/create-leave", {"name": "x", "port": leash.port})
+        end, _ = leash.next()
+        client.ask("GET", created.headers["Location"] + "?wait=30")
+        assert program.stops(signal.SIGKILL) == -signal.SIGKILL
+        assert client.ended()
+    taskserver.Server(("127.0.0.1", program.port), Application()).server_close()
+    assert not select.select([end], [], [], 0)[0]
+
+
+def test_the_logging_of_the_application_is_left_alone(holding, leash):
+    first = """
+        def switches():
+            names = "logThreads", "logProcesses", "logMultiprocessing", "raiseExceptions"
+            found = [getattr(logging, name) for name in names]
+            return found + [len(logging.root.handlers), logging.root.level, logging.root.disabled]
+
+        before = switches()
+
+        @application.task("log")
+        def log(payload, report):
+            "Configure logging after main was called, if nobody has before, and use it."
+            assert switches()[:4] == before[:4]
+            logging.basicConfig(
+                level="INFO",
+                format="%(levelname)s|%(threadName)s|%(processName)s|%(process)d|%(filename)s|"
+                "%(funcName)s|%(message)s",
+            )
+            logging.getLogger("application").info("seen %s", payload["name"])
+            return [os.getpid(), threading.current_thread().name, before == switches()]
+
+        application.task("log-there", cpu=True)(log)
+        if "CONFIGURE" in os.environ:
+            logging.basicConfig(level="INFO", format="%(levelname)s|%(threadName)s|%(message)s")
+            before = switches()
+    """
+    for configures in False, True:
+        environment = {"CONFIGURE": "1"} if configures else {}
+        program = holding(first=first, environment=environment)
+        for type, process in ("log", "MainProcess"), ("log-there", "taskserver-child"):
+            number, thread, is_as_before = program.result(type)
+            line = f"INFO|{thread}|{process}|{number}|holding.py|log|seen x"
+            if configures:
+                assert is_as_before
+                line = f"INFO|{thread}|seen x"
+            assert line in program.log(wait_for=line).splitlines()
+        for text in "created: type log, ", "created: type log-there, ", "serving http":
+            assert program.log().count(text) == 1  # by the handler of the server alone
+
+
+def test_a_configuration_that_disables_all_loggers_does_not_mean_that_of_the_server(holding):
+    first = """
+        import logging.config
+        logging.config.dictConfig({"version": 1})
+    """
+    program = holding(first=first)
+    assert "serving http" in program.log(wait_for="serving http")
+
+
+@pytest.mark.parametrize("type", ["thread", "coroutine", "child"])
+def test_what_a_task_prints_is_seen_at_once_in_a_file(holding, leash, tmp_path, type):
+    file = tmp_path / "stdout"
+    with file.open("wb") as stdout:
+        program = holding(stdout=stdout)
+    path = program.create(type, port=leash.port, text="seen")
+    end, _ = leash.next()
+    assert "seen" in file.read_text().splitlines()  # while the task goes on
+    let_go(end)
+    assert program.final(path)["result"] == "seen"
+    if type == "child":
+        path = program.create("child-with-a-limit", port=leash.port, text="seen, too")
+        assert program.final(path)["error"] == "timed out after 0.5 seconds"
+        assert "seen, too" in file.read_text().splitlines()
+
+
+@pytest.mark.parametrize("type", ["thread", "coroutine", "child"])
+def test_what_a_task_prints_is_seen_at_once_in_a_pipe(holding, leash, type):
+    program = holding()
+    path = program.create(type, port=leash.port, text="seen")
+    end, _ = leash.next()
+    seen = []
+    in_threads(1, lambda _: seen.append(program.process.stdout.readline()))
+    assert seen[0].split() == [b"seen"]
+    let_go(end)
+    assert program.final(path)["result"] == "seen"
+
+
+@pytest.mark.parametrize("type", ["thread", "coroutine", "child"])
+def test_any_text_can_be_printed_in_any_locale(holding, leash, tmp_path, type):
+    no_utf_8 = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    no_utf_8.update(PYTHONIOENCODING="")
+    text = "é \u2028 😀 (lone) done"
+    file = tmp_path / "stdout"
+    with file.open("wb") as stdout:
+        program = holding(stdout=stdout, environment=no_utf_8)
+    path = program.create(type, port=leash.port, text=text)
+    let_go(leash.next()[0])
+    record = program.final(path)
+    assert (record["error"], record["result"]) == (None, text)
+    assert b"done" in file.read_bytes()
+
+
+@posix
+@pytest.mark.parametrize("how", ["by whoever starts it", "by the program"])
+def test_a_closed_stdout_stops_nobody(holding, leash, how):
+    def close():
+        if how == "by whoever starts it":
+            os.close(1)
+
+    first = "sys.stdout.close()" if how == "by the program" else ""
+    program = holding(first=first, stdout=subprocess.DEVNULL, preexec_fn=close)
+    for type in "thread", "coroutine", "child":
+        path = program.create(type, port=leash.port, text="not seen")
+        let_go(leash.next()[0])
+        assert program.final(path)["result"] == "not seen"
+    assert program.stops(signal.SIGTERM) == 0
+    assert "Traceback" not in program.log()
+
+
+@posix
+def test_a_stdout_that_nobody_reads_stops_nobody(holding, leash):
+    with pipe() as (far, end):
+        far.close()
+        program = holding(first="print('before')", stdout=end)
+        for type in "thread", "coroutine", "child":
+            path = program.create(type, port=leash.port, text="not seen")
+            let_go(leash.next()[0])
+            assert program.final(path)["result"] == "not seen"
+        assert program.ask("GET", "/healthz").status == 200
+        assert program.stops(signal.SIGTERM) == 0
+        assert "Traceback" not in program.log()
+
+
+def test_main_works_in_a_thread_of_its_own_without_signals(holding, leash):
+    then = """
+        class RememberedServer(taskserver.Server):
+            def __init__(self, *arguments, **options):
+                super().__init__(*arguments, **options)
+                servers.append(self)
+
+        if __name__ == "__main__":
+            servers, before = [], signal.getsignal(signal.SIGINT)
+            taskserver.Server = RememberedServer
+            thread = threading.Thread(target=taskserver.main, args=(application,))
+            thread.start()
+            hold_on(int(os.environ["LEASH"]))
+            assert signal.getsignal(signal.SIGINT) == before
+            servers[0].shutdown()
+            thread.join(30)
+            assert not thread.is_alive()
+            names = sorted(thread.name for thread in threading.enumerate())
+            hold_on(int(os.environ["LEASH"]), " ".join(names))
+    """
+    program = holding(then=then, environment={"LEASH": str(leash.port)})
+    end, _ = leash.next()
+    for type in "thread", "coroutine", "child":
+        path = program.create(type, port=leash.port, text="done")
+        let_go(leash.next()[0])
+        assert program.final(path)["result"] == "done"
+    let_go(end)
+    end, names = leash.next()
+    assert "stop" not in names.split()
+    assert "log" not in names.split()
+    let_go(end)
+    assert program.process.wait(LONG) == 0
+    assert "Traceback" not in program.log()
+
+
+@pytest.mark.parametrize("how", multiprocessing.get_all_start_methods())
+def test_main_works_in_a_process_of_multiprocessing(holding, leash, how):
+    then = """
+        @application.task("pid")
+        def pid(payload, report):
+            return os.getpid()
+
+        def serve():
+            taskserver.main(application)
+
+        if __name__ == "__main__":
+            process = multiprocessing.get_context(sys.argv.pop()).Process(target=serve)
+            process.start()
+            process.join()
+            sys.exit(process.exitcode + 7)
+    """
+    program = holding(how, then=then)
+    number = program.result("pid")
+    assert number != program.process.pid
+    for type in "thread", "coroutine", "child":
+        path = program.create(type, port=leash.port, text="done")
+        let_go(leash.next()[0])
+        assert program.final(path)["result"] == "done"
+    os.kill(number, signal.SIGTERM)
+    status = program.process.wait(LONG)
+    assert "Traceback" not in program.log()
+    if os.name == "posix":
+        assert status == 7
+        assert "stopping" in program.log()
+
+
+def test_a_journal_that_is_lost_ends_the_program_with_status_1(holding, leash):
+    """Whatever runs, for another server may run it by now."""
+    first = """
+        class Taken(taskserver.Journal):
+            def load(self):
+                return []
+
+            def save(self, record):
+                if record.name == "the last":
+                    raise taskserver.JournalLost("somebody else has it")
+
+            def delete(self, ids):
+                pass
+
+        application.store.journal = Taken()
+    """
+    program = holding("--grace", "1000", first=first)
+    program.create("thread", port=leash.port)
+    program.create("child", port=leash.port)
+    ends = [leash.next()[0] for _ in range(2)]
+    refused = program.ask("POST", "/create-thread", {"name": "the last", "port": leash.port})
+    assert refused is None or refused.status == 503
+    assert program.process.wait(LONG) == 1
+    assert all(has_ended(end) for end in ends)
+    assert "somebody else has it" in program.log()
+    assert "Traceback" not in program.log()
+
+
+# ==== The core ends here. =========================================================================
+
+
 # -- 9. Monitoring and retention -------------------------------------------------------------------
 
 
 def test_healthz_counts_what_there_is(application, gate):
     application.pool.max_workers = 2
     empty = ask(application, "GET", "/healthz")
+    none = {"pending": 0, "completed": 0, "failed": 0}
     assert empty.status == 200
-    counts = {"waiting": 0, "running": 0, "completed": 0, "failed": 0}
-    assert empty.json == {"status": "ok", **counts, "types": ["gate", "echo"]}
-    outcome(application, fail), final(application, create(application, "echo"))
+    assert empty.json == {
+        "status": "ok",
+        "waiting": 0,
+        "running": 0,
+        "completed": 0,
+        "failed": 0,
+        "oldest_waiting": None,
+        "types": ["gate", "echo"],
+        "tasks": {"echo": none, "gate": none},
+    }
+    outcome(application, fail)
+    final(application, create(application, "echo"))
     for _ in range(5):
         create(application, "gate")
     gate.wait_for(2)
     counted = ask(application, "GET", "/healthz").json
-    assert [counted[key] for key in ("waiting", "running", "completed", "failed")] == [3, 2, 1, 1]
+    keys = "waiting", "running", "completed", "failed"
+    assert [counted[key] for key in keys] == [3, 2, 1, 1]
+    assert counted["tasks"]["gate"] == {**none, "pending": 5}
+    assert counted["tasks"]["echo"] == {**none, "completed": 1}
+    assert counted["tasks"][counted["types"][-1]] == {**none, "failed": 1}
+
+
+def test_healthz_says_for_how_long_the_oldest_task_has_waited(application, gate):
+    application.pool.max_workers = 1
+    for _ in range(3):
+        create(application, "gate")
+    gate.wait_for()
+    begun = time.time()
+    seconds = ask(application, "GET", "/healthz").json["oldest_waiting"]
+    assert 0 <= seconds < LONG
+    assert eventually(lambda: time.time() > begun + 0.01)
+    assert ask(application, "GET", "/healthz").json["oldest_waiting"] > seconds
+    gate.opened.set()
+    gate.wait_for(2)
+    assert ask(application, "GET", "/healthz").json["oldest_waiting"] is None
+
+
+def test_healthz_tells_those_without_the_token_its_status_alone(application):
+    application.checks.append(taskserver.check_token("secret"))
+    answer = ask(application, "GET", "/healthz")
+    assert (answer.status, answer.json) == (200, {"status": "ok"})
+    trusted = ask(application, "GET", "/healthz", authorization="Bearer secret")
+    assert trusted.json["waiting"] == 0
 
 
 def test_healthz_says_when_the_server_stops(application):
@@ -3703,80 +8057,199 @@ def test_healthz_says_when_the_server_stops(application):
     assert (answer.status, answer.json) == (503, {"status": "stopping"})
 
 
-@pytest.mark.parametrize("query, count", [
-    ("", 50), ("?limit=0", 0), ("?limit=1", 1), ("?limit=500", 500), ("?limit=501", 500), ("?limit=0050", 50), ("?x=1", 50),
-])  # fmt: skip
+DONE = RECORD._replace(status="completed", finished_at=1700000001.0, result=b"[1]", payload=None)
+
+
+def listed(application, **query):
+    """Return the ids that /tasks lists."""
+    words = "&".join(f"{key}={value}" for key, value in query.items())
+    answer = ask(application, "GET", f"/tasks?{words}")
+    assert answer.status == 200, answer
+    return [record["id"] for record in answer.json["tasks"]]
+
+
+@pytest.mark.parametrize(
+    "query, count",
+    [
+        ("", 50),
+        ("?limit=0", 0),
+        ("?limit=1", 1),
+        ("?limit=500", 500),
+        ("?limit=501", 500),
+        ("?limit=0050", 50),
+        ("?limit=" + "9" * 4000, 500),
+        ("?x=1", 50),
+    ],
+    ids=brief,
+)
 def test_tasks_lists_the_newest_without_results(application, query, count):
     for n in range(502):
-        application.store.add(RECORD._replace(id=str(n), status="completed", finished_at=1700000001.0, result=b"[1]"))
-    listed = ask(application, "GET", "/tasks" + query).json["tasks"]
-    assert [record["id"] for record in listed] == [str(501 - n) for n in range(count)]
-    assert all(list(record) == [key for key in KEYS if key != "result"] for record in listed)
+        application.store.add(DONE._replace(id=str(n)))
+    records = ask(application, "GET", "/tasks" + query).json["tasks"]
+    assert [record["id"] for record in records] == [str(501 - n) for n in range(count)]
+    assert all(list(record) == [key for key in KEYS if key != "result"] for record in records)
 
 
-@pytest.mark.parametrize("limit", ["", "-1", "%2B1", "1.5", "x", "1_0", "%D9%A1", "1&limit=1", "%201", "1e2"])
+@pytest.mark.parametrize(
+    "limit", ["", "-1", "%2B1", "1.5", "x", "1_0", "%D9%A1", "1&limit=1", "%201", "1e2"]
+)
 def test_a_limit_that_is_no_plain_number_is_400(application, limit):
     assert ask(application, "GET", "/tasks?limit=" + limit).status == 400
+
+
+def test_tasks_can_be_filtered_by_status_and_type(application, gate):
+    failed = DONE._replace(status="failed", result=None, error="E")
+    kinds = [DONE, failed, DONE._replace(type="gate"), RECORD, DONE, DONE]
+    for n, record in enumerate(kinds):
+        application.store.add(record._replace(id=str(n)))
+    assert listed(application, status="completed") == ["5", "4", "2", "0"]
+    assert listed(application, status="failed") == ["1"]
+    assert listed(application, status="pending") == ["3"]
+    assert listed(application, type="gate") == ["2"]
+    assert listed(application, type="gate", status="failed") == []
+    assert listed(application, type="echo", status="completed", limit=2) == ["5", "4"]
+    assert listed(application, limit=3) == ["5", "4", "3"]
+
+
+def test_a_type_that_is_registered_no_more_can_be_asked_for_while_there_are_such_tasks(application):
+    application.store.add(DONE._replace(id="0", type="former"))
+    assert listed(application, type="former") == ["0"]
+
+
+@pytest.mark.parametrize(
+    "query, advice",
+    [
+        ("status=done", "failed"),
+        ("status=", "failed"),
+        ("status=FAILED", "failed"),
+        ("status=failed&status=failed", "status"),
+        ("type=none", "echo, gate"),
+        ("type=Echo", "echo, gate"),
+        ("type=echo&type=gate", "type"),
+    ],
+)
+def test_a_filter_that_can_match_nothing_is_400_and_says_what_there_is(application, query, advice):
+    answer = ask(application, "GET", "/tasks?" + query)
+    assert answer.status == 400 and advice in answer.json["error"]
+
+
+def test_what_has_outlived_its_time_goes_by_itself(application):
+    application.store.keep = 0
+    with serving(application) as server, server.client() as client:
+        where = client.ask("POST", "/create-echo", {"name": "x"}).headers["Location"]
+        assert eventually(lambda: client.ask("GET", where).status == 404)
+
+
+def test_payloads_and_results_are_bounded_and_the_refusal_names_the_flag(application, gate):
+    def size(n):  # of a payload that makes a body of so many bytes
+        return "x" * (n - len(json.dumps({"name": "sample", "result": ""})))
+
+    application.store.max_memory = 1000
+    application.store.keep = 60
+    waiting = create(application, "gate", result=size(700))
+    body = {"name": "sample", "result": size(301)}
+    refused = ask(application, "POST", "/create-gate", body)
+    assert refused.status == 503 and 0 < int(refused.headers["Retry-After"]) <= 60
+    assert "--max-memory" in refused.json["error"] and "--max-tasks" not in refused.json["error"]
+    assert listed(application) == [waiting["id"]]
+    create(application, "gate", result=size(300))
+    gate.opened.set()
+    assert eventually(lambda: listed(application, status="pending") == [])  # two results now
+    assert ask(application, "POST", "/create-gate", body).status == 503
+    application.store.keep = 0  # now they give way
+    assert ask(application, "POST", "/create-gate", body).status == 201
 
 
 # -- 10. Durability --------------------------------------------------------------------------------
 
 
-class Journal:
-    """A journal in memory that a test can hold up, break, or look into."""
+class ObedientJournal(MemoryJournal):
+    """A journal in memory that waits, refuses and fails as it is told."""
 
     def __init__(self, *records):
-        self.records, self.deleted = {record.id: record for record in records}, []
-        self.error = None
-        self.writable = threading.Event()
+        super().__init__()
+        self.records.update((record.id, record) for record in records)
+        self.before_save, self.before_delete = self.obey_before_save, self.obey_before_delete
+        self.calls = []  # "save" or "delete", and an id
+        self.refuse = lambda record: False  # whether it can never take a record
+        self.error = self.late_error = None  # instead of saving; after it has saved
+        self.delete_error = None
+        self.writable, self.deletable = threading.Event(), threading.Event()
         self.writable.set()
-        self.asked = threading.Semaphore(0)
+        self.deletable.set()
+        self.asked = threading.Semaphore(0)  # to save
+        self.asked_to_delete = threading.Semaphore(0)
 
-    def load(self):
-        return list(self.records.values())
-
-    def save(self, record):
+    def obey_before_save(self, record):
         self.asked.release()
         assert self.writable.wait(LONG)
+        if self.refuse(record):
+            raise taskserver.RecordRefused("this disk takes no such thing")
         if self.error:
             raise self.error
-        self.records[record.id] = record
 
-    def delete(self, ids):
-        self.deleted += ids
+    def save(self, record):
+        super().save(record)
+        self.calls.append(("save", record.id))
+        if self.late_error:
+            raise self.late_error
+
+    def obey_before_delete(self, ids):
+        self.asked_to_delete.release()
+        assert self.deletable.wait(LONG)
+        if self.delete_error:
+            raise self.delete_error
+        self.calls += [("delete", id) for id in ids]
 
 
 @pytest.fixture
 def journal(application):
     """A journal of the application."""
-    journal = Journal()
-    application.store = taskserver.Store(journal=journal)
+    journal = application.store.journal = ObedientJournal()
     yield journal
+    journal.error = journal.late_error = None
     journal.writable.set()
+    journal.deletable.set()
     application.store.stop()
 
 
-def test_a_create_is_answered_once_its_record_is_on_disk_and_nobody_else_waits(application, journal, gate):
+def forget_asked(journal):
+    while journal.asked.acquire(blocking=False):
+        pass
+
+
+def evict(store):
+    """Drop what has outlived its time, as a server does."""
+    while store.evict() or store.delete_left():
+        pass
+
+
+def test_a_create_is_answered_once_its_record_is_on_disk_and_nobody_else_waits(
+    application, journal, gate
+):
     before = create(application, "gate")
     gate.wait_for()
+    forget_asked(journal)
     journal.writable.clear()
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         creating = pool.submit(create, application, "echo")
         assert journal.asked.acquire(timeout=LONG) and not creating.done()
         assert poll(application, before)["status"] == "pending"
-        assert [record["id"] for record in ask(application, "GET", "/tasks").json["tasks"]] == [before["id"]]
+        assert listed(application) == listed(application, type="gate") == [before["id"]]
         assert ask(application, "GET", "/healthz").status == 200
-        application.store.evict()
+        evict(application.store)
         assert not creating.done()
         journal.writable.set()
         assert creating.result(LONG)["id"] in journal.records
 
 
-def test_the_start_of_a_task_is_on_disk_before_it_runs_unless_it_may_run_again(application, journal):
+def test_the_start_of_a_task_is_on_disk_before_it_runs_unless_it_may_run_again(
+    application, journal
+):
     seen = {}
 
     def look(payload, report):
-        (record,) = [record for record in journal.records.values() if record.name == payload["name"]]
+        (record,) = [r for r in journal.records.values() if r.name == payload["name"]]
         seen[record.name] = record.started_at
 
     application.task("once")(look)
@@ -3790,9 +8263,8 @@ def test_the_start_of_a_task_is_on_disk_before_it_runs_unless_it_may_run_again(a
 def test_a_final_state_is_seen_once_it_is_on_disk(application, journal, gate):
     record = create(application, "gate", result=5)
     gate.wait_for()
+    forget_asked(journal)
     journal.writable.clear()
-    while journal.asked.acquire(blocking=False):
-        pass
     gate.opened.set()
     assert journal.asked.acquire(timeout=LONG)
     assert poll(application, record)["status"] == "pending"
@@ -3800,18 +8272,24 @@ def test_a_final_state_is_seen_once_it_is_on_disk(application, journal, gate):
     assert final(application, record)["result"] == 5
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left"), taskserver.JournalError("broken", 5), RuntimeError()], ids=brief)
-def test_a_journal_that_fails_refuses_creates_and_loses_no_final_state(application, journal, gate, caplog, error):
+@pytest.mark.parametrize(
+    "error",
+    [OSError(28, "No space left"), taskserver.JournalError("broken", 5), RuntimeError()],
+    ids=brief,
+)
+def test_a_journal_that_fails_refuses_creates_and_loses_no_final_state(
+    application, journal, gate, caplog, error
+):
     record = create(application, "gate", result=5)
     gate.wait_for()
     journal.error = error
     refused = ask(application, "POST", "/create-echo", {"name": "x"})
-    assert refused.status == 503 and refused.headers["Retry-After"] and "journal" in refused.json["error"]
+    assert refused.status == 503 and refused.headers["Retry-After"]
+    assert "journal" in refused.json["error"]
     health = ask(application, "GET", "/healthz")
     assert (health.status, health.json) == (503, {"status": "journal failing"})
-    assert len(ask(application, "GET", "/tasks").json["tasks"]) == 1 and application.pool.counts() == (0, 1)
-    while journal.asked.acquire(blocking=False):
-        pass
+    assert listed(application) == [record["id"]] and application.pool.counts() == (0, 1)
+    forget_asked(journal)
     gate.opened.set()
     for _ in range(2):
         assert journal.asked.acquire(timeout=LONG)  # it is tried, and tried again
@@ -3823,115 +8301,777 @@ def test_a_journal_that_fails_refuses_creates_and_loses_no_final_state(applicati
     assert "Traceback" not in caplog.text and caplog.text.count("the journal fails") == 1
 
 
-def test_a_final_state_that_cannot_be_saved_is_tried_on_while_the_server_stops(application, journal, gate):
+def test_a_final_state_that_cannot_be_saved_is_tried_on_while_the_server_stops(
+    application, journal, gate
+):
     record = create(application, "gate", result=5)
     gate.wait_for()
     journal.error = OSError()
-    while journal.asked.acquire(blocking=False):
-        pass
+    forget_asked(journal)
     gate.opened.set()
     assert journal.asked.acquire(timeout=LONG)
-    application.store.stop()
-    assert poll(application, record)["status"] == "pending" and application.pool.counts() == (0, 1)
+    application.stop()
+    assert poll(application, record)["status"] == "pending"
+    assert application.pool.counts() == (0, 1)
     journal.error = None
     application.pool.join(LONG)
     assert poll(application, record)["result"] == 5
 
 
-def test_a_journal_that_cannot_delete_stops_nothing(application, journal, caplog):
-    gone = final(application, create(application, "echo"))
-    application.store.keep = 0
-    journal.deleted = None  # which makes delete() fail
-    application.store.evict()
-    assert ask(application, "GET", f"/poll-echo/{gone['id']}").status == 404
+def test_a_create_whose_saving_failed_leaves_nothing_behind_though_it_was_written(
+    application, journal
+):
+    def create_it():
+        body = {"name": "x", "result": 1}
+        return ask(application, "POST", "/create-echo", body, idempotency_key=key)
+
+    key = str(uuid.uuid4())
+    journal.late_error = ConnectionError("nobody knows whether that was committed")
+    for _ in range(2):
+        assert create_it().status == 503 and list(journal.records) == [key]
+    evict(application.store)
+    assert journal.records == {} and listed(application) == []
+    assert create_it().status == 503
+    journal.late_error = None  # the client tries once more, and its record replaces what is left
+    created = create_it()
+    assert created.status == 201
+    evict(application.store)
+    assert final(application, created.json)["result"] == 1
+    assert [record.status for record in journal.records.values()] == ["completed"]
+
+
+def test_what_is_saved_and_said_to_have_failed_is_saved_again(application, journal, gate):
+    record = create(application, "gate", result=3)
+    gate.wait_for()
+    journal.late_error = ConnectionError("nobody knows whether that was committed")
+    gate.opened.set()
+    assert eventually(lambda: journal.calls.count(("save", record["id"])) >= 4)
+    assert poll(application, record)["status"] == "pending"
+    journal.late_error = None
+    assert final(application, record)["result"] == 3
+    assert [record.result for record in journal.records.values()] == [b"3"]
+
+
+def test_a_task_that_the_journal_can_never_take_is_refused_alone(application, journal):
+    journal.refuse = lambda record: "\0" in record.name
+    key = str(uuid.uuid4())
+    body = {"name": "a\0b"}
+    refused = ask(application, "POST", "/create-echo", body, idempotency_key=key)
+    assert refused.status == 400
+    assert "this disk takes no such thing" in refused.json["error"]
+    assert listed(application) == [] and application.pool.counts() == (0, 0)
     assert ask(application, "GET", "/healthz").json["status"] == "ok"
-    assert caplog.text.count("has not deleted 1 records") == 1
-    create(application, "echo")
+    again = ask(application, "POST", "/create-echo", {"name": "ab"}, idempotency_key=key)
+    assert again.status == 201  # the key is free
+    assert final(application, again.json)["status"] == "completed"
+
+
+def test_an_outcome_that_the_journal_can_never_take_becomes_a_failure_that_says_so(
+    application, journal
+):
+    journal.refuse = lambda record: record.result == b'"bad"'
+    record = final(application, create(application, "echo", result="bad"))
+    consistent(record)
+    assert record["status"] == "failed"
+    assert "this disk takes no such thing" in record["error"]
+    assert journal.records[record["id"]].status == "failed"
+    assert ask(application, "GET", "/healthz").json["status"] == "ok"
+    journal.refuse = lambda record: record.status != "pending"
+    record = final(application, create(application, "echo", result="good"))
+    assert "this disk takes no such thing" in record["error"]  # as long as this server lives
+
+
+def test_a_task_whose_start_the_journal_can_never_take_is_not_run(application, journal, gate):
+    def is_start(record):
+        return record.status == "pending" and record.started_at is not None
+
+    journal.refuse = is_start
+    record = final(application, create(application, "gate"))
+    assert record["status"] == "failed" and not gate.begun.acquire(blocking=False)
+
+
+def test_a_lost_journal_begins_nothing_more(application, journal, gate):
+    losses = []
+    application.store.journal_lost = lambda reason: (losses.append(reason), application.stop())
+    application.pool.max_workers = 1
+    running = create(application, "gate", result=1)
+    waiting = create(application, "gate")
+    gate.wait_for()
+    journal.error = taskserver.JournalLost("somebody else has the lock")
+    refused = ask(application, "POST", "/create-echo", {"name": "x"})
+    assert refused.status == 503 and losses == ["somebody else has the lock"]
+    journal.error = None  # whatever it says now: it is not asked any more
+    journal.calls.clear()
+    gate.opened.set()
+    application.pool.join(LONG)
+    for record in running, waiting:
+        assert poll(application, record)["status"] == "pending"
+    assert journal.calls == [] and not gate.begun.acquire(blocking=False)
+    application.store.keep = 0
+    evict(application.store)
+    assert journal.calls == []
+
+
+# What is evicted
 
 
 def test_evicted_records_are_deleted_from_the_journal(application, journal):
     record = final(application, create(application, "echo"))
-    application.store.evict()
-    assert journal.deleted == []
+    evict(application.store)
+    assert list(journal.records) == [record["id"]]
     application.store.keep = 0
-    application.store.evict()
-    assert journal.deleted == [record["id"]]
+    evict(application.store)
+    assert journal.records == {}
+
+
+def test_a_journal_that_cannot_delete_stops_nothing_and_is_asked_again(
+    application, journal, caplog, monkeypatch
+):
+    gone = final(application, create(application, "echo"))
+    application.store.keep = 0
+    journal.delete_error = RuntimeError("out of order")
+    evict(application.store)
+    assert ask(application, "GET", f"/poll-echo/{gone['id']}").status == 404
+    assert ask(application, "GET", "/healthz").json["status"] == "ok"
+    evict(application.store)  # not at once
+    assert caplog.text.count("has not deleted 1 records") == 1
+    assert caplog.text.count("out of order") == 1 and "Traceback" not in caplog.text
+    application.store.keep = 60
+    kept = final(application, create(application, "echo"))
+    journal.delete_error = None
+    monkeypatch.setattr(application.store, "_delete_at", 0)  # it is time to try again
+    evict(application.store)
+    assert list(journal.records) == [kept["id"]]
+
+
+def test_a_server_deletes_by_itself_in_bounded_pieces_and_no_create_waits_for_that(application):
+    journal = application.store.journal = ObedientJournal()
+    pieces, real = [], journal.delete
+    journal.delete = lambda ids: (pieces.append(len(ids)), real(ids))
+    for n in range(2500):
+        application.store.add(DONE._replace(id=str(n)))
+    journal.deletable.clear()
+    application.store.keep, application.store.max_tasks = 0, 2500
+    with serving(application) as server, server.client() as client:
+        assert journal.asked_to_delete.acquire(timeout=LONG)
+        created = client.ask("POST", "/create-echo", {"name": "x"})
+        assert created.status == 201
+        journal.deletable.set()
+        assert eventually(lambda: journal.records.keys() <= {created.json["id"]})
+    assert max(pieces) <= 1000 and sum(pieces) >= 2500
+
+
+def test_a_create_in_a_full_store_makes_room_without_waiting_for_the_journal(application, journal):
+    application.store.max_tasks = 1
+    final(application, create(application, "echo"))
+    application.store.keep = 0
+    journal.deletable.clear()
+    final(application, create(application, "echo"))
+
+
+def test_a_key_that_comes_again_while_its_old_record_is_deleted_makes_a_record_that_stays(
+    application, journal
+):
+    key = str(uuid.uuid4())
+
+    def create_again(n):
+        body = {"name": "x", "result": n}
+        return ask(application, "POST", "/create-echo", body, idempotency_key=key)
+
+    first = create_again(1)
+    final(application, first.json)
+    application.store.keep = 0
+    journal.deletable.clear()
+    journal.calls.clear()
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        evicting = pool.submit(evict, application.store)
+        assert journal.asked_to_delete.acquire(timeout=LONG)
+        application.store.keep = 60
+        creating = pool.submit(create_again, 2)
+        assert eventually(lambda: is_being_saved(application.store, key))
+        assert create_again(2).status == 409
+        assert not creating.done() and journal.calls == []
+        journal.deletable.set()
+        evicting.result(LONG)
+        assert creating.result(LONG).status == 201
+    assert final(application, creating.result().json)["result"] == 2
+    assert journal.calls[:2] == [("delete", key), ("save", key)]
+    evict(application.store)
+    assert journal.records[key].result == b"2"
+
+
+def test_a_key_that_comes_again_before_its_old_record_is_deleted_replaces_it(application, journal):
+    key = str(uuid.uuid4())
+    first = ask(application, "POST", "/create-echo", {"name": "x"}, idempotency_key=key)
+    final(application, first.json)
+    application.store.keep = 0
+    assert application.store.evict() == 1
+    application.store.keep = 60
+    again = ask(application, "POST", "/create-echo", {"name": "y"}, idempotency_key=key)
+    assert again.status == 201
+    final(application, again.json)
+    evict(application.store)
+    assert journal.records[key].name == "y" and ("delete", key) not in journal.calls
+
+
+# The next start
 
 
 def left_by_a_process():
     """Return what is in a journal after a process has ended while it had much to do."""
     ids = [str(uuid.UUID(int=n, version=4)) for n in range(7)]
     now = time.time()
-    records = [RECORD._replace(id=id, name=id, created_at=now - 100, payload=b'{"name": "x", "result": [7]}') for id in ids]
-    records[0] = records[0]._replace(status="completed", started_at=now - 90, finished_at=now - 50, progress=1.0, result=b"[1]",
-                                     payload=None)  # fmt: skip
-    records[1] = records[1]._replace(status="failed", started_at=now - 90, finished_at=now + 1e6, error="E", payload=None)
-    records[2] = records[2]._replace(started_at=now - 90)
-    records[3] = records[3]._replace(started_at=now - 90, type="again")
+    new = RECORD._replace(created_at=now - 100, payload=b'{"name": "x", "result": [7]}')
+    records = [new._replace(id=id, name=id, sequence=n + 1) for n, id in enumerate(ids)]
+    begun = {"started_at": now - 90}
+    done = {**begun, "payload": None}
+    completed = {**done, "status": "completed", "progress": 1.0}
+    records[0] = records[0]._replace(**completed, finished_at=now - 50, result=b"[1]")
+    records[1] = records[1]._replace(**done, status="failed", finished_at=now + 1e6, error="E")
+    records[2] = records[2]._replace(**begun)
+    records[3] = records[3]._replace(**begun, type="again")
     records[5] = records[5]._replace(type="gone")
-    records[6] = records[6]._replace(status="completed", started_at=now - 90, finished_at=now - 80, result=b"[6]", payload=None)
+    records[6] = records[6]._replace(**completed, finished_at=now - 80, result=b"[6]")
     return ids, records
 
 
-def test_the_next_start_settles_what_the_last_process_left(application, gate):
+def test_the_next_start_settles_what_the_last_process_left(application):
     ids, records = left_by_a_process()
     application.task("again", rerun=True)(echo)
     application.pool.max_waiting = 0
-    journal = Journal(*records)
-    application.store = taskserver.Store(60, journal=journal)
+    journal = application.store.journal = ObedientJournal(*records)
+    application.store.keep = 60
     taskserver.recover(application)
-    types = ["echo", "echo", "echo", "again", "echo", "gone"]
-    got = [poll(application, {"type": t, "id": id}, LONG) for t, id in zip(types[:5], ids)]
-    assert [record["status"] for record in got] == ["completed", "failed", "failed", "completed", "completed"]
+    types = ["echo", "echo", "echo", "again", "echo"]
+    got = [poll(application, {"type": t, "id": id}, LONG) for t, id in zip(types, ids)]
+    statuses = ["completed", "failed", "failed", "completed", "completed"]
+    assert [record["status"] for record in got] == statuses
     assert [record["result"] for record in got] == [[1], None, None, [7], [7]]
     assert got[2]["error"].startswith("interrupted: ") and got[1]["error"] == "E"
-    (gone,) = [record for record in ask(application, "GET", "/tasks").json["tasks"] if record["id"] == ids[5]]
-    assert gone["status"] == "failed" and gone["error"].startswith("interrupted: ")
+    assert got[2]["started_at"] is not None
     for record in got[2:]:
         consistent(record)
-    application.store.evict()
+    assert eventually(lambda: ids[5] in listed(application, status="failed"))
+    assert journal.records[ids[5]].error.startswith("interrupted: ")
+    evict(application.store)
     assert ask(application, "GET", f"/poll-echo/{ids[6]}").status == 404  # older than it is kept
-    assert journal.deleted == [ids[6]]
-    assert {id: record.status for id, record in journal.records.items()}[ids[2]] == "failed"
+    assert ids[6] not in journal.records
+    assert journal.records[ids[2]].status == "failed"
     assert application.pool.counts() == (0, 0)
 
 
-def test_records_keep_their_order_across_a_restart(application):
+def test_a_journal_that_fails_at_the_start_keeps_nobody_from_serving(application, gate):
     ids, records = left_by_a_process()
-    application.store = taskserver.Store(journal=Journal(*records))
+    journal = application.store.journal = ObedientJournal(*records[:4])
+    journal.error = OSError("no space")
     taskserver.recover(application)
-    assert [record["id"] for record in ask(application, "GET", "/tasks").json["tasks"]] == ids[::-1]
-    for id in ids[4], ids[0]:
-        poll(application, {"type": "echo", "id": id}, LONG)
+    got = poll(application, {"type": "echo", "id": ids[2]})
+    assert got["status"] == "pending" and got["started_at"] is not None
+    assert eventually(lambda: ask(application, "GET", "/healthz").status == 503)
+    journal.error = None
+    got = poll(application, {"type": "echo", "id": ids[2]}, LONG)
+    assert got["error"].startswith("interrupted: ")
 
 
-JOURNALS = {"sqlite": lambda: "journal = SQLiteJournal(sys.argv[1])",
-            "lines": lambda: f"import taskserver\n{lines_journal()}\njournal = LinesJournal(sys.argv[1])"}  # fmt: skip
+def test_tasks_that_many_threads_created_have_the_same_order_after_a_restart(application, journal):
+    in_threads(16, lambda i: [create(application, "echo", f"{i}-{n}") for n in range(25)])
+    before = listed(application, limit=500)
+    assert len(before) == 400
+    assert eventually(lambda: listed(application, status="pending") == [])
+    restarted = Application()
+    taskserver.add_monitoring(restarted)
+    restarted.store.journal = journal
+    taskserver.recover(restarted)
+    assert listed(restarted, limit=500) == before
+    newest = restarted.store.add(RECORD._replace(id="new"))
+    assert listed(restarted, limit=500) == ["new", *before][:500]
+    assert newest.sequence > max(journal.records[id].sequence for id in before)
 
 
-def python(code, *arguments, **options):
-    """Return what a process prints that knows all names of taskserver; it ends without tidying up."""
-    code = f"from taskserver import *\n{code}\nsys.stdout.flush()\nos._exit(0)"
-    return subprocess.check_output([sys.executable, "-c", code, *map(str, arguments)], cwd=str(PROGRAM.parent), timeout=LONG,
-                                   **options).decode()  # fmt: skip
+OWN_JOURNAL = '''
+import os, sys, time, taskserver
+application = taskserver.demo()
+
+class Journal(taskserver.Journal):
+    def load(self):
+        """Do what the test says; wait until it lets this go on."""
+        yield taskserver.Record("a" * 36, "loaded", "completed", "task", 1.0, 1.0, time.time(), 1.0)
+        while sys.argv[-1].startswith("wait") and not os.path.exists(sys.argv[-1][4:]):
+            time.sleep(0.01)
+        exec(sys.argv[-1] if sys.argv[-1].startswith("raise ") else "")
+
+    def save(self, record):
+        if record.name == "lose it":
+            raise taskserver.JournalLost("another server has the lock")
+
+    def delete(self, ids):
+        pass
+
+if __name__ == "__main__":
+    application.store.journal = Journal()
+    taskserver.main(application, sys.argv[1:-1])
+'''
 
 
-@pytest.mark.parametrize("kind", sorted(JOURNALS))
-def test_every_journal_gives_back_what_was_saved_in_the_order_of_creation(kind, tmp_path):
-    if kind == "sqlite":
+@pytest.fixture
+def own_journal(tmp_path):
+    """A program with a journal of its own."""
+    path = tmp_path / "own.py"
+    path.write_text(OWN_JOURNAL)
+    return path
+
+
+def test_nobody_can_connect_before_the_journal_is_loaded_and_the_log_says_how_far_it_is(
+    own_journal, tmp_path
+):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+    go = tmp_path / "go"
+    with concurrent.futures.ThreadPoolExecutor(1) as pool, open(str(tmp_path / "log"), "w") as log:
+        starting = pool.submit(Program, f"wait{go}", file=own_journal, port=port, stderr=log)
+        try:
+            said = "loading the journal: 1 tasks so far"
+            assert eventually(lambda: said in (tmp_path / "log").read_text())
+            with socket.socket() as client:
+                client.settimeout(LONG)
+                assert client.connect_ex(("127.0.0.1", port)) != 0
+            assert not starting.done()
+        finally:
+            go.write_text("")
+        with starting.result(LONG) as program:
+            (loaded,) = program.ask("GET", "/tasks").json["tasks"]
+            assert loaded["name"] == "loaded"
+
+
+@pytest.mark.parametrize(
+    "statement, text",
+    [
+        ("raise OSError('see that the disk is there')", "see that the disk is there"),
+        ("raise RuntimeError('two\\nlines')", "cannot be loaded: RuntimeError: two lines"),
+        ("raise KeyError", "cannot be loaded: KeyError"),
+        ("raise taskserver.JournalLost('the lock is taken')", "the lock is taken"),
+    ],
+)
+def test_a_journal_that_cannot_be_loaded_is_one_line_and_status_1(own_journal, statement, text):
+    status, output = run_to_its_end(own_journal, "--port", "0", statement)
+    assert status == 1 and output.startswith("taskserver: ")
+    assert text in output and output.count("\n") == 1
+
+
+def run_to_its_end(file, *arguments):
+    """Return the exit status and what a program says on stderr."""
+    environment = dict(os.environ, PYTHONPATH=str(PROGRAM.parent), TASKSERVER_TOKEN="")
+    command = [sys.executable, str(file), *arguments]
+    done = subprocess.run(
+        command,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        env=environment,
+        timeout=LONG,
+        check=False,
+    )
+    return done.returncode, done.stderr.decode().replace("\r\n", "\n")
+
+
+def test_a_server_that_has_lost_its_journal_ends_with_status_1_and_says_why(own_journal):
+    with Program("--grace", "20", "go", file=own_journal) as program:
+        running = program.ask("POST", "/create-task", {"name": "x", "seconds": 600})
+        assert running.status == 201
+        assert program.ask("POST", "/create-task", {"name": "lose it"}).status == 503
+        assert program.process.wait(LONG / 2) == 1  # there is no grace
+        log = program.log("another server has the lock")
+        assert log.count("another server has the lock") == 1 and "Traceback" not in log
+
+
+needs_freeze = pytest.mark.skipif(
+    not hasattr(gc, "freeze"), reason="this Python's collector does not stop all for long"
+)
+
+
+def collected(type):
+    """Return how many records of a type Python's garbage collector looks at."""
+    return sum(isinstance(thing, Record) and thing.type == type for thing in gc.get_objects())
+
+
+@needs_freeze
+def test_the_garbage_collector_overlooks_what_was_loaded(application):
+    records = [numbered(n + 1, status="failed", type="loaded") for n in range(1000)]
+    application.store.journal = ObedientJournal(*records)
+    assert collected("loaded") == 1000
+    try:
+        taskserver.recover(application)
+        assert gc.isenabled() and collected("loaded") == 0
+    finally:
+        gc.unfreeze()
+
+
+@needs_freeze
+def test_the_garbage_collector_overlooks_many_records_and_only_many(monkeypatch):
+    store = taskserver.Store()
+    monkeypatch.setattr(store, "MANY", 300)
+    monkeypatch.setattr(store, "MANY_NEW", 200)
+
+    def add(n):
+        for _ in range(n):
+            store.add(RECORD._replace(id=str(uuid.uuid4()), status="failed", type="many"))
+        store.spare_collector()
+        return collected("many")
+
+    try:
+        assert [add(n) for n in (200, 99, 1, 199, 1, 50)] == [200, 299, 0, 199, 0, 50]
+    finally:
+        gc.unfreeze()
+
+
+# Every journal: the contract in its docstring. Each of them lives in processes that are killed.
+
+
+class LinesJournal(taskserver.Journal):
+    """Appends a line for each record, saved or deleted, to a file, which grows for ever."""
+
+    def __init__(self, path):
+        self.path, self.writing = path, threading.Lock()
+
+    def load(self):
+        self.locked = open(self.path + ".lock", "ab+")  # noqa: SIM115
+        lock_file(self.locked)
+        self.file = open(self.path, "ab+", buffering=0)  # noqa: SIM115
+        rows = {}
+        self.file.seek(0)
+        for line in self.file.readlines():
+            with contextlib.suppress(ValueError, SyntaxError):  # a crash has cut it short
+                id, row = ast.literal_eval(line.decode())
+                rows[id] = row
+        records = [Record(**dict(zip(taskserver.JOURNALED, row))) for row in rows.values() if row]
+        return sorted(records, key=lambda record: record.sequence)
+
+    def save(self, record):
+        row = tuple(getattr(record, field) for field in taskserver.JOURNALED)
+        self.write([(record.id, row)])
+
+    def delete(self, ids):
+        self.write([(id, None) for id in ids])
+
+    def write(self, lines):
+        data = b"".join(b"\n" + ascii(line).encode() for line in lines)
+        with self.writing:
+            self.file.write(data)
+            os.fsync(self.file.fileno())
+
+    def close(self):
+        self.file.close()
+        self.locked.close()
+
+
+def lock_file(file):
+    """Lock a file until it is closed or this process ends. OSError: another process has it."""
+    try:
+        if os.name == "nt":
+            import msvcrt
+
+            file.seek(0)
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise OSError(f"{file.name} is locked; stop the server that uses it") from None
+
+
+class LyingJournal(LinesJournal):
+    """Says that it has failed before it has done a thing, half done it, or done it; and refuses."""
+
+    def load(self):
+        yield from super().load()
+
+    def save(self, record):
+        self.lie()
+        if "\0" in record.name:
+            raise taskserver.RecordRefused("it holds a NUL")
+        super().save(record)
+        self.lie()
+
+    def delete(self, ids):
+        self.lie()
+        super().delete(ids[: len(ids) // 2])
+        self.lie()
+        super().delete(ids)
+        self.lie()
+
+    def lie(self):
+        if random.random() < 0.15:
+            raise random.choice([OSError("not now"), RuntimeError("perhaps")])
+
+
+YOURS = os.environ.get("TASKSERVER_JOURNAL")  # "module:expression", say "mine:MyJournal('path')"
+
+
+@pytest.fixture(params=["sqlite", "lines", "lying", "yours"])
+def place(request, tmp_path):
+    """Where there is an empty journal: a module, and an expression in its words that makes it."""
+    path = str(tmp_path / "tasks")
+    if request.param == "yours":
+        if not YOURS:
+            pytest.skip("TASKSERVER_JOURNAL names no journal, as in 'module:expression'")
+        assert loaded(YOURS) == [], "TASKSERVER_JOURNAL must name a journal that is empty"
+        yield YOURS
+        ids = [record.id for record in loaded(YOURS)]
+        with Process(empty_it, YOURS, ids) as process:
+            assert process.says() == "forgotten"
+    elif request.param == "sqlite":
         pytest.importorskip("sqlite3")
-    ids = random.Random(1).sample(range(10**6), 200)
-    records = [RECORD._replace(id=str(id), payload=b'{"name": "\xc3\xa9"}') for id in ids]
-    final = [record._replace(status="completed", started_at=1.5, finished_at=2.25, progress=1.0, message="Zoë\0\n",
-                             result=b'"\\ud800 ' + record.id.encode() + b'"', error="'; DROP TABLE task; --", payload=None)
-             for record in random.Random(2).sample(records, 100)]  # fmt: skip
-    code = JOURNALS[kind]() + ("\nsaved, deleted = eval(sys.argv[2])\nfor row in saved: journal.save(Record(*row))\n"
-                             "journal.delete(deleted)\njournal.save(Record(*saved[-1]))")  # fmt: skip
-    deleted = {record.id for record in records[::7]} - {final[-1].id} | {"unknown"}
-    python(code, tmp_path / "tasks", repr(([tuple(record) for record in records + final], sorted(deleted))))
-    latest = {record.id: record for record in records + final}
-    loaded = eval(python(JOURNALS[kind]() + "\nprint([tuple(record) for record in journal.load()])", tmp_path / "tasks"))
-    assert [Record(*row) for row in loaded] == [latest[record.id] for record in records if record.id not in deleted]
+        yield f"taskserver:SQLiteJournal({path!r})"
+    else:
+        name = {"lines": "LinesJournal", "lying": "LyingJournal"}[request.param]
+        yield f"test_taskserver:{name}({path!r})"
+
+
+class Process:
+    """A process that calls a function of this file, and is killed at the end."""
+
+    def __init__(self, function, *arguments):
+        here = os.path.dirname(os.path.abspath(__file__))
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", "import test_taskserver; test_taskserver.obey()"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=dict(os.environ, PYTHONPATH=os.pathsep.join([here, os.getcwd()])),
+        )
+        self.process.stdin.write(ascii((function.__name__, arguments)).encode() + b"\n")
+        self.process.stdin.flush()
+
+    def says(self):
+        """Return what it says next, None when it has ended."""
+        line = self.process.stdout.readline()
+        return ast.literal_eval(line.decode()) if line.endswith(b"\n") else None
+
+    def kill(self):
+        """Kill it; return what else it has said."""
+        self.process.kill()
+        return list(iter(self.says, None))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.process.kill()
+        self.process.wait(LONG)
+        self.process.stdin.close()
+        self.process.stdout.close()
+
+
+def obey():
+    """Be the process of a `Process`."""
+    name, arguments = ast.literal_eval(sys.stdin.readline())
+    globals()[name](*arguments)
+    sys.stdin.read()  # until this is killed
+
+
+def tell(thing):
+    """Tell a test something."""
+    taskserver.write_all(1, ascii(thing).encode() + b"\n")
+
+
+in_use = []  # journals
+
+
+def opened(place):
+    """Return a journal, which stays in use as long as this process lives, and what it holds."""
+    module, _, expression = place.partition(":")
+    journal = eval(expression, vars(importlib.import_module(module)))
+    in_use.append(journal)
+    return journal, list(journal.load())
+
+
+def until_it_works(call, *arguments):
+    """Call something until it works, as the server does; return how it ended."""
+    for _ in range(1000):
+        try:
+            call(*arguments)
+            return "done"
+        except taskserver.RecordRefused:
+            return "refused"
+        except taskserver.JournalLost:
+            raise
+        except Exception:
+            time.sleep(0.001)
+    raise AssertionError("it has not worked in a thousand times")
+
+
+def tell_records(place):
+    """Say what a journal holds, or why that cannot be said."""
+    try:
+        _, records = opened(place)
+    except Exception as error:
+        tell(f"{type(error).__name__}: {error}")
+    else:
+        tell([tuple(record) for record in records])
+
+
+def empty_it(place, ids):
+    """Delete records."""
+    journal, _ = opened(place)
+    for start in range(0, len(ids), 1000):
+        until_it_works(journal.delete, ids[start : start + 1000])
+    tell("forgotten")
+
+
+def save_all(place, rows, ids, more):
+    """Save rows by eight threads, delete some, and save more of them. Say how each save ended."""
+    journal, _ = opened(place)
+
+    def save(row):
+        return until_it_works(journal.save, Record(*row))
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        tell(list(pool.map(save, rows)))
+    until_it_works(journal.delete, ids)
+    tell(list(map(save, more)))
+
+
+def save_versions(place):
+    """Save one version after the other of a few records; say which are saved."""
+    journal, _ = opened(place)
+
+    def save(sequence):
+        for n in range(100_000):
+            until_it_works(journal.save, numbered(sequence, message=str(n)))
+            tell((sequence, n))
+
+    for i in range(8):
+        threading.Thread(target=save, args=(i + 1,), daemon=True).start()
+
+
+def loaded(place):
+    """Return the records that a new process finds."""
+    with Process(tell_records, place) as process:
+        rows = process.says()
+        assert isinstance(rows, list), rows
+        return [Record(*row) for row in rows]
+
+
+def saved_and_killed(place, records, ids=(), more=()):
+    """Save and delete in a process that is killed then; return how the saves ended."""
+    rows, more_rows = [[tuple(record) for record in some] for some in (records, more)]
+    with Process(save_all, place, rows, list(ids), more_rows) as process:
+        return process.says() + process.says()
+
+
+def numbered(n, **changes):
+    """Return a record with a sequence, and an id that goes with it."""
+    return RECORD._replace(id=str(uuid.UUID(int=n, version=4)), sequence=n, **changes)
+
+
+def test_every_journal_gives_back_what_was_saved_last_in_the_order_of_the_sequence(place):
+    numbers = random.Random(1).sample(range(1, 2**62), 120)
+    created = [numbered(n, payload=b'{"name": "\xc3\xa9"}') for n in numbers]
+    ends = [
+        record._replace(
+            status="completed",
+            started_at=1.1,
+            finished_at=1700000000.1234567,
+            progress=1 / 3,
+            message="Zo\u00eb \U0001f600\n'; DROP TABLE task; --",
+            result=b'"\\ud800 \xf0\x9f\x98\x80"',
+            error="E" * 2000,
+            payload=None,
+        )
+        for record in created[1::2]
+    ]
+    gone = [record.id for record in created[::3]]
+    unknown = [str(uuid.uuid4()) for _ in range(1000 - len(gone))]
+    again = created[0]._replace(name="a key that comes again", sequence=2**63 - 1)
+    assert set(saved_and_killed(place, created, gone + unknown, [*ends, again])) == {"done"}
+    expected = {record.id: record for record in created if record.id not in gone}
+    expected.update((record.id, record) for record in [*ends, again])
+    in_order = sorted(expected.values(), key=lambda record: record.sequence)
+    assert loaded(place) == in_order
+    assert loaded(place) == in_order  # to load it changes nothing
+
+
+def test_every_journal_takes_a_record_as_it_is_or_refuses_it_alone(place):
+    odd = [
+        {"name": "a\0b"},
+        {"message": "\0"},
+        {"error": "\0" * 2000},
+        {"name": "\U0010ffff" * 256, "type": "t" * 1000},
+        {"name": "\ud800"},
+        {"payload": b'{"name": "' + b"x" * MIB + b'"}'},
+        {"status": "completed", "payload": None, "result": b'"\\u0000"'},
+        {"created_at": 5e-324, "started_at": sys.float_info.max, "progress": 0.1 + 0.2},
+    ]
+    records = [numbered(n + 1, **(odd[n // 8] if n % 8 == 0 else {})) for n in range(64)]
+    outcomes = saved_and_killed(place, records)
+    refused = {record.id for record, end in zip(records, outcomes) if end == "refused"}
+    assert refused <= {record.id for record in records[:40:8]}  # not for what JSON is made of
+    assert loaded(place) == [record for record in records if record.id not in refused]
+
+
+def test_every_journal_keeps_what_it_has_said_to_be_saved_through_kill_9(place):
+    with Process(save_versions, place) as process:
+        said = [process.says() for _ in range(60)]
+        said += process.kill()
+    found = {record.sequence: int(record.message) for record in loaded(place)}
+    for sequence, n in dict(said).items():
+        assert n <= found[sequence] <= n + 1
+
+
+def test_every_journal_keeps_a_second_server_out_as_long_as_the_first_lives(place):
+    with Process(tell_records, place) as first:
+        assert first.says() == []
+        with Process(tell_records, place) as second:
+            said = queue.Queue()
+            threading.Thread(target=lambda: said.put(second.says()), daemon=True).start()
+            try:
+                answer = said.get(timeout=3)
+                assert isinstance(answer, str), "it has opened the journal of another server"
+            except queue.Empty:  # it waits
+                answer = None
+            first.kill()
+            answer = answer or said.get(timeout=LONG)
+    assert answer == [] or answer.startswith("OSError: ") and "\n" not in answer, answer
+    assert loaded(place) == []
+
+
+def test_a_server_with_a_journal_that_lies_loses_nothing_and_keeps_nothing_refused(
+    application, tmp_path
+):
+    path = str(tmp_path / "tasks")
+    journal = application.store.journal = LyingJournal(path)
+    taskserver.recover(application)
+    application.store.DELETE_AGAIN_SECONDS = 0
+    acknowledged, refused = {}, []
+
+    def create_some(i):
+        for n in range(6):
+            key = str(uuid.uuid4())
+            body = {"name": "x" if n else "\0", "result": [i, n]}
+            statuses = set()
+            for _ in range((1, 30)[n % 2]):
+                answer = ask(application, "POST", "/create-echo", body, idempotency_key=key)
+                statuses.add(answer.status)
+                if answer.status == 201:
+                    acknowledged[key] = [i, n]
+                    break
+            else:
+                refused.append(key)
+            assert statuses <= ({503, 201} if n else {503, 400})
+
+    in_threads(8, create_some)
+    assert len(acknowledged) > 20 and len(refused) >= 8
+    for key, result in acknowledged.items():
+        assert poll(application, {"type": "echo", "id": key}, LONG)["result"] == result
+    store = application.store
+    assert eventually(lambda: (store.delete_left(), store.has_left())[1] is False)
+    journal.close()
+    found = loaded(f"test_taskserver:LinesJournal({path!r})")
+    assert {record.id: json.loads(record.result.decode()) for record in found} == acknowledged
+    assert [record.id for record in found][::-1] == listed(application, limit=500)
+
+
+# The journal in SQLite
 
 
 @pytest.fixture
@@ -3940,9 +9080,16 @@ def path(tmp_path):
     return str(tmp_path / "tasks.db")
 
 
+def python(code, *arguments):
+    """Return what a process prints that knows all names of taskserver; it does not tidy up."""
+    code = f"from taskserver import *\n{code}\nsys.stdout.flush()\nos._exit(0)"
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.check_output(command, cwd=str(PROGRAM.parent), timeout=LONG).decode()
+
+
 @pytest.fixture
 def commits(monkeypatch):
-    """A list of the commits that SQLite journals make from now on; each takes 5 ms more, or raises .error."""
+    """A list of the commits that SQLite journals make; each takes 5 ms more, or raises .error."""
     import sqlite3
 
     class Commits(list):
@@ -3964,41 +9111,97 @@ def commits(monkeypatch):
     return commits
 
 
+@contextlib.contextmanager
+def sqlite_journal(path):
+    journal = taskserver.SQLiteJournal(str(path))
+    try:
+        yield journal
+    finally:
+        journal.close()
+
+
 def test_threads_that_save_at_once_share_commits(path, commits):
-    journal = taskserver.SQLiteJournal(path)
-    del commits[:]
-    in_threads(40, lambda i: [journal.save(RECORD._replace(id=f"{i}-{n}")) for n in range(10)])
-    assert 10 <= len(commits) <= 40 * 10 / 5
-    assert {record.id for record in journal.load()} == {f"{i}-{n}" for i in range(40) for n in range(10)}
+    with sqlite_journal(path) as journal:
+        del commits[:]
+        in_threads(40, lambda i: [journal.save(numbered(i * 10 + n + 1)) for n in range(10)])
+        assert 10 <= len(commits) <= 40 * 10 / 5
+        assert [record.sequence for record in journal.load()] == list(range(1, 401))
 
 
 def test_a_failed_commit_fails_all_who_wait_for_it_and_the_next_one_works(path, commits):
     import sqlite3
 
-    journal = taskserver.SQLiteJournal(path)
-    journal.save(RECORD._replace(id="old"))
-    journal.delete(["old"])
-    commits.error = sqlite3.OperationalError("disk I/O error")
+    with sqlite_journal(path) as journal:
+        journal.save(numbered(1))
+        journal.save(numbered(2))
+        journal.delete([numbered(1).id])
+        commits.error = sqlite3.OperationalError("disk I/O error")
 
-    def save(i):
+        def save(i):
+            with pytest.raises(OSError, match="cannot be written: disk I/O error"):
+                journal.save(numbered(i + 10))
+
+        in_threads(10, save)
         with pytest.raises(OSError, match="cannot be written: disk I/O error"):
-            journal.save(RECORD._replace(id=str(i)))
-
-    in_threads(10, save)
-    assert [record.id for record in journal.load()] == ["old"]
-    commits.error = None
-    journal.save(RECORD._replace(id="new"))
-    assert [record.id for record in journal.load()] == ["new"]
+            journal.delete([numbered(2).id])
+        assert list(journal.load()) == [numbered(2)]
+        commits.error = None
+        journal.save(numbered(3))
+        assert list(journal.load()) == [numbered(2), numbered(3)]
 
 
-def test_the_file_does_not_grow_without_bound(path):
-    journal, sizes = taskserver.SQLiteJournal(path), []
-    for n in range(6):
-        ids = [f"{n}-{i}" for i in range(200)]
-        in_threads(20, lambda i, ids=ids: [journal.save(RECORD._replace(id=id, payload=b"x" * 2000)) for id in ids[i::20]])
-        journal.delete(ids)
-        sizes.append(os.path.getsize(path))
-    assert sizes[-1] <= 2 * 200 * 4000
+def test_the_file_does_not_grow_while_records_come_and_go(path):
+    sizes = []
+    with sqlite_journal(path) as journal:
+        for n in range(9):
+            records = [numbered(n * 200 + i + 1, payload=b"x" * 2000) for i in range(200)]
+
+            def save(i, records=records):
+                for record in records[i::20]:
+                    journal.save(record)
+
+            in_threads(20, save)
+            journal.delete([record.id for record in records])
+            sizes.append(os.path.getsize(path))
+            assert os.path.getsize(path + "-wal") < 17 * MIB
+        assert list(journal.load()) == []
+    assert max(sizes) < 2 * 200 * 4000
+
+
+def test_a_file_of_version_1_is_read_and_written_as_it_was(path):
+    import sqlite3
+
+    columns = (
+        "id, name, status, type, created_at, started_at, finished_at, progress, message, result, "
+        "error, payload"
+    )
+    schema = f"CREATE TABLE task (seq INTEGER PRIMARY KEY, {columns}, UNIQUE (id))"
+    id = str(uuid.UUID(int=7, version=4))
+    new = RECORD._replace(id=id, name="new", sequence=2)
+    old = DONE._replace(started_at=1700000000.75, progress=1.0, message="m", error="E", sequence=1)
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        database.execute("PRAGMA journal_mode = WAL")
+        database.execute(schema)
+        for record in new, old:  # the second one has the lower number
+            row = [record.sequence, *record[:12]]
+            database.execute("INSERT INTO task VALUES (?" + ", ?" * 12 + ")", row)
+        database.execute("PRAGMA user_version = 1")
+        database.commit()
+    with sqlite_journal(path) as journal:
+        assert list(journal.load()) == [old, new]
+        journal.save(new._replace(started_at=1.0))
+        journal.save(numbered(3))
+    with sqlite_journal(path) as journal:
+        assert list(journal.load()) == [old, new._replace(started_at=1.0), numbered(3)]
+    ours = path + "2"
+    with sqlite_journal(ours):
+        pass
+    for file in path, ours:
+        with contextlib.closing(sqlite3.connect(file)) as database:
+            assert list(database.execute("PRAGMA user_version")) == [(1,)]
+            assert list(database.execute("SELECT sql FROM sqlite_master WHERE sql > ''")) == [
+                (schema,)
+            ]
 
 
 def refusal(path):
@@ -4007,10 +9210,10 @@ def refusal(path):
         warnings.simplefilter("always")
         gc.collect()
         del seen[:]
-        try:
+        with pytest.raises(OSError) as caught:
             taskserver.SQLiteJournal(str(path))
-        except OSError as error:
-            text = str(error)
+        text = str(caught.value)
+        del caught
         gc.collect()
     assert not seen  # Python 3.13 and later warn when a database was left open
     assert str(path) in text and "\n" not in text
@@ -4018,44 +9221,63 @@ def refusal(path):
 
 
 def test_a_file_that_cannot_be_a_journal_is_refused_with_advice(path, tmp_path):
-    import sqlite3
-
-    assert "unable to open" in refusal(tmp_path / "none" / "tasks.db")
-    assert "unable to open" in refusal(tmp_path)
+    for nowhere in tmp_path / "none" / "tasks.db", tmp_path:
+        # SQLite's words or PyPy's
+        assert re.search("unable to open|[Cc]ould not open", refusal(nowhere))
     text = tmp_path / "text"
     text.write_text("hello " * 1000)
     assert "not a database" in refusal(text)
-    for name, statement, reason in ("theirs", "CREATE TABLE theirs (x)", "another program"), ("newer", None, "newer server"):
-        if name == "newer":
-            python("SQLiteJournal(sys.argv[1])", tmp_path / name)
-        with contextlib.closing(sqlite3.connect(str(tmp_path / name))) as database:
-            database.execute(statement or "PRAGMA user_version = 99")
-            database.commit()
-        before = (tmp_path / name).read_bytes()
-        assert reason in refusal(tmp_path / name)
-        assert (tmp_path / name).read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "statement, reason",
+    [
+        ("CREATE TABLE theirs (x)", "another program"),
+        ("CREATE TABLE task (x)", "another program"),
+        ("PRAGMA user_version = 99", "newer server"),
+    ],
+)
+def test_a_file_of_another_program_or_version_is_refused_and_stays_as_it_is(
+    path, statement, reason
+):
+    import sqlite3
+
+    if statement.startswith("PRAGMA"):
+        with sqlite_journal(path):
+            pass
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        database.execute(statement)
+        database.commit()
+    before = pathlib.Path(path).read_bytes()
+    assert reason in refusal(path)
+    assert pathlib.Path(path).read_bytes() == before
 
 
 def test_a_second_process_on_the_same_file_is_refused(path):
     code = "try: SQLiteJournal(sys.argv[1])\nexcept OSError as error: print(error)"
-    taskserver.SQLiteJournal(path).save(RECORD)
-    assert "is locked; stop the server that uses it" in python(code, path)
-    assert "is locked" in refusal(path)
+    with sqlite_journal(path) as journal:
+        journal.save(numbered(1))
+        assert "is locked; stop the server that uses it" in python(code, path)
+        assert "is locked" in refusal(path)
 
 
 @posix
 @pytest.mark.parametrize("mode", [0o444, 0o000])
-def test_a_file_without_rights_is_refused_with_advice(path, tmp_path, mode):
+def test_a_file_without_rights_is_refused_with_advice(path, mode):
     folder = pathlib.Path(tempfile.mkdtemp())  # pytest's own folders are closed to other users
+    file = folder / "tasks.db"
     try:
-        python("SQLiteJournal(sys.argv[1])", folder / "tasks.db")
-        python("import sqlite3\nd = sqlite3.connect(sys.argv[1])\nlist(d.execute('SELECT 1 FROM task'))\nd.close()",
-               folder / "tasks.db")  # removes the log beside it
-        os.chmod(str(folder / "tasks.db"), mode)
+        with sqlite_journal(file):
+            pass
+        os.chmod(str(file), mode)
         os.chmod(str(folder), 0o777)
-        code = ("import sqlite3\nif os.geteuid() == 0: os.setuid(65534)\n"
-                "try: SQLiteJournal(sys.argv[1])\nexcept OSError as error: print(error)")  # fmt: skip
-        assert "cannot be opened" in python(code, folder / "tasks.db")
+        code = (
+            "import sqlite3\n"
+            "if os.geteuid() == 0: os.setuid(65534)\n"
+            "try: SQLiteJournal(sys.argv[1])\n"
+            "except OSError as error: print(error)"
+        )
+        assert "cannot be opened" in python(code, file)
     finally:
         shutil.rmtree(str(folder))
 
@@ -4063,18 +9285,20 @@ def test_a_file_without_rights_is_refused_with_advice(path, tmp_path, mode):
 @posix
 @pytest.mark.parametrize("suffix", ["", "-wal"])
 @pytest.mark.parametrize("replaced", [False, True])
-def test_a_file_that_is_removed_meanwhile_acknowledges_nothing_until_it_is_back(path, suffix, replaced):
-    journal = taskserver.SQLiteJournal(path)
-    journal.save(RECORD._replace(id="a"))
-    os.rename(path + suffix, path + ".away")
-    if replaced:
-        shutil.copy(path + ".away", path + suffix)
-    for _ in range(2):
-        with pytest.raises(OSError, match="No such file|not at its path any more"):
-            journal.save(RECORD._replace(id="b"))
-    os.replace(path + ".away", path + suffix)
-    journal.save(RECORD._replace(id="c"))
-    assert [record.id for record in journal.load()] == ["a", "c"]
+def test_a_file_that_is_removed_meanwhile_acknowledges_nothing_until_it_is_back(
+    path, suffix, replaced
+):
+    with sqlite_journal(path) as journal:
+        journal.save(numbered(1))
+        os.rename(path + suffix, path + ".away")
+        if replaced:
+            shutil.copy(path + ".away", path + suffix)
+        for _ in range(2):
+            with pytest.raises(OSError, match="No such file|not at its path any more"):
+                journal.save(numbered(2))
+        os.replace(path + ".away", path + suffix)
+        journal.save(numbered(3))
+        assert list(journal.load()) == [numbered(1), numbered(3)]
 
 
 @linux
@@ -4082,11 +9306,16 @@ def test_a_disk_that_is_full_refuses_creates_loses_nothing_and_recovers(path):
     import resource
 
     with Program("--db", path) as program, program.client() as client:
-        kept = [client.ask("POST", "/create-task", {"name": "x", "seconds": 0}).json for _ in range(3)]
-        resource.prlimit(program.process.pid, resource.RLIMIT_FSIZE, (65_536, resource.RLIM_INFINITY))
+
+        def create_task(**more):
+            return client.ask("POST", "/create-task", {"name": "x", "seconds": 0, **more})
+
+        kept = [create_task().json for _ in range(3)]
+        limits = (65_536, resource.RLIM_INFINITY)
+        resource.prlimit(program.process.pid, resource.RLIMIT_FSIZE, limits)
         refused = 0
         while refused < 3:
-            answer = client.ask("POST", "/create-task", {"name": "x", "seconds": 0, "more": "x" * 20_000})
+            answer = create_task(more="x" * 20_000)
             if answer.status == 201:
                 kept.append(answer.json)
                 assert len(kept) < 50
@@ -4097,8 +9326,10 @@ def test_a_disk_that_is_full_refuses_creates_loses_nothing_and_recovers(path):
         assert program.stops(signal.SIGKILL) == -signal.SIGKILL
     with Program("--db", path) as program, program.client() as client:
         for record in kept:
-            assert client.ask("GET", f"/poll-task/{record['id']}?wait=30").json["status"] in ("completed", "failed")
-        assert client.ask("POST", "/create-task", {"name": "x", "more": "x" * 20_000}).status == 201
+            answer = client.ask("GET", f"/poll-task/{record['id']}?wait=30")
+            assert answer.json["status"] in ("completed", "failed")
+        body = {"name": "x", "more": "x" * 20_000}
+        assert client.ask("POST", "/create-task", body).status == 201
         assert "Traceback" not in program.log()
 
 
@@ -4107,23 +9338,27 @@ def test_a_disk_that_has_room_again_is_written_again(path):
     import resource
 
     with Program("--db", path) as program, program.client() as client:
-        resource.prlimit(program.process.pid, resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
-        assert client.ask("POST", "/create-task", {"name": "x", "seconds": 0}).status == 503
-        resource.prlimit(program.process.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-        record = client.ask("POST", "/create-task", {"name": "x", "seconds": 0}).json
-        assert client.ask("GET", f"/poll-task/{record['id']}?wait=30").json["status"] == "completed"
+        for size, status in (1000, 503), (resource.RLIM_INFINITY, 201):
+            limits = (size, resource.RLIM_INFINITY)
+            resource.prlimit(program.process.pid, resource.RLIMIT_FSIZE, limits)
+            created = client.ask("POST", "/create-task", {"name": "x", "seconds": 0})
+            assert created.status == status
+        record = client.ask("GET", f"/poll-task/{created.json['id']}?wait=30").json
+        assert record["status"] == "completed"
         assert client.ask("GET", "/healthz").json["status"] == "ok"
 
 
 CRASHING = '''
-import os, sys, time, taskserver
+import os, sys, threading, time, taskserver
 application = taskserver.Application()
+one_at_a_time = threading.Lock()  # on Windows, O_APPEND looks for the end and then writes
 
 def mark(payload, report):
     """Leave a mark outside."""
-    descriptor = os.open(sys.argv[-1], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-    os.write(descriptor, (payload["name"] + "\\n").encode())
-    os.close(descriptor)
+    with one_at_a_time:
+        descriptor = os.open(sys.argv[-1], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        os.write(descriptor, (payload["name"] + "\\n").encode())
+        os.close(descriptor)
     time.sleep(0.01)
     return payload["name"]
 
@@ -4134,11 +9369,10 @@ if __name__ == "__main__":
 '''
 
 
-@posix
 @pytest.mark.parametrize("seed", range(2))
 def test_what_was_acknowledged_survives_kill_9_and_nothing_runs_twice(path, tmp_path, seed):
     chance, marks = random.Random(seed), tmp_path / "marks"
-    acknowledged, finals = {}, {}  # by id: the record as created; the record as it was when it was final
+    acknowledged, finals = {}, {}  # by id: the record as created; the record once it was final
     file = tmp_path / "crashing.py"
     file.write_text(CRASHING)
 
@@ -4147,25 +9381,39 @@ def test_what_was_acknowledged_survives_kill_9_and_nothing_runs_twice(path, tmp_
 
     def load(program, moment, i):
         type, mine = ("once", "again")[i % 2], []
-        with contextlib.suppress(OSError, AssertionError, ValueError, AttributeError), program.client() as client:
+        errors = OSError, AssertionError, ValueError, AttributeError
+        with contextlib.suppress(*errors), program.client() as client:
             while True:  # until the connection breaks off somewhere
-                created = client.ask("POST", f"/create-{type}", {"name": f"{seed}-{moment}-{i}-{len(mine)}"})
+                name = f"{seed}-{moment}-{i}-{len(mine)}"
+                created = client.ask("POST", f"/create-{type}", {"name": name})
                 acknowledged[created.json["id"]] = created.json
                 mine.append(created.json["id"])
-                record = client.ask("GET", f"/poll-{type}/{random.Random(len(mine)).choice(mine)}").json
+                chosen = random.Random(len(mine)).choice(mine)
+                record = client.ask("GET", f"/poll-{type}/{chosen}").json
                 if record["status"] != "pending":
                     finals[record["id"]] = record
 
+    def is_idle(client):
+        health = client.ask("GET", "/healthz").json
+        return health["waiting"] == health["running"] == 0
+
+    def kill(program, more):
+        """Wait until so many tasks more were acknowledged and some were final; kill the server."""
+        created, final = len(acknowledged) + more, len(finals) + 2
+        eventually(lambda: len(acknowledged) > created and len(finals) > final)
+        program.process.kill()
+
     for moment in range(3):
         with start() as program:
-            killer = threading.Timer(0.1 + chance.random() * 0.3, program.process.kill)
+            killer = threading.Thread(target=kill, args=(program, chance.randint(12, 60)))
             killer.start()
             in_threads(6, lambda i, moment=moment, program=program: load(program, moment, i))
             killer.join()
     with start() as program, program.client() as client:
-        ends = {id: client.ask("GET", f"/poll-{record['type']}/{id}?wait=30").json for id, record in acknowledged.items()}
-        assert eventually(lambda: client.ask("GET", "/healthz").json["waiting"] == 0)  # what was not acknowledged, too
-        assert eventually(lambda: client.ask("GET", "/healthz").json["running"] == 0)
+        ends = {}
+        for id, record in acknowledged.items():
+            ends[id] = client.ask("GET", f"/poll-{record['type']}/{id}?wait=30").json
+        assert eventually(lambda: is_idle(client))  # what was not acknowledged, too
         assert program.stops(signal.SIGTERM) == 0
         assert "Traceback" not in program.log()
     ran = marks.read_text().split("\n")
@@ -4181,18 +9429,6 @@ def test_what_was_acknowledged_survives_kill_9_and_nothing_runs_twice(path, tmp_
             assert record["status"] == "completed"
         if record["status"] == "completed":
             assert times >= 1 and record["result"] == record["name"]
-
-
-def test_a_database_of_another_program_stays_as_it_is_whatever_its_version(tmp_path):
-    path = tmp_path / "other.db"
-    with contextlib.closing(sqlite3.connect(str(path))) as database:
-        database.execute("PRAGMA user_version = 1")
-        database.execute("CREATE TABLE other (x)")
-        database.commit()
-    before = path.read_bytes()
-    with pytest.raises(OSError, match="another program"):
-        taskserver.SQLiteJournal(str(path))
-    assert path.read_bytes() == before
 
 
 # -- 11. Access ------------------------------------------------------------------------------------
@@ -4434,69 +9670,177 @@ def test_clients_without_a_handshake_hold_up_nobody_and_are_closed(tls, monkeypa
 
 
 def references(part):
-    if isinstance(part, dict):
-        found = [part["$ref"]] if "$ref" in part else []
-        return found + [reference for value in part.values() for reference in references(value)]
-    return [reference for value in part for reference in references(value)] if isinstance(part, list) else []
+    """Return all that a part of a document refers to."""
+    if isinstance(part, list):
+        return [reference for member in part for reference in references(member)]
+    if not isinstance(part, dict):
+        return []
+    own = [part["$ref"]] if "$ref" in part else []
+    return own + [reference for member in part.values() for reference in references(member)]
 
 
-def test_openapi_describes_every_type_and_its_references_resolve(application):
+def resolved(document, part):
+    """Return what a part of a document refers to, or the part itself."""
+    for key in part.get("$ref", "#").split("/")[1:]:
+        document = document[key]
+    return document if "$ref" in part else part
+
+
+def members_of(document, name):
+    """Return the schemas of the members of a schema, those of what it shares included."""
+    schema = document["components"]["schemas"][name]
+    members = dict(schema.get("properties", {}))
+    for part in schema.get("allOf", ()):
+        members.update(resolved(document, part)["properties"])
+    return members
+
+
+def operations(document):
+    """Return all operations, with their methods and paths."""
+    return [
+        (method.upper(), path, operation)
+        for path, methods in document["paths"].items()
+        for method, operation in methods.items()
+    ]
+
+
+def matches(schema, value):
+    """Return whether a value is of the type, the enum and the bounds that a schema names."""
+    types = schema.get("type", [])
+    types = [types] if isinstance(types, str) else types
+    names = {str: "string", float: "number", type(None): "null", list: "array", dict: "object"}
+    name = names.get(type(value), "integer")
+    is_number = name in ("number", "integer")
+    if types and name not in types and not (name == "integer" and "number" in types):
+        return False
+    if is_number and not schema.get("minimum", value) <= value <= schema.get("maximum", value):
+        return False
+    return value in schema.get("enum", [value])
+
+
+def test_all_that_is_there_is_described_and_its_references_resolve(application):
     application.task("more-1")(fail)
     document = ask(application, "GET", "/openapi.json").json
-    assert document["openapi"].startswith("3.1.") and document["info"]["title"] and document["info"]["version"]
+    assert document["openapi"].startswith("3.1.")
+    assert document["info"]["version"] == taskserver.__version__
     for name in application.types:
-        assert list(document["paths"][f"/create-{name}"]) == ["post"] and list(document["paths"][f"/poll-{name}/{{id}}"]) == ["get"]
-    assert {"/tasks", "/healthz", "/openapi.json"} < set(document["paths"])
+        assert list(document["paths"][f"/create-{name}"]) == ["post"]
+        assert list(document["paths"][f"/poll-{name}/{{id}}"]) == ["get"]
+        assert list(document["paths"][f"/cancel-{name}/{{id}}"]) == ["post"]
+    assert {"/", "/tasks", "/healthz", "/openapi.json"} < set(document["paths"])
     assert document["paths"]["/create-echo"]["post"]["description"] == "Return what was sent."
     found = references(document)
     assert found
     for reference in found:
-        part = document
-        for key in reference[2:].split("/"):
-            part = part[key]
-    for path, methods in document["paths"].items():
-        for method, operation in methods.items():
-            assert operation["summary"] and all(key.isdigit() for key in operation["responses"])
-            assert ask(application, method.upper(), path.replace("{id}", str(uuid.uuid4()))).status in (200, 400, 404)
+        assert resolved(document, {"$ref": reference})
+    for method, path, operation in operations(document):
+        assert operation["summary"] and operation["description"]
+        target = path.replace("{id}", str(uuid.uuid4()))
+        assert ask(application, method, target).status in (200, 400, 404)
 
 
-def test_the_record_of_openapi_is_the_record_that_is_answered(application):
-    schema = taskserver.openapi(application)["components"]["schemas"]["record"]
-    record = final(application, create(application, "echo", result={"a": 1}))
-    assert list(schema["properties"]) == schema["required"] == list(record) == list(schema["examples"][0])
-    for key, value in record.items():
-        types = schema["properties"][key].get("type", [])
-        types = [types] if isinstance(types, str) else types
-        name = {str: "string", float: "number", type(None): "null"}.get(type(value))
-        assert not types or name in types, key
-    consistent(schema["examples"][0])
+def test_an_endpoint_that_somebody_adds_is_described(application):
+    answer = {"title": "Uptime", "type": "object"}
+    application.router.add(
+        "GET", "/uptime", lambda request: Response(200), summary="How long", answer=answer
+    )
+    document = ask(application, "GET", "/openapi.json").json
+    operation = document["paths"]["/uptime"]["get"]
+    assert operation["summary"] == "How long" and operation["operationId"] == "getUptime"
+    content = operation["responses"]["200"]["content"]["application/json"]
+    assert resolved(document, content["schema"]) == answer
 
 
-def test_openapi_lists_the_refusals_that_are_answered(application):
-    paths = taskserver.openapi(application)["paths"]
-    application.before_request.append(taskserver.check_host([]))
+def test_names_of_operations_and_of_bodies_are_unique_whatever_the_types_are_called(application):
+    for name in ("a-b", "ab", "a--b", "a2", "a-2"):
+        application.task(name)(fail)
+    document = taskserver.openapi(application)
+    names = [operation["operationId"] for _, _, operation in operations(document)]
+    assert {"createEcho", "pollEcho", "cancelEcho", "listTasks", "health", "describe"} <= set(names)
+    assert all(re.fullmatch("[a-z][A-Za-z0-9]*", name) for name in names)
+    assert len({name.lower() for name in names}) == len(names)
+    bodies = [
+        operation["requestBody"]["content"]["application/json"]["schema"]["$ref"]
+        for _, path, operation in operations(document)
+        if path.startswith("/create-")
+    ]
+    assert len({body.lower() for body in bodies}) == len(application.types)
+
+
+def test_the_records_that_are_described_are_those_that_are_answered(application, gate):
+    document = taskserver.openapi(application)
+    record, summary = members_of(document, "TaskRecord"), members_of(document, "TaskSummary")
+    completed = final(application, create(application, "echo", result={"a": 1}))
+    running = create(application, "gate")
+    gate.wait_for()
+    assert set(record) == set(completed) == {*summary, "result"}
+    assert set(ask(application, "GET", "/tasks").json["tasks"][0]) == set(summary)
+    assert document["components"]["schemas"]["TaskSummary"]["required"] == list(summary)
+    for one in (completed, running, poll(application, running)):
+        for key, value in one.items():
+            assert matches(record[key], value), key
+    never_null = {"id", "name", "status", "type", "created_at"}
+    for key, schema in record.items():
+        assert ("null" not in schema.get("type", "null")) == (key in never_null), key
+        assert schema["description"]
+    assert record["id"]["format"] == "uuid" and record["created_at"]["format"] == "date-time"
+
+
+def test_the_health_that_is_described_is_the_one_that_is_answered(application):
+    health = members_of(taskserver.openapi(application), "Health")
+    answer = ask(application, "GET", "/healthz").json
+    assert set(answer) == set(health)
+    for key, value in answer.items():
+        assert matches(health[key], value), key
+
+
+def test_payloads_are_open_and_what_a_type_declares_stands_in_its_own_body():
+    document = taskserver.openapi(taskserver.demo())
+    for name, key in (("CreateTask", "seconds"), ("CreatePrimes", "limit")):
+        body = document["components"]["schemas"][name]
+        assert body["additionalProperties"] is True and body["required"] == ["name"]
+        assert matches(body["properties"][key], body["properties"][key]["default"])
+        pattern = body["properties"]["name"]["pattern"]  # some tools match from the start alone
+        assert re.match(pattern, "   a") and not re.search(pattern, "  \n ")
+
+
+def test_the_refusals_that_are_answered_are_described(application):
+    document = taskserver.openapi(application)
+    application.checks.append(taskserver.check_host([]))
     record = create(application, "echo")
-    for method, target, path, body, more in [
+    for method, target, path, body, more in (
         ("POST", "/create-echo", "/create-echo", b"{", {}),
         ("POST", "/create-echo", "/create-echo", b"{}", {"content_type": "text/plain"}),
         ("POST", "/create-echo", "/create-echo", b"{}", {"host": "evil.example"}),
+        ("POST", "/create-echo", "/create-echo", b"{}", {"idempotency_key": "5"}),
         ("GET", "/poll-echo/5", "/poll-echo/{id}", b"", {}),
         ("GET", f"/poll-echo/{uuid.uuid4()}", "/poll-echo/{id}", b"", {}),
         ("GET", f"/poll-echo/{record['id']}?wait=x", "/poll-echo/{id}", b"", {}),
+        ("POST", f"/cancel-echo/{uuid.uuid4()}", "/cancel-echo/{id}", b"", {}),
+        ("POST", f"/cancel-echo/{uuid.uuid4()}", "/cancel-echo/{id}", b"", {"origin": "null"}),
         ("GET", "/tasks?limit=x", "/tasks", b"", {}),
-    ]:  # fmt: skip
+    ):
         answer = ask(application, method, target, body, **more)
-        assert str(answer.status) in paths[path][method.lower()]["responses"] and answer.status >= 400
-    assert {"400", "401", "408", "411", "413", "415", "421", "501", "503"} < set(paths["/create-echo"]["post"]["responses"])
+        assert answer.status >= 400
+        responses = document["paths"][path][method.lower()]["responses"]
+        refusal = resolved(document, responses[str(answer.status)])
+        schema = resolved(document, refusal["content"]["application/json"]["schema"])
+        assert list(schema["properties"]) == list(answer.json) == schema["required"] == ["error"]
 
 
 @pytest.mark.parametrize("secured", [False, True])
-def test_openapi_says_whether_a_token_is_asked_for(application, secured):
+def test_a_token_is_described_where_one_is_asked_for(application, secured):
     application.secured = secured
     document = taskserver.openapi(application)
-    assert bool(document.get("security")) == secured
-    assert document["components"]["securitySchemes"]["token"]["scheme"] == "bearer"
-    assert document["paths"]["/healthz"]["get"]["security"] == []
+    assert bool(document["security"]) == secured
+    assert ("securitySchemes" in document["components"]) == secured
+    assert ("401" in document["paths"]["/tasks"]["get"]["responses"]) == secured
+    assert ("security" in document["paths"]["/healthz"]["get"]) == secured
+
+
+def test_addresses_are_relative_to_where_the_description_is(application):
+    (server,) = taskserver.openapi(application)["servers"]
+    assert not server["url"].startswith(("/", "http"))
 
 
 # -- 13. Live page ---------------------------------------------------------------------------------
@@ -4505,24 +9849,40 @@ def test_openapi_says_whether_a_token_is_asked_for(application, secured):
 def test_the_page_allows_its_own_script_and_style_and_nothing_else(application):
     answer = ask(application, "GET", "/")
     assert application.handle(request("GET", "/")).content_type == "text/html; charset=utf-8"
-    policy = dict(part.split(" ", 1) for part in answer.headers["Content-Security-Policy"].split("; "))
-    assert policy["default-src"] == "'none'" and policy["connect-src"] == "'self'" and policy["frame-ancestors"] == "'none'"
+    policy = dict(
+        part.split(" ", 1) for part in answer.headers["Content-Security-Policy"].split("; ")
+    )
+    assert (
+        policy["default-src"] == "'none'"
+        and policy["connect-src"] == "'self'"
+        and policy["frame-ancestors"] == "'none'"
+    )
     for tag in "script", "style":
         (text,) = re.findall(rf"<{tag}>(.*?)</{tag}>".encode(), answer.body, re.DOTALL)
-        assert policy[tag + "-src"] == "'sha256-" + base64.b64encode(hashlib.sha256(text).digest()).decode() + "'"
+        assert (
+            policy[tag + "-src"]
+            == "'sha256-" + base64.b64encode(hashlib.sha256(text).digest()).decode() + "'"
+        )
         assert answer.body.count(f"<{tag}".encode()) == 1
     assert "unsafe" not in str(policy)
 
 
 def test_the_page_needs_nothing_from_outside_and_makes_no_html_of_text():
     markup, script = taskserver.PAGE.split("<script>")
-    assert not re.search(r"https?:|//[a-z]|@import|url\(", taskserver.PAGE.replace("location.origin", ""))
+    assert not re.search(
+        r"https?:|//[a-z]|@import|url\(", taskserver.PAGE.replace("location.origin", "")
+    )
     assert re.findall(r"\b(?:src|href)=\"([^\"]*)\"", markup) == ["data:,"]
     assert not re.search(r"\son\w+=|\sstyle=", markup)
-    assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(|new Function|localStorage|cookie", script)
+    assert not re.search(
+        r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(|new Function|localStorage|cookie",
+        script,
+    )
 
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+CHROMIUM = (
+    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+)
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
          "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage", "--remote-debugging-pipe"]  # fmt: skip
 # Chromium reads commands from descriptor 3 and writes answers to 4; the two arrive here under other numbers.
@@ -4545,7 +9905,11 @@ class Browser:
 
     def open(self, url):
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
-        self.session = {"sessionId": self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]}
+        self.session = {
+            "sessionId": self.call("Target.attachToTarget", targetId=target, flatten=True)[
+                "sessionId"
+            ]
+        }
         self.call("Log.enable")
         self.call("Page.navigate", url=url)
 
@@ -4555,7 +9919,9 @@ class Browser:
         os.write(self.commands, json.dumps(command).encode() + b"\0")
         while True:
             while b"\0" not in self.buffer:
-                assert select.select([self.answers], [], [], LONG)[0], method + " was not answered in time"
+                assert select.select([self.answers], [], [], LONG)[0], (
+                    method + " was not answered in time"
+                )
                 self.buffer += os.read(self.answers, 1 << 16) or pytest.fail("Chromium ended")
             text, self.buffer = self.buffer.split(b"\0", 1)
             self.events.append(json.loads(text.decode()))
@@ -4563,7 +9929,9 @@ class Browser:
                 return self.events.pop()["result"]
 
     def js(self, code):
-        return self.call("Runtime.evaluate", expression=code, returnByValue=True)["result"].get("value")
+        return self.call("Runtime.evaluate", expression=code, returnByValue=True)["result"].get(
+            "value"
+        )
 
     def until(self, code):
         assert eventually(lambda: self.js(code)), "never true: " + code
@@ -4575,7 +9943,9 @@ class Browser:
 
 
 @pytest.mark.skipif(os.name != "posix" or not CHROMIUM, reason="needs Chromium")
-def test_in_a_browser_a_task_is_created_moves_completes_and_its_name_stays_text(server, application, gate, tmp_path):
+def test_in_a_browser_a_task_is_created_moves_completes_and_its_name_stays_text(
+    server, application, gate, tmp_path
+):
     name = "<img src=x onerror=alert(1)> 'quoted'"
     with contextlib.closing(Browser(str(tmp_path))) as browser:
         browser.open(f"http://127.0.0.1:{server.server_port}/")
@@ -4585,7 +9955,9 @@ def test_in_a_browser_a_task_is_created_moves_completes_and_its_name_stays_text(
                    "fields.rest.dispatchEvent(new Event('input', {bubbles: true})); "
                    "document.querySelector('#create button').click()")  # fmt: skip
         gate.wait_for()
-        browser.until(f"(document.querySelector('#tasks h3') || {{}}).textContent === {json.dumps(name)}")
+        browser.until(
+            f"(document.querySelector('#tasks h3') || {{}}).textContent === {json.dumps(name)}"
+        )
         browser.until("document.querySelector('#tasks progress').value === 0.25")
         assert browser.js("document.querySelector('#tasks .message').textContent") == "at the gate"
         gate.opened.set()
@@ -4600,58 +9972,150 @@ def test_in_a_browser_a_task_is_created_moves_completes_and_its_name_stays_text(
 # -- 14. Demo and command line ---------------------------------------------------------------------
 
 
-def command(*flags, file=PROGRAM, **environment):
-    """Return the status of a run that ends by itself, and what it printed."""
+def command(*flags, file=PROGRAM, program=None, text=None, **environment):
+    """Return the status of a run that ends by itself, and what it printed.
+
+    What runs is a file, or what `program` says; it gets the text on stdin.
+    """
     environment = {**os.environ, "TASKSERVER_TOKEN": "", "COLUMNS": "200", **environment}
-    done = subprocess.run([sys.executable, str(file), *flags], capture_output=True, timeout=LONG, env=environment, check=False)
-    return done.returncode, done.stdout.decode(), done.stderr.decode()
+    done = subprocess.run(
+        [sys.executable, *(program or [str(file)]), *flags],
+        capture_output=True,
+        input=text.encode() if text is not None else None,
+        timeout=LONG,
+        env=environment,
+        check=False,
+    )
+    out, err = (text.decode().replace(os.linesep, "\n") for text in (done.stdout, done.stderr))
+    return done.returncode, out, err
 
 
-def refused(*flags, status=1, **environment):
+def refused(*flags, status=1, **more):
     """Return the one line with which a start is refused."""
-    got, out, err = command(*flags, **environment)
-    assert (got, out) == (status, "") and err.count("\n") == 1 and "Traceback" not in err, err
+    got, out, err = command(*flags, **more)
+    assert (got, out) == (status, ""), err
+    assert err.count("\n") == 1
+    assert "Traceback" not in err
     return err
+
+
+FLAGS = """
+    --host --port --workers --cpu-workers --max-waiting --max-tasks --max-memory --keep --db --grace
+    --allow-host --allow-anonymous --tls-cert --tls-key --verbose --quiet --self-check --version
+"""
 
 
 def test_help_and_version_are_printed():
     assert command("--version") == (0, f"taskserver {taskserver.__version__}\n", "")
     status, out, err = command("--help")
     assert (status, err) == (0, "")
-    for flag in ["--host", "--port", "--workers", "--cpu-workers", "--max-waiting", "--max-tasks", "--keep", "--db", "--grace",
-                 "--allow-host", "--allow-anonymous", "--tls-cert", "--tls-key", "--verbose", "--self-check", "--version"]:  # fmt: skip
-        assert re.search(rf"^ +{flag}\b", out, re.MULTILINE), flag
+    assert set(re.findall(r"(?m)^ +(?:-h, )?(--[a-z-]+)", out)) == {"--help", *FLAGS.split()}
 
 
 def test_what_an_author_has_set_is_the_default_of_the_options(capsys):
     application = Application()
     application.store.keep, application.store.max_tasks = 71, 72
-    application.pool.max_workers, application.pool.max_waiting, application.cpu_pool.max_workers = 73, 74, 75
+    application.pool.max_workers, application.pool.max_waiting = 73, 74
+    application.cpu_pool.max_workers, application.store.max_memory = 75, 76 << 20
     with pytest.raises(SystemExit):
         taskserver.main(application, ["--help"])
     out = capsys.readouterr().out
-    assert all(f"({value})" in out for value in range(71, 76))
+    assert all(f"({value})" in out for value in range(71, 77))
 
 
-def test_self_check_says_what_works():
-    status, out, err = command("--self-check")
-    assert (status, err) == (0, ""), out + err
-    assert sys.version.split()[0] in out and sys.platform in out and out.count("works") >= 2
-    assert "primes" in out and "all is well" in out
+CHECKS = ["a task in a thread", "a coroutine", "a child process", "a journal", "TLS"]
 
 
-@pytest.mark.parametrize("flags", [
-    ["--nonsense"], ["extra"], ["--port"], ["--port", "x"], ["--port", "-1"], ["--port", "65536"], ["--port", "1.5"],
-    ["--workers", "0"], ["--workers", "-5"], ["--cpu-workers", "0"], ["--max-waiting", "-1"], ["--max-tasks", "0"],
-    ["--keep", "-1"], ["--keep", "nan"], ["--keep", "x"], ["--grace", "-0.1"], ["--tls-cert", "x"], ["--tls-key", "x"], ["--work", "5"],
-    ["--port", "1_0"],
-], ids=" ".join)  # fmt: skip
+def self_check(**broken):
+    """Run --self-check where some names of the program are something else.
+
+    Return its status and the outcome of each check.
+    """
+    broken = "".join(f"taskserver.{name} = {value}\n" for name, value in broken.items())
+    code = (
+        "import sys\n"
+        "def fail(*_, **__):\n"
+        "    raise OSError('broken')\n"
+        "sys.modules.update(dict.fromkeys(sys.argv.pop().split()))\n"  # there is no such module
+        f"import taskserver\n{broken}taskserver.main()\n"
+    )
+    return lambda missing="": outcomes(
+        command("--self-check", missing, program=["-c", code], PYTHONPATH=str(PROGRAM.parent))
+    )
+
+
+def outcomes(done):
+    """Return the status, what each check has seen, and the last line."""
+    status, out, err = done
+    assert status == 1 or err == "", err
+    first, *lines, last = out.splitlines()
+    assert first.startswith(f"taskserver {taskserver.__version__}, Python ")
+    assert sys.version.split()[0] in first
+    assert sys.platform in first
+    assert len(lines) == len(CHECKS)
+    assert all(line.startswith("  " + check) for line, check in zip(lines, CHECKS))
+    return status, [line.partition(": ")[2] for line in lines], last
+
+
+def test_self_check_tries_each_kind_of_task_a_journal_and_tls():
+    status, seen, last = outcomes(command("--self-check"))
+    assert status == 0
+    assert '{"seconds": 0.1}' in seen[0]
+    assert '{"seconds": 0.1}' in seen[1]
+    assert '{"limit": 10000, "primes": 1229}' in seen[2]
+    if importlib.util.find_spec("_sqlite3"):
+        assert "read again" in seen[3]
+    if importlib.util.find_spec("_ssl"):
+        assert "TLSv1." in seen[4]
+    assert last == "all that is here works"
+
+
+@pytest.mark.parametrize(
+    "check, broken",
+    [
+        (0, {"wait": "fail"}),
+        (1, {"is_coroutine_function": "lambda function: False"}),
+        (2, {"Child.run": "fail"}),
+        (3, {"SQLiteJournal.load": "lambda journal: []"}),
+        (3, {"SQLiteJournal.save": "fail"}),
+        (4, {"tls_context": "fail"}),
+        (4, {"SELF_CHECK_PEM": "'no certificate'"}),
+    ],
+    ids=brief,
+)
+def test_self_check_that_finds_a_fault_says_so_and_ends_with_status_1(check, broken):
+    status, seen, last = self_check(**broken)()
+    if check == 3 and not importlib.util.find_spec("_sqlite3"):
+        pytest.skip("this Python has no sqlite3")
+    assert status == 1
+    assert [n for n, text in enumerate(seen) if text.startswith("FAILED")] == [check]
+    assert "works" not in last.replace("does not work", "")
+
+
+@pytest.mark.parametrize("module, check", [("ssl _ssl", 4), ("sqlite3 _sqlite3", 3)])
+def test_self_check_passes_nothing_that_it_cannot_try(module, check):
+    status, seen, last = self_check()(module)
+    assert status == 0
+    assert [n for n, text in enumerate(seen) if text.startswith("not here")] == [check]
+    assert last == "all that is here works"
+
+
+WRONG_USAGE = """
+    --nonsense | extra | --port | --port x | --port -1 | --port 65536 | --port 1.5 | --port 1_0
+    --workers 0 | --workers -5 | --cpu-workers 0 | --max-waiting -1 | --max-tasks 0 | --max-memory 0
+    --keep -1 | --keep nan | --keep x | --grace -0.1 | --tls-cert x | --tls-key x | --work 5
+    --quiet=1 | --max-memory 1.5 | --self
+"""
+
+
+@pytest.mark.parametrize("flags", re.split(r" \| |\n +", WRONG_USAGE.strip()))
 def test_wrong_usage_is_one_line_and_status_2(flags, capsys):
     with pytest.raises(SystemExit) as caught:
-        taskserver.main(Application(), flags)
+        taskserver.main(Application(), flags.split())
     out, err = capsys.readouterr()
-    assert caught.value.code == 2 and out == "" and err.count("\n") == 1
-    assert "taskserver: " in err and "--help" in err
+    assert (caught.value.code, out, err.count("\n")) == (2, "", 1)
+    assert "taskserver: " in err
+    assert "--help" in err
 
 
 def test_wrong_usage_of_the_program_is_status_2():
@@ -4665,13 +10129,15 @@ def test_a_port_that_is_taken_or_an_address_that_is_not_ours_is_one_line_and_sta
         port = str(other.getsockname()[1])
         assert port in refused("--port", port)
     assert "192.0.2.1" in refused("--host", "192.0.2.1", "--allow-anonymous", "--port", "0")
-    assert "no.such.invalid" in refused("--host", "no.such.invalid", "--allow-anonymous", "--port", "0")
+    unknown = ["--host", "no.such.invalid", "--allow-anonymous", "--port", "0"]
+    assert "no.such.invalid" in refused(*unknown)
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "tasks.example"])
 def test_a_foreign_address_is_refused_without_a_token_or_permission(host):
     err = refused("--host", host, "--port", "0")
-    assert "TASKSERVER_TOKEN" in err and "--allow-anonymous" in err
+    assert "TASKSERVER_TOKEN" in err
+    assert "--allow-anonymous" in err
 
 
 def test_a_foreign_address_is_served_with_permission_or_with_a_token():
@@ -4682,32 +10148,53 @@ def test_a_foreign_address_is_served_with_permission_or_with_a_token():
         assert program.ask("GET", "/tasks", b"", "Authorization: Bearer s3cret").status == 200
         assert program.ask("GET", "/tasks", b"", "Authorization: Bearer s3crex").status == 401
         assert program.ask("GET", "/healthz").status == 200
-        assert program.stops(signal.SIGTERM) == (0 if os.name == "posix" else 1)
-        assert "s3cre" not in program.log() and "/tasks" in program.log()
+        assert program.stops(signal.SIGTERM) == 0
+        assert "s3cre" not in program.log()
+        assert "/tasks" in program.log()
 
 
 def test_a_token_that_cannot_be_sent_is_refused():
     err = refused("--port", "0", TASKSERVER_TOKEN="two words")
-    assert "TASKSERVER_TOKEN" in err and "two words" not in err
+    assert "TASKSERVER_TOKEN" in err
+    assert "two words" not in err
 
 
 def test_a_name_must_be_allowed_to_be_used():
     with Program("--allow-host", "tasks.example") as program, program.client() as client:
-        for host, status in ("evil.example", 421), ("tasks.example:80", 200), ("127.0.0.1", 200), ("localhost", 200):
-            client.send(raw("GET", "/healthz").replace(b"Host: localhost", b"Host: " + host.encode()))
+        for host, status in {
+            b"evil.example": 421,
+            b"tasks.example:80": 200,
+            b"127.0.0.1": 200,
+            b"localhost": 200,
+        }.items():
+            client.send(raw("GET", "/tasks").replace(b"Host: localhost", b"Host: " + host))
             assert client.answer().status == status
 
 
 def test_a_journal_that_cannot_be_used_is_one_line_and_status_1(path, tmp_path):
-    assert "choose another file" in refused("--port", "0", "--db", str(tmp_path / "none" / "tasks.db"))
+    nowhere = str(tmp_path / "none" / "tasks.db")
+    assert "choose another file" in refused("--port", "0", "--db", nowhere)
     with Program("--db", path):
         assert "stop the server that uses it" in refused("--port", "0", "--db", path)
 
 
-def test_a_certificate_that_cannot_be_used_is_one_line_and_status_1(certificate):
-    cert, key = certificate
-    for files in (cert, cert), (cert, cert + "-none"), (key, key):
-        assert "TLS" in refused("--port", "0", "--tls-cert", files[0], "--tls-key", files[1])
+def test_a_certificate_that_cannot_be_used_is_one_line_and_status_1(certificate, tmp_path):
+    certificate, _ = certificate
+    alone, none, empty = (str(tmp_path / name) for name in ("alone", "none", "empty"))
+    pem = pathlib.Path(certificate).read_text(encoding="ascii")
+    pathlib.Path(alone).write_text(pem.partition("-----BEGIN PRIVATE")[0], encoding="ascii")
+    pathlib.Path(empty).write_text("")
+    for cert, key in (
+        (certificate, alone),
+        (certificate, none),
+        (none, certificate),
+        (empty, certificate),
+        (certificate, empty),
+    ):
+        err = refused("--port", "0", "--tls-cert", cert, "--tls-key", key)
+        assert "TLS" in err
+        assert cert in err
+        assert key in err
 
 
 def test_tls_is_spoken_on_request(certificate):
@@ -4716,8 +10203,9 @@ def test_tls_is_spoken_on_request(certificate):
     with Program("--tls-cert", certificate[0], "--tls-key", certificate[1]) as program:
         assert " on https://127.0.0.1:" in program.hello[0]
         context = ssl.create_default_context(cafile=certificate[0])
-        context.check_hostname = False
-        connection = http.client.HTTPSConnection("127.0.0.1", program.port, timeout=LONG, context=context)
+        connection = http.client.HTTPSConnection(
+            "127.0.0.1", program.port, timeout=LONG, context=context
+        )
         connection.request("GET", "/healthz")
         assert json.loads(connection.getresponse().read().decode())["status"] == "ok"
         connection.close()
@@ -4725,16 +10213,49 @@ def test_tls_is_spoken_on_request(certificate):
 
 def test_the_first_lines_say_address_usage_and_whether_tasks_outlive_it(path):
     with Program() as program:
-        assert program.hello[0].startswith(f"taskserver {taskserver.__version__} on http://127.0.0.1:{program.port}")
-        assert "curl" in program.hello[1] and f"http://127.0.0.1:{program.port}/create-task" in program.hello[1]
-        assert "memory" in program.hello[2] and "--db" in program.hello[2]
-        record = program.ask("POST", "/create-task", {"name": "a\nb\x1b", "seconds": 0}).json
-        assert program.ask("GET", f"/poll-task/{record['id']}?wait=30").json["result"] == {"seconds": 0}
-        log = program.log(wait_for="completed")
-        assert f"task {record['id']} created" in log and f"task {record['id']} completed" in log
-        assert "a\\nb\\x1b" in log and "GET /poll" not in log
+        address = f"http://127.0.0.1:{program.port}"
+        version = taskserver.__version__
+        assert program.hello[0].rstrip() == f"taskserver {version} on {address}"
+        assert "curl" in program.hello[1]
+        assert f"{address}/create-task" in program.hello[1]
+        assert "memory" in program.hello[2]
+        assert "--db" in program.hello[2]
     with Program("--db", path) as program:
         assert path in program.hello[2]
+
+
+def test_the_log_has_two_lines_for_each_task():
+    with Program() as program:
+        record = program.ask("POST", "/create-task", {"name": "a\nb\x1b", "seconds": 0}).json
+        program.final("/poll-task/" + record["id"])
+        log = program.log(wait_for="completed")
+        assert log.count(f"task {record['id']} created: type task, name 'a\\nb\\x1b'") == 1
+        assert log.count(f"task {record['id']} completed") == 1
+        assert "/poll-task" not in log
+
+
+def test_quiet_leaves_the_lines_of_tasks_out_but_says_what_failed(holding, leash):
+    first = """
+        @application.task("fail")
+        def fail(payload, report):
+            raise ValueError("what it said")
+    """
+    program = holding("--quiet", first=first)
+    path = program.create("thread", port=leash.port)
+    let_go(leash.next()[0])
+    assert program.final(path)["status"] == "completed"
+    failed = [program.create("fail"), program.create("child-with-a-limit", port=leash.port)]
+    for path in failed:
+        assert program.final(path)["status"] == "failed"
+    assert program.stops(signal.SIGTERM) == 0
+    log = program.log()
+    for word in " created", " completed":
+        assert word not in log
+    assert "serving http" in log
+    assert "Traceback" in log  # that of the function
+    for path, error in zip(failed, ["what it said", "timed out after 0.5 seconds"]):
+        assert any(path[-36:] in line and error in line for line in log.splitlines())
+    assert "stopping" in log
 
 
 def test_verbose_logs_requests():
@@ -4751,8 +10272,54 @@ def test_someones_own_file_gets_the_whole_command_line(waiting, tmp_path):
     (tmp_path / "go").write_text("")
 
 
+MODULE = """
+import taskserver
+application = taskserver.Application()
+
+@application.task("x", cpu={cpu})
+def work(payload, report):
+    return __name__
+
+if __name__ == "__main__":
+    taskserver.main(application)
+"""
+
+
+@pytest.fixture
+def package(tmp_path):
+    """Make a package, and a module, that serve a task type; return the folder for PYTHONPATH."""
+
+    def make(cpu):
+        (tmp_path / "package").mkdir()
+        for name in "package/__main__.py", "module.py":
+            (tmp_path / name).write_text(MODULE.format(cpu=cpu))
+        return os.pathsep.join([str(tmp_path), str(PROGRAM.parent)])
+
+    return make
+
+
+@pytest.mark.parametrize("how", ["package", "stdin", "command line"])
+def test_a_program_that_no_child_can_import_is_refused_at_the_start(package, how):
+    program, text = {
+        "package": (["-m", "package"], None),
+        "stdin": (["-"], MODULE.format(cpu=True)),
+        "command line": (["-c", MODULE.format(cpu=True)], None),
+    }[how]
+    err = refused("--port", "0", program=program, text=text, PYTHONPATH=package(True))
+    assert "taskserver: task type 'x': " in err
+    assert "move the function into a module of its own" in err
+
+
+@pytest.mark.parametrize("name, cpu", [("module", True), ("package", False)])
+def test_a_program_that_is_run_as_a_module_serves(package, name, cpu):
+    environment = {"PYTHONPATH": package(cpu)}
+    with Program(command=["-m", name], environment=environment) as program:
+        assert program.result("x") in ("__mp_main__", "__main__")
+
+
 def test_primes_are_counted_and_computing_does_not_stop_polls():
-    assert [taskserver.primes({"limit": n}, print)["primes"] for n in (0, 2, 3, 4, 10, 100)] == [0, 0, 1, 2, 4, 25]
+    for limit, count in {0: 0, 2: 0, 3: 1, 4: 2, 10: 4, 100: 25}.items():
+        assert taskserver.primes({"limit": limit}, print)["primes"] == count
     with Program("--cpu-workers", "1") as program, program.client() as client:
         record = client.ask("POST", "/create-primes", {"name": "x", "limit": 200_000}).json
         seen = set()
@@ -4772,57 +10339,157 @@ def test_primes_refuses_what_is_no_limit(limit):
 @pytest.mark.parametrize("seconds", [-0.1, 3600.1, True, "5", None, [], math.nan, 10**400])
 def test_the_demo_refuses_what_are_no_seconds(seconds):
     with pytest.raises(ValueError, match="seconds"):
-        taskserver.wait({"seconds": seconds}, print)
+        taskserver.wait_for_seconds({"seconds": seconds}, print)
 
 
 def test_the_demo_waits_and_reports():
     reports = []
-    assert taskserver.wait({"seconds": 0.02}, lambda *report: reports.append(report)) == {"seconds": 0.02}
-    assert reports and all(0 <= fraction <= 1 for fraction, _ in reports)
+    result = taskserver.wait_for_seconds({"seconds": 0.02}, lambda *report: reports.append(report))
+    assert result == {"seconds": 0.02}
+    assert reports
+    assert all(0 <= fraction <= 1 for fraction, _ in reports)
 
 
 # -- 15. Guards ------------------------------------------------------------------------------------
 
 
-def sections():
-    """Return the top-level statements of the program by section."""
-    lines = PROGRAM.read_text(encoding="utf-8").splitlines()
-    starts = [(n, line) for n, line in enumerate(lines, 1) if re.match(r"# -- \d+\. ", line)]
-    found = [[] for _ in range(len(starts) + 1)]
-    for node in ast.parse("\n".join(lines)).body:
-        found[sum(start <= node.lineno for start, _ in starts)].append(node)
-    return [line for _, line in starts], found
+class Statement(NamedTuple):
+    """A statement at the top level of a module."""
+
+    section: int
+    node: ast.AST
+    uses: set  # the names that it looks up in the module, whenever that may be
+    defines: set
 
 
-def defined(nodes):
-    for node in nodes:
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-            yield node.name
-        else:
-            for part in ast.walk(node):
-                if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store):
-                    yield part.id
+def headings(source):
+    """Return the headings of the sections, each with its line."""
+    lines = enumerate(source.splitlines(), 1)
+    return [(number, line) for number, line in lines if re.match(r"# -- \d+\. ", line)]
 
 
-def test_no_section_knows_a_later_one():
-    _, found = sections()
-    where = {name: n for n, nodes in enumerate(found) for name in defined(nodes)}
-    too_early = [
-        (n, part.id)
-        for n, nodes in enumerate(found)
-        for node in nodes
-        for part in ast.walk(node)
-        if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Load) and where.get(part.id, 0) > n
-    ]
-    local = {"wait"}  # also the name of a method's variable or of a local one
-    assert [use for use in too_early if use[1] not in local] == []
+def statements(source):
+    starts = [number for number, _ in headings(source)]
+    found = []
+    for node in ast.parse(source).body:
+        section = sum(start <= node.lineno for start in starts)
+        module = ast.Module(body=[node], type_ignores=[])
+        code = compile(module, "", "exec", flags=annotations.compiler_flag, dont_inherit=True)
+        found.append(Statement(section, node, looked_up(code), defined(node)))
+    return found
+
+
+def looked_up(code):
+    """Return the names that the compiler has looked up in the module, in functions, too."""
+    loads = ("LOAD_NAME", "LOAD_GLOBAL", "LOAD_FROM_DICT_OR_GLOBALS")
+    names = {step.argval for step in dis.get_instructions(code) if step.opname in loads}
+    return names.union(*(looked_up(part) for part in code.co_consts if hasattr(part, "co_consts")))
+
+
+def defined(node):
+    if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+        return {node.name}
+    names = [part for part in ast.walk(node) if isinstance(part, ast.Name)]
+    return {name.id for name in names if isinstance(name.ctx, ast.Store)}
+
+
+def changed(node, classes):
+    """Yield the names of those classes that get or lose an attribute in a statement."""
+    for part in ast.walk(node):
+        target = None
+        if isinstance(part, ast.Attribute) and not isinstance(part.ctx, ast.Load):
+            target = part.value
+        elif isinstance(part, ast.Call) and getattr(part.func, "id", "") in ("setattr", "delattr"):
+            target = part.args[0]
+        if getattr(target, "id", "") in classes:
+            yield target.id
+
+
+def misplaced(source):
+    """Return what stands in the wrong place, as (section, what is used or changed too early).
+
+    No section knows a later one; no value is used above the line in which it is defined; no class
+    gets an attribute elsewhere than in its own text. Within a section, functions and classes may
+    follow those that use them.
+    """
+    found = statements(source)
+    classes = {part.node.name for part in found if isinstance(part.node, ast.ClassDef)}
+    first = {}
+    for place, part in enumerate(found):
+        for name in part.defines:
+            first.setdefault(name, place)
+    problems = []
+    for place, part in enumerate(found):
+        problems += [(part.section, f"{name}.") for name in changed(part.node, classes)]
+        for name in part.uses & set(first):
+            definition = found[first[name]]
+            is_value = not isinstance(definition.node, (ast.FunctionDef, ast.ClassDef))
+            if first[name] > place and (is_value or definition.section > part.section):
+                problems.append((part.section, name))
+    return sorted(problems)
+
+
+def test_what_a_section_uses_stands_above_it_and_no_class_is_changed_elsewhere():
+    assert misplaced(PROGRAM.read_text(encoding="utf-8")) == []
+
+
+TWO_SECTIONS = """
+# -- 1. One ---
+class First:
+    value = 1
+    def method(self, parameter: Later, value=1):
+        later = [later for later in parameter]  # a local name, though there is another one
+        return helper() + value + len(later)
+
+def helper():
+    return 1
+
+def early():
+    {early}
+
+# -- 2. Two ---
+class Later(First):
+    pass
+
+def later():
+    return Later()
+
+VALUE = 2
+
+def late():
+    {late}
+"""
+
+
+@pytest.mark.parametrize(
+    "early, late, expected",
+    [
+        ("pass", "return First, VALUE, later()", []),
+        ("later = 1; return later", "First().value = 2", []),
+        ("def later(): pass", "for VALUE in (1, 2): First().value", []),
+        ("return Later", "pass", [(1, "Later")]),
+        ("return lambda: [later() for _ in range(3)]", "pass", [(1, "later")]),
+        ("return VALUE", "pass", [(1, "VALUE")]),
+        ("class Local: value = VALUE", "pass", [(1, "VALUE")]),
+        ("def local(value=VALUE): pass", "pass", [(1, "VALUE")]),
+        ("pass", "First.more = 1", [(2, "First.")]),
+        ("pass", "First.value += 1", [(2, "First.")]),
+        ("pass", "First.value: int = 1", [(2, "First.")]),
+        ("pass", "del First.value", [(2, "First.")]),
+        ("pass", "setattr(First, 'more', 1)", [(2, "First.")]),
+        ("pass", "for First.value in (1, 2): pass", [(2, "First.")]),
+        ("pass", "return AFTER\n\nAFTER = 1", [(2, "AFTER")]),
+    ],
+)
+def test_the_guard_of_the_order_sees_what_it_is_to_see(early, late, expected):
+    assert misplaced(TWO_SECTIONS.format(early=early, late=late)) == expected
 
 
 def test_program_and_tests_have_the_same_sections():
-    headings, _ = sections()
-    mine = re.findall(r"(?m)^# -- \d+\. .*$", pathlib.Path(__file__).read_text(encoding="utf-8"))
-    assert mine[: len(headings)] == headings
-    assert all(len(heading) == len(headings[0]) for heading in headings)
+    found = [line for _, line in headings(PROGRAM.read_text(encoding="utf-8"))]
+    mine = [line for _, line in headings(pathlib.Path(__file__).read_text(encoding="utf-8"))]
+    assert mine[: len(found)] == found
+    assert {len(line) for line in found} == {100}
 
 
 def test_only_the_standard_library_is_imported():
@@ -4838,24 +10505,80 @@ def test_only_the_standard_library_is_imported():
         if hasattr(sys, "stdlib_module_names"):
             assert name in sys.stdlib_module_names
         else:
-            origin = importlib.util.find_spec(name).origin or ""
-            assert "site-packages" not in origin and (home in pathlib.Path(origin).resolve().parents or "lib-dynload" in origin), name
+            origin = pathlib.Path(importlib.util.find_spec(name).origin or "").resolve()
+            assert "site-packages" not in origin.parts
+            assert home in origin.parents or "lib-dynload" in origin.parts, name
 
 
-def test_the_size_is_counted():
-    """Print the lines of Python without blank lines, comments and docstrings."""
-    code, before = set(), tokenize.NEWLINE
-    with PROGRAM.open(encoding="utf-8") as file:
-        for token in tokenize.generate_tokens(file.readline):
-            if token.type in (tokenize.COMMENT, tokenize.NL):
-                continue
-            space = token.type in (tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
-            docstring = token.type == tokenize.STRING and before in (tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
-            if not space and not docstring:
-                code.update(range(token.start[0], token.end[0] + 1))
-            before = token.type
-    page = taskserver.PAGE.count("\n") + 1
-    print(f"{len(code) - page} lines of Python, {page} lines of HTML")
+def test_no_line_is_longer_than_100_columns_and_the_formatter_is_never_switched_off():
+    for number, line in enumerate(PROGRAM.read_text(encoding="utf-8").splitlines(), 1):
+        assert len(line) <= 100, number
+        assert not re.search(r"# *fmt: *(off|skip)", line), number
+
+
+RULED_LINE = re.compile(r"(?m)^# ==== The core ends here\..* =+$")
+
+CORE_AT_WORK = '''
+import http.client, json, sys, threading
+import taskserver
+
+application = taskserver.Application()
+
+@application.task("thread")
+def work(payload, report):
+    """Say what came, when the time has come."""
+    report(0.5, "begun")
+    if "wait" in payload:
+        assert released.wait(30)
+    report(0.75)
+    return [payload["name"], __name__]
+
+application.task("child", cpu=True)(work)
+released = threading.Event()
+
+def ask(method, target, body=None):
+    client = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=30)
+    headers = {"Content-Type": "application/json"}
+    client.request(method, target, json.dumps(body) if body else None, headers)
+    answer = client.getresponse()
+    record = json.loads(answer.read().decode())
+    client.close()
+    return answer.status, record
+
+if __name__ == "__main__":
+    server = taskserver.Server(("127.0.0.1", 0), application)
+    serving = threading.Thread(target=server.serve_forever)
+    serving.start()
+    for type, module in ("thread", "__main__"), ("child", "__mp_main__"):
+        status, record = ask("POST", f"/create-{type}", {"name": "x"})
+        assert (status, record["status"]) == (201, "pending"), record
+        status, record = ask("GET", f"/poll-{type}/{record['id']}?wait=30")
+        assert (status, record["result"]) == (200, ["x", module]), record
+    status, record = ask("POST", "/create-thread", {"name": "waits", "wait": True})
+    path = "thread/" + record["id"]
+    assert ask("GET", f"/poll-{path}")[1]["status"] == "pending"
+    assert ask("GET", f"/poll-{path}?wait=0.01")[1]["status"] == "pending"
+    assert ask("POST", f"/cancel-{path}")[0] == 200
+    released.set()
+    assert ask("GET", f"/poll-{path}?wait=30")[1]["error"] == "cancelled: by request"
+    assert ask("GET", "/tasks")[0] == 404  # that is beyond the core
+    server.shutdown()
+    serving.join(30)
+    assert not serving.is_alive()
+    print("well done")
+'''
+
+
+def test_a_copy_that_is_cut_off_where_the_core_ends_serves_and_ends_by_itself(tmp_path):
+    source = PROGRAM.read_text(encoding="utf-8")
+    (cut,) = RULED_LINE.finditer(source)
+    assert len(cut.group()) == 100
+    later = [line for _, line in headings(source[cut.start() :])]
+    assert later[0].startswith("# -- 9. Monitoring")
+    (tmp_path / "taskserver.py").write_text(source[: cut.start()], encoding="utf-8")
+    (tmp_path / "work.py").write_text(CORE_AT_WORK)
+    done = command(file=tmp_path / "work.py", PYTHONPATH=str(tmp_path))
+    assert done == (0, "well done\n", "")
 
 
 # -- 16. README ------------------------------------------------------------------------------------
@@ -4871,13 +10594,21 @@ both = pytest.mark.parametrize("language", ["en", "ru"])
 @both
 def test_every_option_is_in_the_readme_with_its_default_and_no_other(language):
     flag = "--[a-z]+(?:-[a-z]+)*"
-    help = re.sub(r"\s+", " ", command("--help")[1].split("options:" if sys.version_info >= (3, 10) else "optional arguments:")[1])
+    help = re.sub(
+        r"\s+",
+        " ",
+        command("--help")[1].split(
+            "options:" if sys.version_info >= (3, 10) else "optional arguments:"
+        )[1],
+    )
     options = dict.fromkeys(re.findall(flag, command("--help")[1]))
     options.update(re.findall(rf"({flag}) [A-Z]+ (?:(?! --)[^()])*\(([\d.]+)\)", help))
     assert options["--keep"] == "3600"
     rows = dict(re.findall(rf"(?m)^\| `({flag})[^|]*\|([^|]*)\|", readme(language)))
     text = re.sub(r"(?m)^ *(?:curl|openssl|sudo|pip|py|wget|git) .*$", "", readme(language))
-    assert set(re.findall(rf"`({flag})", text)) | set(re.findall(rf"taskserver\.py.*?({flag})", text)) <= set(options)
+    assert set(re.findall(rf"`({flag})", text)) | set(
+        re.findall(rf"taskserver\.py.*?({flag})", text)
+    ) <= set(options)
     for option, value in re.findall(rf"({flag}) ([A-Z]+) ", help):
         assert f"`{option} {value}`" in text
     for option, default in options.items():
@@ -4895,30 +10626,53 @@ def test_the_python_of_the_readme_can_be_run(language, tmp_path):
         file = tmp_path / f"example{n}.py"
         file.write_text(block, encoding="utf-8")
         if "taskserver" in block:
-            if "distributed" in block:
-                python("import runpy; runpy.run_path(sys.argv[1])", file)
+            if "import distributed" in block or "import psycopg" in block:
+                compile(block, str(file), "exec")  # .ci/dask and .ci/postgres run them
             else:
                 with Program(file=file, cwd=str(tmp_path)) as program:
                     assert program.ask("GET", "/healthz").status == 200
         if "urlopen" in block:
             with Program() as program:
-                file.write_text(block.replace("127.0.0.1:8000", f"127.0.0.1:{program.port}"), encoding="utf-8")
+                file.write_text(
+                    block.replace("127.0.0.1:8000", f"127.0.0.1:{program.port}"), encoding="utf-8"
+                )
                 status, out, err = command(file=file)
                 assert (status, err) == (0, "") and out.strip() in readme(language)
+
+
+def test_the_pool_in_the_readme_works(tmp_path):
+    (block,) = [block for block in blocks("en", "python") if "run_in_executor" in block]
+    file = tmp_path / "pool.py"
+    file.write_text(block, encoding="utf-8")
+    program = runpy.run_path(str(file))
+    with program["fragile"]:
+        application = program["application"]
+        record = final(application, create(application, "legacy", seconds=0))
+    assert (record["result"], record["message"]) == ("done", "9 of 10")
 
 
 @both
 @pytest.mark.skipif(not shutil.which("curl"), reason="needs curl")
 def test_the_curl_lines_of_the_readme_work(language, tmp_path):
-    (tmp_path / "mytasks.py").write_text(next(block for block in blocks(language, "python") if "resolve" in block), encoding="utf-8")
+    (tmp_path / "mytasks.py").write_text(
+        next(block for block in blocks(language, "python") if "resolve" in block), encoding="utf-8"
+    )
     done, created = 0, {}
     with Program() as demo, Program(file=tmp_path / "mytasks.py") as own:
         for line in "".join(blocks(language, "sh")).replace("\\\n", " ").splitlines():
             if line.startswith("curl ") and "https:" not in line:
                 port = own.port if "resolve" in line else demo.port
-                line = line.replace(":8000", f":{port}").replace('"seconds": 5', '"seconds": 1').replace("curl ", "curl -sS ", 1)
-                line = re.sub(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", lambda _: created[demo.port], line)
-                answer = json.loads(subprocess.check_output(["sh", "-c", line], timeout=LONG).decode())
+                line = (
+                    line.replace(":8000", f":{port}")
+                    .replace('"seconds": 5', '"seconds": 1')
+                    .replace("curl ", "curl -sS ", 1)
+                )
+                line = re.sub(
+                    r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", lambda _: created[demo.port], line
+                )
+                answer = json.loads(
+                    subprocess.check_output(["sh", "-c", line], timeout=LONG).decode()
+                )
                 assert list(answer) != ["error"], (line, answer)
                 created[port] = answer.get("id", created.get(port))
                 done += 1
@@ -4927,7 +10681,12 @@ def test_the_curl_lines_of_the_readme_work(language, tmp_path):
 
 @both
 def test_the_records_in_the_readme_have_the_keys_of_records(language):
-    records = [json.loads(line) for block in blocks(language, "text") for line in block.splitlines() if line.startswith('{"id"')]
+    records = [
+        json.loads(line)
+        for block in blocks(language, "text")
+        for line in block.splitlines()
+        if line.startswith('{"id"')
+    ]
     assert records
     for record in records:
         consistent(record)
