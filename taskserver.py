@@ -532,8 +532,8 @@ class Store:
     DELETE_AGAIN_SECONDS = 10.0  # so long after a failed delete, the next one is tried
     EVICTED_AT_ONCE = 1000  # records; so many take a millisecond of the lock
 
-    # When so many records are held, and so many of them are new, Python's garbage collector is told
-    # to overlook them: see `spare_collector`.
+    # When more records are held, and so many of them are new, Python's garbage collector is told to
+    # overlook them: see `spare_collector`.
     MANY, MANY_NEW = 100_000, 50_000
 
     def __init__(
@@ -558,7 +558,10 @@ class Store:
         self._sequence = 0  # of the newest record
         self._bytes = 0  # of payloads and results
         self._counts: collections.Counter[tuple[str, str]] = collections.Counter()
-        self._finished: collections.deque[tuple[float, str]] = collections.deque()  # oldest first
+        # The ids of final records, those first that have been final for the longest time, and since
+        # when by the clock. One queue of pairs would take 48 bytes more for each record.
+        self._finished: collections.deque[str] = collections.deque()
+        self._finished_at: collections.deque[float] = collections.deque()
         self._watchers: dict[str, set[Callable[[], None]]] = {}
         self._new = 0  # records that were put in since the collector was told to overlook them
         self._deleted = threading.Condition()  # guards the next; notified when a delete has ended
@@ -720,7 +723,7 @@ class Store:
     def has_expired(self) -> bool:
         """Return whether there are final records that have outlived their time."""
         with self._lock.read:
-            return bool(self._finished) and self._finished[0][0] <= self._clock() - self.keep
+            return bool(self._finished) and self._finished_at[0] <= self._clock() - self.keep
 
     def evict(self) -> int:
         """Drop final records that have outlived their time; return how many.
@@ -731,10 +734,11 @@ class Store:
         ids: list[str] = []
         with self._lock.write:
             oldest = self._clock() - self.keep
-            while self._finished and self._finished[0][0] <= oldest:
+            while self._finished and self._finished_at[0] <= oldest:
                 if len(ids) == self.EVICTED_AT_ONCE:
                     break
-                ids.append(self._finished.popleft()[1])
+                self._finished_at.popleft()
+                ids.append(self._finished.popleft())
                 self._remove(ids[-1])
             if self.journal is not None:
                 self._doom(ids)
@@ -784,7 +788,7 @@ class Store:
         seldom, and never with the default of --max-tasks. CPython has it from 3.7 on; in
         free-threaded builds it makes the pause shorter by half; PyPy needs none of it.
         """
-        if self._new >= self.MANY_NEW and len(self._records) >= self.MANY:
+        if self._new >= self.MANY_NEW and len(self._records) > self.MANY:
             self._new = 0
             gc.collect()  # so that no garbage is kept; looks at what is new, for about 30 ms
             _freeze()
@@ -847,7 +851,9 @@ class Store:
                 self._bytes += record.size()
                 self._sequence = max(self._sequence, record.sequence)
             self._counts.update((record.type, record.status) for record in records)
-            self._finished.extend(sorted(finished))
+            for finished_at, id in sorted(finished):
+                self._finished.append(id)
+                self._finished_at.append(finished_at)
         return pending
 
     def _hold_place(self, id: str, size: int) -> None:
@@ -868,7 +874,7 @@ class Store:
         """Return the refusal of one record too many. The write side is held."""
         seconds = self.keep
         if self._finished:
-            seconds += self._finished[0][0] - self._clock()
+            seconds += self._finished_at[0] - self._clock()
         sentence = f"As many {what} are held as {flag} allows; try again when the oldest final task"
         return Unavailable(f"{sentence} has outlived --keep.", seconds)
 
@@ -887,7 +893,8 @@ class Store:
         self._bytes += record.size()
         self._counts[record.type, record.status] += 1
         if record.status != PENDING:
-            self._finished.append((self._clock(), record.id))
+            self._finished.append(record.id)
+            self._finished_at.append(self._clock())
 
     def _remove(self, id: str) -> None:
         """Drop a record. The write side is held."""

@@ -8709,7 +8709,7 @@ def test_the_garbage_collector_overlooks_what_was_loaded(application):
 @needs_freeze
 def test_the_garbage_collector_overlooks_many_records_and_only_many(monkeypatch):
     store = taskserver.Store()
-    monkeypatch.setattr(store, "MANY", 300)
+    monkeypatch.setattr(store, "MANY", 299)
     monkeypatch.setattr(store, "MANY_NEW", 200)
 
     def add(n):
