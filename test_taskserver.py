@@ -9883,7 +9883,7 @@ def test_the_page_needs_nothing_from_outside_and_makes_no_html_of_text():
 CHROMIUM = (
     shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 )
-FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
+CHROMIUM_FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
          "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage", "--remote-debugging-pipe"]  # fmt: skip
 # Chromium reads commands from descriptor 3 and writes answers to 4; the two arrive here under other numbers.
 WIRE = ("import fcntl, os, sys; ends = [fcntl.fcntl(int(n), fcntl.F_DUPFD, 10) for n in sys.argv[1:3]];"
@@ -9897,7 +9897,7 @@ class Browser:
         commands, self.commands = os.pipe()
         self.answers, answers = os.pipe()
         self.process = subprocess.Popen(
-            [sys.executable, "-c", WIRE, str(commands), str(answers), CHROMIUM, "--user-data-dir=" + home, *FLAGS],
+            [sys.executable, "-c", WIRE, str(commands), str(answers), CHROMIUM, "--user-data-dir=" + home, *CHROMIUM_FLAGS],
             pass_fds=(commands, answers), env=dict(os.environ, HOME=home), start_new_session=True,
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
         os.close(commands), os.close(answers)
