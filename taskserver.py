@@ -1434,6 +1434,9 @@ _own_handlers: list[Any] = []  # of signals
 _own_pipes: weakref.WeakSet[Any] = weakref.WeakSet()
 _starting = threading.Lock()  # held while a pipe to a child is made, and while a task forks
 _forking = threading.local()  # .mask: the signals that this thread blocks when it does not fork
+_setting_handlers: Any = contextlib.nullcontext()  # PyPy lets a copy set them only within its own
+if sys.implementation.name == "pypy":
+    _setting_handlers = importlib.import_module("__pypy__.thread").signals_enabled
 
 Report = Callable[..., None]  # report(fraction, message=None)
 Default = Union[Callable[[Any], Any], None]  # as in json.dumps
@@ -1528,9 +1531,10 @@ def _after_fork() -> None:
 
 def _after_fork_in_copy() -> None:
     """Make a copy of this process a process like any other."""
-    for number in STOP_SIGNALS:
-        if any(signal.getsignal(number) is handler for handler in _own_handlers):
-            signal.signal(number, signal.SIG_DFL)
+    with _setting_handlers:
+        for number in STOP_SIGNALS:
+            if any(signal.getsignal(number) is handler for handler in _own_handlers):
+                signal.signal(number, signal.SIG_DFL)
     for pipe in list(_own_pipes):
         pipe.close()
     _after_fork()
