@@ -8364,13 +8364,15 @@ def test_nothing_begins_after_a_loss_even_while_the_stop_is_being_begun(
     server = taskserver.Server(("127.0.0.1", 0), application)
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         status = pool.submit(taskserver.run, server, 0)
-        assert eventually(lambda: application.store.journal_lost is not None)
-        journal.error = taskserver.JournalLost("somebody else has the lock")
-        with Client(server.server_port) as client:
-            assert client.ask("POST", "/create-echo", {"name": "x"}).status == 503
-            refused = client.ask("POST", "/create-echo", {"name": "x"})
-            assert refused.status == 503 and "stopping" in refused.json["error"]
-        begin_the_stop.set()
+        try:
+            assert eventually(lambda: application.store.journal_lost is not None)
+            journal.error = taskserver.JournalLost("somebody else has the lock")
+            with Client(server.server_port) as client:
+                assert client.ask("POST", "/create-echo", {"name": "x"}).status == 503
+                refused = client.ask("POST", "/create-echo", {"name": "x"})
+                assert refused.status == 503 and "stopping" in refused.json["error"]
+        finally:
+            begin_the_stop.set()
         assert status.result(LONG) == 1
 
 
