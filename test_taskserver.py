@@ -8427,6 +8427,32 @@ def test_a_lost_journal_begins_nothing_more(application, journal, gate):
     assert journal.calls == []
 
 
+def test_nothing_begins_after_a_loss_even_while_the_stop_is_being_begun(
+    application, journal, monkeypatch
+):
+    begin_the_stop = threading.Event()
+
+    def stop_late(server, grace):
+        assert begin_the_stop.wait(LONG)
+        server.shutdown(0)
+
+    monkeypatch.setattr(taskserver, "stop_in_order", stop_late)
+    application.store.journal_lost = None  # until `run` wants to be told
+    server = taskserver.Server(("127.0.0.1", 0), application)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        status = pool.submit(taskserver.run, server, 0)
+        try:
+            assert eventually(lambda: application.store.journal_lost is not None)
+            journal.error = taskserver.JournalLost("somebody else has the lock")
+            with Client(server.server_port) as client:
+                assert client.ask("POST", "/create-echo", {"name": "x"}).status == 503
+                refused = client.ask("POST", "/create-echo", {"name": "x"})
+                assert refused.status == 503 and "stopping" in refused.json["error"]
+        finally:
+            begin_the_stop.set()
+        assert status.result(LONG) == 1
+
+
 # What is evicted
 
 
@@ -9195,7 +9221,7 @@ def test_a_file_of_version_1_is_read_and_written_as_it_was(path):
     new = RECORD._replace(id=id, name="new", sequence=2)
     old = DONE._replace(started_at=1700000000.75, progress=1.0, message="m", error="E", sequence=1)
     with contextlib.closing(sqlite3.connect(path)) as database:
-        database.execute("PRAGMA journal_mode = WAL")
+        list(database.execute("PRAGMA journal_mode = WAL"))  # PyPy wants its row to be fetched
         database.execute(schema)
         for record in new, old:  # the second one has the lower number
             row = [record.sequence, *record[:12]]
