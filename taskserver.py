@@ -2037,7 +2037,7 @@ class Router:
         - `answer`, `body`: the schemas of the answer and of what is posted, or their names; None
           where there is nothing. One with a title becomes a type of that name in clients.
         - `media_type`: that of the answer.
-        - `parameters`: of query and headers, as OpenAPI describes them; {id}, too, if it is no UUID.
+        - `parameters`: of query and headers, as OpenAPI describes them; so is {id}, if no UUID.
         """
         route = Route(method, pattern, endpoint, **more)
         segments = [None if segment == "{id}" else segment for segment in pattern.split("/")]
@@ -4463,7 +4463,6 @@ SCHEMAS: dict[str, Any] = {
     },
 }
 
-_TAG = "server"  # of an endpoint that names no other
 _RETRY_AFTER = {"description": "In so many seconds.", "schema": {"type": "integer", "minimum": 1}}
 _LOCATION = {"description": "Where to poll the task.", "schema": {"type": "string"}}
 _ID = {
@@ -4484,9 +4483,10 @@ class Description:
         self._routes = application.router.routes
         self._schemas: dict[str, Any] = {}  # those that are used
         self._responses: dict[str, Any] = {}  # the same
-        self._operations: set[str] = set()  # names, in lower case
-        # By title, in lower case; those that have a name keep it.
-        self._titles = {name.lower(): schema for name, schema in SCHEMAS.items()}
+        # By kind: the names that are given, without capitals and punctuation, and to what.
+        self._named: dict[str, dict[str, Any]] = {"schema": {}, "operation": {}, "tag": {}}
+        for name, schema in SCHEMAS.items():
+            self._unique("schema", name, schema)
 
     def document(self) -> dict[str, Any]:
         """Return the description."""
@@ -4496,7 +4496,7 @@ class Description:
         components: dict[str, Any] = {"schemas": self._schemas, "responses": self._responses}
         if self._is_secured:
             components["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
-        tags = sorted({route.tag or _TAG for route in self._routes})
+        tags = {self._tag(route): self._about(route.tag) for route in self._routes}
         return {
             "openapi": "3.1.0",
             "info": {
@@ -4507,20 +4507,17 @@ class Description:
             },
             "servers": [{"url": ".", "description": "Where this description was found."}],
             "security": [{"token": []}] if self._is_secured else [],
-            "tags": [{"name": tag, "description": self._group(tag)} for tag in tags],
+            "tags": [{"name": tag, "description": tags[tag]} for tag in sorted(tags)],
             "paths": paths,
             "components": components,
         }
-
-    def _group(self, tag: str) -> str:
-        return f"Tasks of type {tag}." if tag in self._types else "What is not of one type of task."
 
     def _operation(self, route: Route) -> dict[str, Any]:
         operation: dict[str, Any] = {
             "operationId": self._name(route),
             "summary": route.summary or f"{route.method} {route.pattern}",
             "description": route.details or f"{route.summary or route.pattern}.",
-            "tags": [route.tag or _TAG],
+            "tags": [self._tag(route)],
             "responses": {str(status): self._success(route, status) for status in route.statuses},
         }
         for status in route.refusals:
@@ -4543,11 +4540,24 @@ class Description:
         """Return a name like createThumbnail that no other operation has."""
         words = re.findall("[A-Za-z0-9]+", route.operation or f"{route.method} {route.pattern}")
         first, *others = [word.lower() for word in words]
-        name: str = first + "".join(word.capitalize() for word in others)
-        while name.lower() in self._operations:  # of the types a-b and ab, say
+        name = first + "".join(word.capitalize() for word in others)
+        return self._unique("operation", name, route)
+
+    def _tag(self, route: Route) -> str:
+        """Return the name of the group of a route."""
+        tag = route.tag or "server"
+        return self._unique("tag", tag, tag)
+
+    def _about(self, tag: str) -> str:
+        return f"Tasks of type {tag}." if tag in self._types else "What is not of one type of task."
+
+    def _unique(self, kind: str, name: str, thing: Any) -> str:
+        """Return a name for a thing, changed if another one has it. Types may be a-b and ab."""
+        while True:
+            plain = re.sub("[^a-z0-9]", "", name.lower())
+            if self._named[kind].setdefault(plain, thing) == thing:
+                return name
             name += "2"
-        self._operations.add(name.lower())
-        return name
 
     def _success(self, route: Route, status: int) -> dict[str, Any]:
         """Return what is said of a status that bears the answer of a route."""
@@ -4580,7 +4590,8 @@ class Description:
         if isinstance(schema, str):
             name, schema = schema, SCHEMAS[schema]
         elif schema is not None and "title" in schema:
-            name = self._unique_title(schema)
+            title = re.sub("[^A-Za-z0-9]", "", schema["title"])
+            name = self._unique("schema", title, schema)
         else:
             return schema
         if name not in self._schemas:
@@ -4593,13 +4604,6 @@ class Description:
         for name in re.findall('"#/components/schemas/([A-Za-z]+)"', json.dumps(part)):
             if name in SCHEMAS:
                 self._reference(name)
-
-    def _unique_title(self, schema: Mapping[str, Any]) -> str:
-        """Return the title of a schema, changed if another one has it, of types a-b and ab, say."""
-        name: str = schema["title"]
-        while self._titles.setdefault(name.lower(), schema) is not schema:
-            name += "2"
-        return name
 
 
 def openapi(application: Application) -> dict[str, Any]:

@@ -9740,7 +9740,7 @@ def test_all_that_is_there_is_described_and_its_references_resolve(application):
 
 
 def test_an_endpoint_that_somebody_adds_is_described(application):
-    answer = {"title": "Uptime", "type": "object"}
+    answer = {"title": "The uptime", "type": "object"}
     application.router.add(
         "GET", "/uptime", lambda request: Response(200), summary="How long", answer=answer
     )
@@ -9749,6 +9749,7 @@ def test_an_endpoint_that_somebody_adds_is_described(application):
     assert operation["summary"] == "How long" and operation["operationId"] == "getUptime"
     content = operation["responses"]["200"]["content"]["application/json"]
     assert resolved(document, content["schema"]) == answer
+    assert content["schema"]["$ref"].endswith("/Theuptime")
 
 
 def test_what_somebody_adds_may_use_our_schemas_and_our_names(application):
@@ -9806,6 +9807,8 @@ def test_names_of_operations_and_of_bodies_are_unique_whatever_the_types_are_cal
         if path.startswith("/create-")
     ]
     assert len({body.lower() for body in bodies}) == len(application.types)
+    tags = [re.sub("[^a-z0-9]", "", tag["name"].lower()) for tag in document["tags"]]
+    assert len(set(tags)) == len(tags) == len(application.types) + 1
 
 
 def test_the_records_that_are_described_are_those_that_are_answered(application, gate):
