@@ -1977,6 +1977,7 @@ def unavailable(error: Unavailable) -> HTTPError:
 # An endpoint takes a request and, where the pattern of its route ends in {id}, that segment.
 Endpoint = Callable[..., Union[Response, Later]]
 Schema = Union[str, Mapping[str, Any], None]  # JSON Schema, or the name of one in /openapi.json
+_ANYTHING: Schema = {}
 
 
 class Route(NamedTuple):
@@ -1992,9 +1993,9 @@ class Route(NamedTuple):
     details: str = ""
     tag: str = ""
     operation: str = ""
-    statuses: tuple[int, ...] = (200,)
+    statuses: Mapping[int, str] = {200: "What was asked for."}
     refusals: tuple[int, ...] = (400, 401, 421)
-    answer: Schema = None
+    answer: Schema = _ANYTHING
     media_type: str = "application/json"
     body: Schema = None
     parameters: tuple[Mapping[str, Any], ...] = ()
@@ -2035,10 +2036,12 @@ class Router:
         - `waived`: statuses with which the application's checks do not refuse a request here.
         - `summary`, `details`: what it does, in a line, and more. `tag`: to which group it belongs.
         - `operation`: its name in clients that are made from the description.
-        - `statuses`: those that bear its answer; `refusals`: those that bear an error.
-        - `answer`, `body`: the schemas of the answer and of what is posted, or their names.
+        - `statuses`: those that bear its answer, with a sentence for each; `refusals`: those that
+          bear an error.
+        - `answer`, `body`: the schemas of the answer and of what is posted, or their names; None
+          where there is nothing. One with a title becomes a type of that name in clients.
         - `media_type`: that of the answer.
-        - `parameters`: of query and headers, as OpenAPI describes them.
+        - `parameters`: of query and headers, as OpenAPI describes them; so is {id}, if no UUID.
         """
         route = Route(method, pattern, endpoint, **more)
         segments = [None if segment == "{id}" else segment for segment in pattern.split("/")]
@@ -2187,7 +2190,8 @@ IDEMPOTENCY_KEY = {
     "in": "header",
     "description": "A new UUID for each task; it becomes its id. Who sends a create again with the "
     "same one, because no answer came, gets the record of the first.",
-    "schema": {"type": "string", "format": "uuid"},
+    # Without "format": "uuid", for some generated clients cannot send their UUIDs in a header.
+    "schema": {"type": "string"},
 }
 
 CANCEL_DETAILS = (
@@ -2575,7 +2579,10 @@ class Application:
             details=inspect.getdoc(_unwrapped(task_type.function)) or "",
             tag=name,
             operation=f"create-{name}",
-            statuses=(201, 200),
+            statuses={
+                201: "The task was created.",
+                200: "It was created before, with this Idempotency-Key.",
+            },
             refusals=(400, 401, 408, 409, 411, 413, 415, 421, 422, 501, 503),
             answer="TaskRecord",
             body=_create_schema(task_type),
@@ -3863,7 +3870,7 @@ _STATUS = {
     "name": "status",
     "in": "query",
     "description": "Only tasks of this status.",
-    "schema": {"type": "string", "enum": [PENDING, COMPLETED, FAILED]},
+    "schema": {"$ref": "#/components/schemas/TaskStatus"},
 }
 _TYPE = {
     "name": "type",
@@ -3924,7 +3931,7 @@ class Monitoring:
             summary="Say whether tasks are taken, and how many there are",
             details="Without the server's token, where it has one, only the status is told.",
             operation="health",
-            statuses=(200, 503),
+            statuses={200: "Tasks are taken.", 503: "No tasks are taken; `status` says why."},
             refusals=(400,),
             answer="Health",
         )
@@ -4361,10 +4368,7 @@ def _described(schema: Mapping[str, Any], description: str) -> dict[str, Any]:
 _SUMMARY: dict[str, Any] = {
     "id": _described({"type": "string", "format": "uuid"}, "The id to poll with."),
     "name": _described({"type": "string", "maxLength": MAX_NAME}, "The name as it was posted."),
-    "status": _described(
-        {"type": "string", "enum": [PENDING, COMPLETED, FAILED]},
-        "Pending while the task waits or runs; then one of the other two, for good.",
-    ),
+    "status": {"$ref": "#/components/schemas/TaskStatus"},
     "type": _described({"type": "string"}, "The type of the task."),
     "created_at": _described(
         {"type": "string", "format": "date-time"}, "When the task was created, in UTC."
@@ -4385,6 +4389,11 @@ _SUMMARY: dict[str, Any] = {
 _COUNT = {"type": "integer", "minimum": 0}
 
 SCHEMAS: dict[str, Any] = {
+    "TaskStatus": {
+        "type": "string",
+        "description": "Pending while the task waits or runs; then one of the others, for good.",
+        "enum": [PENDING, COMPLETED, FAILED],
+    },
     "TaskSummary": {
         "type": "object",
         "description": "A task without its result.",
@@ -4409,7 +4418,11 @@ SCHEMAS: dict[str, Any] = {
         "description": "Tasks, the newest first.",
         "required": ["tasks"],
         "properties": {
-            "tasks": {"type": "array", "items": {"$ref": "#/components/schemas/TaskSummary"}}
+            "tasks": {
+                "type": "array",
+                "description": "As many as were asked for, if there are as many.",
+                "items": {"$ref": "#/components/schemas/TaskSummary"},
+            }
         },
     },
     "Health": {
@@ -4417,7 +4430,11 @@ SCHEMAS: dict[str, Any] = {
         "description": "How the server is. Who has no token is told the status alone.",
         "required": ["status"],
         "properties": {
-            "status": {"type": "string", "enum": ["ok", "stopping", "journal failing"]},
+            "status": {
+                "type": "string",
+                "description": "Whether tasks are taken, and why not.",
+                "enum": ["ok", "stopping", "journal failing"],
+            },
             "waiting": _described(_COUNT, "Tasks that wait for a worker."),
             "running": _described(_COUNT, "Tasks that run."),
             "completed": _described(_COUNT, "Completed tasks that are held."),
@@ -4425,7 +4442,11 @@ SCHEMAS: dict[str, Any] = {
             "oldest_waiting": _described(
                 {"type": ["number", "null"]}, "For how many seconds the oldest one has waited."
             ),
-            "types": {"type": "array", "items": {"type": "string"}},
+            "types": {
+                "type": "array",
+                "description": "The types that can be created.",
+                "items": {"type": "string"},
+            },
             "tasks": {
                 "type": "object",
                 "description": "By type and status, how many tasks are held.",
@@ -4439,7 +4460,11 @@ SCHEMAS: dict[str, Any] = {
         "required": ["error"],
         "properties": {"error": {"type": "string", "description": "What to do, in one sentence."}},
     },
-    "Document": {"type": "object", "description": "A description in the OpenAPI format."},
+    "Description": {
+        "type": "object",
+        "description": "A description in the OpenAPI format.",
+        "additionalProperties": True,
+    },
 }
 
 _RETRY_AFTER = {"description": "In so many seconds.", "schema": {"type": "integer", "minimum": 1}}
@@ -4458,11 +4483,14 @@ class Description:
 
     def __init__(self, application: Application) -> None:
         self._is_secured = application.secured
+        self._types = application.types
         self._routes = application.router.routes
         self._schemas: dict[str, Any] = {}  # those that are used
         self._responses: dict[str, Any] = {}  # the same
-        self._operations: set[str] = set()  # names, in lower case
-        self._titles: dict[str, Any] = {}  # schemas that have one, by it, in lower case
+        # By kind: the names that are given, without capitals and punctuation, and to what.
+        self._named: dict[str, dict[str, Any]] = {"schema": {}, "operation": {}, "tag": {}}
+        for name, schema in SCHEMAS.items():
+            self._unique("schema", name, schema)
 
     def document(self) -> dict[str, Any]:
         """Return the description."""
@@ -4472,7 +4500,7 @@ class Description:
         components: dict[str, Any] = {"schemas": self._schemas, "responses": self._responses}
         if self._is_secured:
             components["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
-        tags = sorted({route.tag for route in self._routes if route.tag})
+        tags = {self._tag(route): self._about(route.tag) for route in self._routes}
         return {
             "openapi": "3.1.0",
             "info": {
@@ -4483,7 +4511,7 @@ class Description:
             },
             "servers": [{"url": ".", "description": "Where this description was found."}],
             "security": [{"token": []}] if self._is_secured else [],
-            "tags": [{"name": tag, "description": f"Tasks of type {tag}."} for tag in tags],
+            "tags": [{"name": tag, "description": tags[tag]} for tag in sorted(tags)],
             "paths": paths,
             "components": components,
         }
@@ -4493,6 +4521,7 @@ class Description:
             "operationId": self._name(route),
             "summary": route.summary or f"{route.method} {route.pattern}",
             "description": route.details or f"{route.summary or route.pattern}.",
+            "tags": [self._tag(route)],
             "responses": {str(status): self._success(route, status) for status in route.statuses},
         }
         for status in route.refusals:
@@ -4500,30 +4529,43 @@ class Description:
                 operation["responses"][str(status)] = self._refusal(status)
         if self._is_secured and 401 in route.waived:
             operation["security"] = []
-        if route.tag:
-            operation["tags"] = [route.tag]
         parameters = [*route.parameters]
-        if route.pattern.endswith("/{id}"):
+        is_told = any(parameter.get("in") == "path" for parameter in parameters)
+        if route.pattern.endswith("/{id}") and not is_told:
             parameters.insert(0, _ID)
         if parameters:
             operation["parameters"] = parameters
         if route.body is not None:
             operation["requestBody"] = {"required": True, "content": self._json(route.body)}
+        self._take_along(operation)
         return operation
 
     def _name(self, route: Route) -> str:
         """Return a name like createThumbnail that no other operation has."""
         words = re.findall("[A-Za-z0-9]+", route.operation or f"{route.method} {route.pattern}")
         first, *others = [word.lower() for word in words]
-        name: str = first + "".join(word.capitalize() for word in others)
-        while name.lower() in self._operations:  # of the types a-b and ab, say
+        name = first + "".join(word.capitalize() for word in others)
+        return self._unique("operation", name, route)
+
+    def _tag(self, route: Route) -> str:
+        """Return the name of the group of a route."""
+        tag = route.tag or "server"
+        return self._unique("tag", tag, tag)
+
+    def _about(self, tag: str) -> str:
+        return f"Tasks of type {tag}." if tag in self._types else "What is not of one type of task."
+
+    def _unique(self, kind: str, name: str, thing: Any) -> str:
+        """Return a name for a thing, changed if another one has it. Types may be a-b and ab."""
+        while True:
+            plain = re.sub("[^a-z0-9]", "", name.lower())
+            if self._named[kind].setdefault(plain, thing) == thing:
+                return name
             name += "2"
-        self._operations.add(name.lower())
-        return name
 
     def _success(self, route: Route, status: int) -> dict[str, Any]:
         """Return what is said of a status that bears the answer of a route."""
-        response: dict[str, Any] = {"description": f"{http.HTTPStatus(status).phrase}."}
+        response: dict[str, Any] = {"description": route.statuses[status]}
         if route.media_type != "application/json":
             response["content"] = {route.media_type: {"schema": {"type": "string"}}}
         elif route.answer is not None:
@@ -4552,21 +4594,20 @@ class Description:
         if isinstance(schema, str):
             name, schema = schema, SCHEMAS[schema]
         elif schema is not None and "title" in schema:
-            name = self._unique_title(schema)
+            title = re.sub("[^A-Za-z0-9]", "", schema["title"])
+            name = self._unique("schema", title, schema)
         else:
             return schema
         if name not in self._schemas:
             self._schemas[name] = schema
-            for other in re.findall("#/components/schemas/([A-Za-z]+)", json.dumps(schema)):
-                self._reference(other)
+            self._take_along(schema)
         return {"$ref": f"#/components/schemas/{name}"}
 
-    def _unique_title(self, schema: Mapping[str, Any]) -> str:
-        """Return the title of a schema, changed if another one has it, of types a-b and ab, say."""
-        name: str = schema["title"]
-        while self._titles.setdefault(name.lower(), schema) is not schema:
-            name += "2"
-        return name
+    def _take_along(self, part: Any) -> None:
+        """Put those of our schemas to which a part refers where it can find them."""
+        for name in re.findall('"#/components/schemas/([A-Za-z]+)"', json.dumps(part)):
+            if name in SCHEMAS:
+                self._reference(name)
 
 
 def openapi(application: Application) -> dict[str, Any]:
@@ -5357,7 +5398,7 @@ def add_pages(application: Application) -> None:
         summary="Describe all endpoints",
         details="For programs: this description.",
         operation="describe",
-        answer="Document",
+        answer="Description",
     )
 
 
@@ -5404,8 +5445,9 @@ def primes(payload: dict[str, Any], report: Report) -> dict[str, int]:
 def demo() -> Application:
     """Return an application with the two task types that this file brings along."""
     application = Application()
-    seconds = {"type": "number", "minimum": 0, "maximum": 3600, "default": 5}
-    limit = {"type": "integer", "minimum": 0, "maximum": 100_000_000, "default": 400_000}
+    # Without "default", for what has one is demanded by some generated clients.
+    seconds = {"type": "number", "minimum": 0, "maximum": 3600}
+    limit = {"type": "integer", "minimum": 0, "maximum": 100_000_000}
     application.task("task", payload={"seconds": seconds})(wait_for_seconds)
     application.task("primes", cpu=True, payload={"limit": limit})(primes)
     return application
