@@ -4081,7 +4081,7 @@ def test_a_cancel_between_the_storing_of_a_create_and_its_place_in_the_queue(
     begun, answers, put = [], [], application.pool.put
     application.task("note")(lambda payload, report: begun.append(payload))
 
-    def put_late(key, record):
+    def put_late(key, record, *more):
         asked = {"type": record.type, "id": record.id}
         answers.append(cancelled(application, asked))
         put(key, record)
