@@ -8437,10 +8437,10 @@ def test_nothing_begins_after_a_loss_even_while_the_stop_is_being_begun(
         server.shutdown(0)
 
     monkeypatch.setattr(taskserver, "stop_in_order", stop_late)
-    application.store.journal_lost = None  # until `run` wants to be told
+    application.store.journal_lost = None  # until the server wants to be told
     server = taskserver.Server(("127.0.0.1", 0), application)
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        status = pool.submit(taskserver.run, server, 0)
+        status = pool.submit(taskserver.run_until_stopped, server, 0)
         try:
             assert eventually(lambda: application.store.journal_lost is not None)
             journal.error = taskserver.JournalLost("somebody else has the lock")
