@@ -834,8 +834,7 @@ class Store:
 
     def _take_in(self, records: list[Record]) -> list[Record]:
         """Put in what was loaded, in this order; return those records that are pending."""
-        pending, finished = [], []
-        now, moment = time.time(), self._clock()
+        pending, final = [], []
         with self._lock.write:
             for record in records:
                 if record.status == PENDING:
@@ -844,16 +843,18 @@ class Store:
                     record = record._replace(live=live)
                     pending.append(record)
                 else:
-                    age = now - (record.finished_at or now)
-                    age = min(max(0.0, age), self.keep)  # the clock may have been set back
-                    finished.append((moment - age, record.id))
+                    final.append(record)
                 self._records[record.id] = record
-                self._bytes += record.size()
-                self._sequence = max(self._sequence, record.sequence)
+            self._bytes += sum(record.size() for record in records)
             self._counts.update((record.type, record.status) for record in records)
-            for finished_at, id in sorted(finished):
-                self._finished.append(id)
-                self._finished_at.append(finished_at)
+            self._sequence = max((record.sequence for record in records), default=0)
+            now, moment = time.time(), self._clock()
+            final.sort(key=lambda record: record.finished_at or now)
+            for record in final:
+                age = now - (record.finished_at or now)
+                age = min(max(0.0, age), self.keep)  # the clock may have been set back
+                self._finished.append(record.id)
+                self._finished_at.append(moment - age)
         return pending
 
     def _hold_place(self, id: str, size: int) -> None:
