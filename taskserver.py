@@ -4010,13 +4010,14 @@ class Journal:
 
     What is kept of a record are the fields in JOURNALED, each exactly as it is:
 
-        id                                 str, 36 characters; one record has it at a time
-        sequence                           int from 1 to 2 ** 63 - 1, another for each record
-        name, status, type, message, error str of any characters but lone surrogates, NUL included;
-                                           message and error may be None; error is the longest, 2000
-        created_at, started_at,            float; all but created_at may be None
-        finished_at, progress
-        result, payload                    bytes of JSON, up to 1 MiB, or None
+        id                        str of 36 characters; no two records have it at a time
+        sequence                  int from 1 to 2 ** 63 - 1, another one for each record
+        name, status, type        str of any characters but lone surrogates, NUL included
+        message, error            the same, up to 2,000 characters, or None
+        created_at                float
+        started_at, finished_at,
+        progress                  float or None
+        result, payload           bytes of JSON, up to 1 MiB, or None
 
     `[getattr(record, field) for field in JOURNALED]` makes a row of a record, and
     `Record(**dict(zip(JOURNALED, row)))` a record of a row.
@@ -4033,9 +4034,10 @@ class Journal:
     *Errors.* RecordRefused from `save` says that this record can never be written: a create is
     refused with 400, and a task whose outcome it is becomes failed. Others that are written at the
     same time must not suffer. Any other exception says that it is not written now, or that nobody
-    knows: a connection broke before the commit was confirmed. The server then refuses creates and
-    repeats the call until it works, so a repetition must do no harm. An OSError with one sentence
-    that says what to do is best; the log shows it.
+    knows, because a connection broke before the commit was confirmed. Then a create is refused with
+    503, and deleted later, in case that it is there; what must not be lost is saved again until
+    that works. So a call that is repeated must do no harm. An OSError with one sentence that says
+    what to do is best, for the log shows it.
     """
 
     def load(self) -> Iterable[Record]:
