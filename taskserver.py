@@ -783,10 +783,10 @@ class Store:
         """Have Python's garbage collector overlook the records, if there are many new ones.
 
         Now and then it looks at everything, while everybody waits: 0.5 s for a million records.
-        What is frozen it never looks at again. That is freed, as ever, when nothing refers to it.
-        But a circle of references in it that is dropped later is never freed. So this is done
-        seldom, and never with the default of --max-tasks. CPython has it from 3.7 on; in
-        free-threaded builds it makes the pause shorter by half; PyPy needs none of it.
+        What is frozen it never looks at again. That is freed as ever when nothing refers to it; but
+        what is alive now and later refers to itself, in a circle, stays. So this is done seldom,
+        and never with the default of --max-tasks. CPython has it from 3.7 on; in free-threaded
+        builds the pause is shorter, but not gone; PyPy needs none of it.
         """
         if self._new >= self.MANY_NEW and len(self._records) > self.MANY:
             self._new = 0
