@@ -4531,7 +4531,7 @@ class Description:
             if status != 401 or self._is_secured:
                 operation["responses"][str(status)] = self._refusal(status)
         if self._is_secured and 401 in route.waived:
-            operation["security"] = []
+            operation["security"] = [{"token": []}, {}]  # with a token or without
         parameters = [*route.parameters]
         is_told = any(parameter.get("in") == "path" for parameter in parameters)
         if route.pattern.endswith("/{id}") and not is_told:
@@ -4599,6 +4599,8 @@ class Description:
         elif schema is not None and "title" in schema:
             title = re.sub("[^A-Za-z0-9]", "", schema["title"])
             name = self._unique("schema", title, schema)
+            # Some generators would take a title for the name, and it need not be unique.
+            schema = {key: value for key, value in schema.items() if key != "title"}
         else:
             return schema
         if name not in self._schemas:
