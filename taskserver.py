@@ -1323,7 +1323,6 @@ class CoroutinePool(BoundedQueue):
             trace = trace.tb_next
         if trace is None:
             log.warning("what a coroutine left behind failed: %s", traceback_of(error))
-        error.__traceback__ = trace
 
     def _log_stray_exception(self, loop: Any, context: dict[str, Any]) -> None:
         """Log what asyncio says of an exception that nobody awaits (a hook of the event loop)."""
@@ -1708,7 +1707,7 @@ class Child:
         """Have call() look whether its task was cancelled. Never blocks; called by any thread."""
         if self._wake_under_way.acquire(blocking=False):  # else there is such a message already
             with contextlib.suppress(OSError):
-                self._waker.send_bytes(b"")
+                self._waker.send_bytes(b"!")  # Windows may take no notice of an empty message
 
     def kill(self) -> None:
         """End the process at once, if there is one. Waits for no lock."""
