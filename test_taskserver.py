@@ -3781,11 +3781,19 @@ def restarted(application, *types, **options):
     return successor
 
 
+@pytest.mark.parametrize("waits", [False, True], ids=["thread", "coroutine"])
 @pytest.mark.parametrize("n", [1, 12])
-def test_a_create_that_is_being_journaled_when_the_stop_begins_is_not_begun(application, n):
+def test_a_create_that_is_being_journaled_when_the_stop_begins_is_not_begun(application, n, waits):
     journal, begun, held = MemoryJournal(), [], Gate()
     application.store.journal = journal
-    application.task("note")(lambda payload, report: begun.append(payload["n"]))
+
+    def note(payload, report):
+        begun.append(payload["n"])
+
+    async def note_in_the_loop(payload, report):
+        note(payload, report)
+
+    application.task("note")(note_in_the_loop if waits else note)
     journal.before_save = lambda record: held({})
     with concurrent.futures.ThreadPoolExecutor(n) as executor:
         created = [executor.submit(create, application, "note", n=i) for i in range(n)]
@@ -3794,7 +3802,8 @@ def test_a_create_that_is_being_journaled_when_the_stop_begins_is_not_begun(appl
         held.opened.set()
         records = [future.result(LONG) for future in created]
     application.wake_workers()
-    assert application.pool.join(LONG) and not begun
+    assert all(pool.join(LONG) for pool in application.pools)
+    assert not begun
     assert [poll(application, record)["started_at"] for record in records] == [None] * n
     successor = restarted(application, "note")
     assert [final(successor, record)["status"] for record in records] == ["completed"] * n
@@ -10470,15 +10479,18 @@ def test_quiet_leaves_the_lines_of_tasks_out_but_says_what_failed(holding, leash
         def fail(payload, report):
             raise ValueError("what it said")
     """
-    program = holding("--quiet", first=first)
+    program = holding("--quiet", "--grace", "0.2", first=first)
     path = program.create("thread", port=leash.port)
     let_go(leash.next()[0])
     assert program.final(path)["status"] == "completed"
     failed = [program.create("fail"), program.create("child-with-a-limit", port=leash.port)]
     for path in failed:
         assert program.final(path)["status"] == "failed"
+    interrupted = program.create("coroutine", port=leash.port)
+    leash.next()
     assert program.stops(signal.SIGTERM) == 0
     log = program.log()
+    assert f"task {interrupted[-36:]} is interrupted by the stop" in log
     for word in " created", " completed":
         assert word not in log
     assert "serving http" in log
