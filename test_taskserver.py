@@ -10484,11 +10484,10 @@ def test_quiet_leaves_the_lines_of_tasks_out_but_says_what_failed(holding, leash
     let_go(leash.next()[0])
     assert program.final(path)["status"] == "completed"
     failed = [program.create("fail"), program.create("child-with-a-limit", port=leash.port)]
-    leash.next()
     for path in failed:
         assert program.final(path)["status"] == "failed"
     interrupted = program.create("coroutine", port=leash.port)
-    leash.next()
+    assert eventually(lambda: program.ask("GET", interrupted).json["message"] == "begun")
     assert program.stops(signal.SIGTERM) == 0
     log = program.log()
     assert f"task {interrupted[-36:]} is interrupted by the stop" in log
