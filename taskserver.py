@@ -2917,7 +2917,9 @@ def read_head(buffer: bytearray, peer: str = "") -> Generator[str, Any, Request]
     while True:
         end = buffer.find(b"\r\n\r\n", max(0, seen - 3))
         if end >= 0:
-            return parse_head(take(buffer, end + 4)[:-4], peer)
+            head = bytes(buffer[:end])
+            del buffer[: end + 4]
+            return parse_head(head, peer)
         # Not complete, but wrong already? The sender may be waiting for an answer.
         if _FORBIDDEN.search(buffer, max(0, seen - 1)):
             sentence = "Send HTTP/1.1 without control characters, in lines that end in CR LF."
@@ -3212,12 +3214,14 @@ class Connection:
         "server",
         "socket",
         "story",
+        "unsent",
         "watched",
     )
 
     def __init__(self, sock: Any, peer: str, server: Server) -> None:
         self.socket, self.peer, self.server = sock, peer, server
         self.buffer = bytearray()  # what belongs to no request yet
+        self.unsent = b""  # what the socket has not taken yet of an answer
         self.closing = False  # the answer under way is the last
         self.ended = False  # the client sends no more
         self.watched = 0  # the events that the selector waits for
@@ -3290,9 +3294,9 @@ class Connection:
         if self.server.tls is not None:
             yield from self.shake_hands()
         while not self.closing:
-            # No name for the answer here: it may have a megabyte, and this frame lives as long as
-            # the connection.
-            yield from self.send((yield from self.next_answer()))
+            self.unsent = yield from self.next_answer()
+            while self.send():
+                yield ANSWER
             self.phase = ""  # the next one, even if it is called the same, has its own deadline
         # A plain close would reset the connection, and a client that is still sending would lose
         # the answer. So end this side only, and drop what still comes (RFC 9112, 9.6).
@@ -3340,7 +3344,9 @@ class Connection:
             if call.refusal is not None:
                 self.closing = True
                 return request
-            yield from self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+            self.unsent = b"HTTP/1.1 100 Continue\r\n\r\n"
+            while self.send():
+                yield ANSWER
         body = yield from read_body(request.fields, self.buffer)
         return request.with_body(body)
 
@@ -3359,15 +3365,14 @@ class Connection:
             self.later = None
             later.unwatch(wake)
 
-    def send(self, data: bytes) -> Generator[str, Any, None]:
-        """Send all; wait while the socket takes no more."""
-        while data:
-            try:
-                data = data[self.socket.send(data) :]
-            except _WOULD_BLOCK:
-                pass
-            if data:
-                yield ANSWER
+    def send(self) -> bool:
+        """Send what the socket takes; return whether something is left."""
+        try:
+            sent = self.socket.send(self.unsent)
+        except _WOULD_BLOCK:
+            return True
+        self.unsent = self.unsent[sent:]
+        return bool(self.unsent)
 
     def end_sending(self) -> None:
         """Tell the client that nothing more comes."""
