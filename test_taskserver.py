@@ -6710,14 +6710,20 @@ def test_more_than_is_read_ahead_behind_one_that_waits_is_answered_too(either, b
         client.send(raw("GET", "/bell"))
         bell.await_waiting()
 
-        def ring_when_full():
-            eventually(lambda: not select.select([], [client.socket], [], 0)[1])
+        is_sent = threading.Event()
+
+        def takes_more():
+            return select.select([], [client.socket], [], 0)[1]
+
+        def ring_when_no_more_is_taken():
+            eventually(lambda: is_sent.is_set() or not takes_more())
             bell.wakes[0]()
 
-        # Not the sending in a thread: one TLS session is not for two threads.
-        ringer = threading.Thread(target=ring_when_full, daemon=True)
+        # One thread sends and receives, for a TLS session is not for two.
+        ringer = threading.Thread(target=ring_when_no_more_is_taken, daemon=True)
         ringer.start()
         client.send(sent * 3)
+        is_sent.set()
         ringer.join(LONG)
         assert [client.answer().status for _ in range(4)] == [200, 201, 201, 201]
 
