@@ -1708,8 +1708,9 @@ class Child:
     ) -> bytes:
         """Return the encoded result of function(decoded payload, report), called in the child.
 
-        Blocks. `timeout` counts from when the function is called. TaskError: it raised, its process
-        died, was too slow, or could not start. Cancelled: `live` asks for it.
+        Blocks. `timeout` counts from when the function is called. Cancelled: `live` asks for it.
+        TaskError: the function raised (then `trace` tells where), or its process died, was too
+        slow, or could not start.
         """
         try:
             self._hand_over(function, payload, live, default)
@@ -1929,7 +1930,7 @@ class Request(NamedTuple):
     """One request as the application sees it."""
 
     method: str
-    path: str  # percent-encoded, as it was sent
+    path: str  # percent-encoded, as it was sent: unquote it before you compare it
     query: str = ""  # the same
     host: str = ""  # the authority that it is meant for; "" where HTTP/1.0 names none
     fields: Fields = Fields()
@@ -1980,10 +1981,10 @@ class Response(NamedTuple):
 class Later(NamedTuple):
     """What an endpoint returns whose answer comes later. The connection waits, and no thread does.
 
-    `watch(wake)` is called once; from then on any thread may call `wake`, once or more.
-    `unwatch(wake)` is called when nobody waits any more. When `wake` was called, or after
-    `seconds`, or when the server stops or the client has closed its sending side, `answer()` is
-    called once; it must not block.
+    `watch(wake)` is called once; from then on any thread may call `wake`, once or more. When that
+    has happened, or after `seconds`, or when the server stops or the client has closed its sending
+    side, `unwatch(wake)` is called and then `answer()`, once; it must not block. If the client is
+    gone, only `unwatch(wake)` is called.
     """
 
     seconds: float
@@ -2805,7 +2806,10 @@ class Application:
         self._finish(record, result, error)
 
     def _call(self, task_type: TaskType, payload: bytes, live: Live) -> bytes:
-        """Call the function; return the encoded result."""
+        """Call the function; return the encoded result.
+
+        If the function forks, the copy may come out of this as well, see `_run_task`.
+        """
         if task_type.pool is self.cpu_pool:
             return self.children.call(
                 task_type.function, payload, live, task_type.timeout, self.default
@@ -4074,7 +4078,8 @@ class Journal:
 
     A journal is an object with the three methods below. To write one, nothing else of this file
     needs to be known. `load` is the place to open its database: what goes wrong there is said in
-    one line. (SQLiteJournal opens its file earlier, where `main` says it in the same way.)
+    one line. (SQLiteJournal opens its file earlier, where `main` says it in the same way.) The
+    server never closes a journal: it is there until the process ends.
 
     What is kept of a record are the fields in JOURNALED, each exactly as it is:
 
