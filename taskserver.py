@@ -41,8 +41,8 @@ Here the core ends. The rest attaches to it:
 The way of a create:
 
  1. The server's loop hears that a connection has received bytes (7 HTTP, `Server.serve_forever`).
- 2. The connection takes a request out of them (7, `parse_request`).
- 3. The application looks at its head, checks access, and finds its endpoint (6, `judge`).
+ 2. The connection takes a request out of them (7, `read_head` and `read_body`).
+ 3. The application finds what answers it, and checks by its head whether it may (6, `judge`).
  4. The endpoint reserves a place in a pool of workers (3) and adds a pending record to the store
     (2), which holds it in a dict behind a lock (1); with a journal (10), only after it is on disk.
  5. The connection sends the answer, status 201, and waits for the next request (7).
@@ -597,7 +597,7 @@ class Store:
     def get(self, task_id: str) -> Record:
         """Return a record. KeyError: unknown, evicted, or just being saved."""
         with self._lock.read:
-            record = self._records[task_id]
+            record = self._records.get(task_id)
         if record is None:
             raise KeyError(task_id)
         return record
@@ -672,7 +672,7 @@ class Store:
         Blocks, and tries until that has worked. RecordRefused: it never will. JournalLost.
         """
         attempts = 0
-        while self.journal is not None:  # a second stop signal sets it to None, which ends this
+        while self.journal is not None:  # it is None once the process is ending: give up then
             try:
                 self._save_once(record)
                 return
@@ -680,10 +680,11 @@ class Store:
                 time.sleep(self.PAUSES[min(attempts, len(self.PAUSES) - 1)])
                 attempts += 1
 
-    def finish(self, record: Record) -> None:
+    def finish(self, record: Record) -> Record:
         """Replace a record by its final successor, once that is saved; wake who waits for it.
 
-        JournalLost: it stays pending, and the next owner of the journal decides what becomes of it.
+        Return it as it is held: failed, if the journal has refused it. JournalLost: it stays
+        pending, and the next owner of the journal decides what becomes of it.
         """
         try:
             self.save(record)
@@ -701,11 +702,12 @@ class Store:
             watchers = self._watchers.pop(record.id, ())
         for wake in watchers:
             wake()
+        return record
 
     def watch(self, task_id: str, wake: Callable[[], None]) -> None:
-        """Have `wake` called once the record is final or the store stops; at once if it is so now.
+        """Have `wake` called as soon as the record is final or the store stops; at once if it is.
 
-        `wake` is called by any thread, must not block, and may be called twice.
+        It may be called in any thread, and must not block.
         """
         with self._lock.write:
             record = self._records.get(task_id)
@@ -716,7 +718,7 @@ class Store:
             wake()
 
     def unwatch(self, task_id: str, wake: Callable[[], None]) -> None:
-        """Call `wake` no more."""
+        """Have `wake` called no more; a call that has begun may still come."""
         with self._lock.write:
             watchers = self._watchers.get(task_id, set())
             watchers.discard(wake)
@@ -1012,7 +1014,7 @@ class BoundedQueue:
     def reserve(self, key: Hashable, bounded: bool = True) -> None:
         """Keep a place for an item.
 
-        Unavailable: all workers that there may be have work, and `max_waiting` items wait.
+        Unavailable: `max_workers` items are in work, and `max_waiting` wait.
         """
         with self._lock:
             items = len(self._reserved) + len(self._queue) + self._running
@@ -1134,7 +1136,7 @@ class WorkerPool(BoundedQueue):
 
     def _be_worker(self) -> None:
         """Be a worker."""
-        item = self._get(sent=True)
+        item = self._get(is_new=True)
         while item is not None:
             self.wake()  # if there are more items, for another worker
             self._work(item)
@@ -1142,25 +1144,32 @@ class WorkerPool(BoundedQueue):
             item = self._get()
         self._at_end()
 
-    def _get(self, sent: bool = False) -> Any:
+    def _get(self, is_new: bool = False) -> Any:
         """Return the next item; None: there was none for a while, and this worker has to end.
 
-        `sent`: this worker was made to come here.
+        `is_new`: the worker was just made.
         """
         with self._lock:
-            if sent:
+            if is_new:
                 self._on_the_way = False
             while not self._has_item():
-                self._idle += 1
-                notified = self._not_empty.wait(self.IDLE_SECONDS)
-                self._idle -= 1
-                # After a timeout, too: a notify that came just as the time was over was meant for
-                # this worker, and is used up.
-                self._on_the_way = False
-                if not notified and not self._has_item():
+                if not self._wait_idle():
                     self._workers -= 1
                     return None
             return self._take()[1]
+
+    def _wait_idle(self) -> bool:
+        """Wait to be notified; return false if there was nothing to do for too long.
+
+        The lock is held.
+        """
+        self._idle += 1
+        notified = self._not_empty.wait(self.IDLE_SECONDS)
+        self._idle -= 1
+        # After a timeout, too: a notify that came just as the time was over was meant for this
+        # worker, and is used up.
+        self._on_the_way = False
+        return notified or self._has_item()
 
 
 class Stopped(Exception):
@@ -1211,6 +1220,7 @@ class CoroutinePool(BoundedQueue):
         self._threads = WorkerPool("coroutine", lambda step: step(), self.THREADS)
         # For the loop's thread alone:
         self._runs: dict[Hashable, CoroutineRun] = {}  # by key
+        self._stop_reason: Exception | None = None  # set by shut_down: none may go on from then on
         self._is_ending = False  # when the loop stops, its thread ends; else a coroutine stopped it
         # Guarded by the lock:
         self._loop: Any = None
@@ -1362,6 +1372,8 @@ class CoroutinePool(BoundedQueue):
         if seconds is not None:
             reason = TaskError(f"timed out after {seconds} seconds")
             run.timer = self._loop.call_later(seconds, self._interrupt, run, reason)
+        if self._stop_reason is not None:  # its first step has taken longer than the stop
+            self._interrupt(run, self._stop_reason)
 
     async def _catch_all(self, run: CoroutineRun, function: Callable[[], Any]) -> None:
         """Note what the coroutine returns or raises: even SystemExit ends this one alone."""
@@ -1375,6 +1387,7 @@ class CoroutinePool(BoundedQueue):
             self._interrupt(self._runs[key], reason)
 
     def _interrupt_all(self, reason: Exception) -> None:
+        self._stop_reason = reason
         for run in list(self._runs.values()):
             self._interrupt(run, reason)
 
@@ -1693,8 +1706,8 @@ class Child:
         self._process: Any = None
         self._pipe: Any = None  # our end
         # Through this pipe a cancel wakes call(), which then looks whether it was meant. wake()
-        # takes the lock before it sends, _receive() releases it just before it reads: so at most
-        # one message is in the pipe, and sending never blocks.
+        # takes the lock before it sends, _receive() releases it just before it reads: so the pipe
+        # never has more than two messages, and sending does not block.
         self._wake_receiver, self._wake_sender = _SPAWN.Pipe(duplex=False)
         self._wake_under_way = threading.Lock()
 
@@ -1745,7 +1758,7 @@ class Child:
         """End the process at once, if there is one. Waits for no lock."""
         process = self._process
         if process is not None:
-            _end_group(process.pid)  # before it is reaped: until then its number is nobody else's
+            _end_group(process.pid)  # end() reaps it later: until then its number is its own
             process.kill()
 
     def end(self) -> str:
@@ -1883,9 +1896,10 @@ class Children:
             child.wake()
 
     def kill(self) -> None:
-        """End all children, because this process ends; none is started any more.
+        """End all children, because this process ends; no task is begun in one any more.
 
-        Waits for no lock, so that a signal handler may call it.
+        Waits for no lock, so that a signal handler may call it. A child that a worker starts just
+        now ends by itself, when it sees that this process has ended.
         """
         self._closed = True
         for child in list(self._all):
@@ -1979,7 +1993,7 @@ class Response(NamedTuple):
 
 
 class Later(NamedTuple):
-    """What an endpoint returns whose answer comes later. The connection waits, and no thread does.
+    """Returned by an endpoint that cannot answer yet. The connection waits, and no thread does.
 
     `watch(wake)` is called once; from then on any thread may call `wake`, once or more. When that
     has happened, or after `seconds`, or when the server stops or the client has closed its sending
@@ -2369,7 +2383,7 @@ def _problem_of(function: Any) -> str:
         if _is_a(kind, function):
             return "a generator cannot be a task: return the result instead of yielding"
     try:
-        # That of the wrapper itself: a decorator may take other arguments than what it wraps.
+        # Of the wrapper itself, because a decorator may take other arguments than what it wraps.
         inspect.signature(function, follow_wrapped=False).bind({}, None)
     except TypeError:
         return "the function must take two arguments, (payload, report)"
@@ -2817,8 +2831,12 @@ class Application:
         return call_here(task_type.function, payload, live.report, self.default)
 
     def _begin(self, task_type: TaskType, record: Record) -> Live:
-        """Note that a task starts, in the journal, too. Cancelled: do not call its function."""
-        live = record.live or Live()
+        """Note that a task starts, in the journal, too. JournalLost.
+
+        Cancelled: its function is not to be called.
+        """
+        live = record.live
+        assert live is not None  # each pending record has one
         now = live.start()
         # The next start has to know what had begun, unless it runs all of this type again.
         if self.store.journal is not None and not task_type.rerun:
@@ -2829,7 +2847,8 @@ class Application:
 
     def _finish(self, record: Record, result: bytes | None, error: BaseException | None) -> None:
         """Make a record final: completed, or failed with an error. Raises nothing."""
-        live = record.live or Live()
+        live = record.live
+        assert live is not None  # each pending record has one
         started_at, fraction, message = live.progress
         status, fraction = (COMPLETED, 1.0) if error is None else (FAILED, fraction)
         if isinstance(error, Cancelled) and live.cancel_requested:
@@ -2855,16 +2874,19 @@ class Application:
             sequence=record.sequence,
         )
         try:
-            self.store.finish(final)
+            final = self.store.finish(final)
         except JournalLost:
             return
-        if error is None:
+        if final.status == COMPLETED:
             self.log_task("task %s completed", record.id)
         else:  # this is said with --quiet, too
-            log.info("task %s failed: %s", record.id, ascii(description))
+            log.info("task %s failed: %s", record.id, ascii(final.error))
 
     def _begin_coroutine(self, record: Record) -> tuple[Callable[[], Any] | None, float | None]:
-        """Return what starts the coroutine of a task, and its time limit; None: it is final."""
+        """Return what starts the coroutine of a task, and its time limit.
+
+        None, if there is nothing to start: the task is final, or the journal is lost.
+        """
         task_type = self.types[record.type]
         try:
             live = self._begin(task_type, record)
@@ -3748,7 +3770,7 @@ if hasattr(os, "register_at_fork"):  # Windows does not fork
 
 
 def raise_descriptor_limit() -> int:
-    """Raise the limit of descriptors; return how many connections may be open: some fewer."""
+    """Raise the limit of descriptors; return how many of them connections may take."""
     if issubclass(selectors.DefaultSelector, selectors.SelectSelector):  # Windows: it takes 512
         return 480
     import resource  # POSIX only
@@ -3860,7 +3882,9 @@ def run_until_stopped(server: Server, grace: float) -> int:
     are no signals. Status 1: the journal was lost.
     """
     application = server.application
-    stop_is_due = threading.Event()
+    # What begins the stop puts the grace in here; None, if somebody has called server.shutdown. Not
+    # an Event, because a signal handler may interrupt put() and call it again.
+    stops: queue.SimpleQueue[float | None] = queue.SimpleQueue()
     signals: list[int] = []
     losses: list[str] = []
 
@@ -3871,17 +3895,17 @@ def run_until_stopped(server: Server, grace: float) -> int:
             application.store.journal = None
             application.children.kill()
             os._exit(128 + number)
-        stop_is_due.set()
+        stops.put(grace)
 
     def on_journal_lost(reason: str) -> None:
         application.stop()  # at once: nothing may begin any more
         losses.append(reason)
-        stop_is_due.set()
+        stops.put(0.0)
 
     def stop() -> None:
-        stop_is_due.wait()
-        if signals or losses:  # else somebody has called server.shutdown
-            stop_in_order(server, 0 if losses else grace)
+        seconds = stops.get()
+        if seconds is not None:
+            stop_in_order(server, seconds)
 
     application.store.journal_lost = on_journal_lost
     if application.store.lost:  # since the start
@@ -3894,7 +3918,7 @@ def run_until_stopped(server: Server, grace: float) -> int:
     finally:
         server.server_close()
     application.stop()  # somebody may have called server.shutdown
-    stop_is_due.set()  # and the thread that waits for this has to end
+    stops.put(None)  # then the thread that waits for this has to end
     if losses:
         log.error("stopped, because the journal belongs to this server no more: %s", losses[0])
     return 1 if losses else 0
@@ -4135,7 +4159,7 @@ class Journal:
         raise NotImplementedError
 
     def delete(self, ids: list[str]) -> None:
-        """Delete records, at most a thousand; return when that survives a crash.
+        """Delete some hundred records; return when that survives a crash.
 
         Called by one thread at a time, some time after the records were evicted. Some of the ids
         may not be there: those of creates whose `save` raised. What a crash leaves behind is
@@ -4199,7 +4223,7 @@ class SQLiteJournal(Journal):
         """Open or create the file, within a second. OSError says what is wrong and what to do."""
         self._path = os.path.realpath(path)  # SQLite, too, puts its log beside the target of a link
         # What to save or to delete, and where to put the outcome: an exception, or None.
-        # None instead ends the thread.
+        # A job of None ends the thread.
         self._jobs: queue.SimpleQueue[Any] = queue.SimpleQueue()
         try:
             import sqlite3  # not every Python is built with it
@@ -5909,7 +5933,7 @@ def main(application: Application | None = None, argv: list[str] | None = None) 
 def _start(application: Application, options: argparse.Namespace) -> tuple[Server, str]:
     """Put the parts together; return a server that listens, and its address.
 
-    ValueError, OSError: what is wrong.
+    ValueError, OSError, JournalLost, RuntimeError (no thread to be had): it cannot serve.
     """
     _set_access(application, options)
     add_monitoring(application)

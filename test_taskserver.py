@@ -1775,6 +1775,28 @@ def test_the_end_of_a_pool_interrupts_all_its_coroutines_and_ends_its_loop():
     assert not loop.is_alive()
 
 
+def test_a_coroutine_whose_first_step_is_slower_than_the_stop_is_interrupted_as_it_begins():
+    pool, running, late = Coroutines(), AsyncGate(), AsyncGate()
+    may_begin = threading.Event()
+    first_steps = threading.Semaphore(0)
+
+    def first_step(item):
+        first_steps.release()
+        assert item is running or may_begin.wait(LONG)
+
+    pool.first_step = first_step
+    submit(pool, running, late)
+    running.wait()
+    assert all(first_steps.acquire(timeout=LONG) for _ in range(2))
+    stop = threading.Thread(target=pool.shut_down, args=(LONG,))
+    stop.start()
+    assert isinstance(pool.next_end()[1], taskserver.Stopped)  # so the stop has reached the loop
+    may_begin.set()
+    assert isinstance(pool.next_end()[1], taskserver.Stopped)
+    stop.join(LONG)
+    assert pool.counts() == (0, 0)
+
+
 def test_coroutines_that_wait_when_their_pool_stops_do_not_begin():
     pool, gate, never = Coroutines(1), AsyncGate(1), AsyncGate()
     submit(pool, gate, never)
@@ -8406,7 +8428,10 @@ def test_an_outcome_that_the_journal_can_never_take_becomes_a_failure_that_says_
     application, journal
 ):
     journal.refuse = lambda record: record.result == b'"bad"'
+    lines = []
+    application.log_task = lambda text, *arguments: lines.append(text % arguments)
     record = final(application, create(application, "echo", result="bad"))
+    assert application.pool.join(LONG) and "completed" not in "".join(lines)
     consistent(record)
     assert record["status"] == "failed"
     assert "this disk takes no such thing" in record["error"]
