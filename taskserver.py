@@ -404,7 +404,7 @@ def encode_result(value: object, default: Callable[[Any], Any] | None = None) ->
     """
     encoder = _ENCODER
     if default is not None:
-        encoder = json.JSONEncoder(allow_nan=False, default=default)
+        encoder = json.JSONEncoder(allow_nan=False, default=functools.partial(_convert, default))
     try:
         text = encoder.encode(value)
         _check_keys(value)
@@ -418,6 +418,13 @@ def encode_result(value: object, default: Callable[[Any], Any] | None = None) ->
         size = len(encoded)
         raise ValueError(f"the result has {size} bytes as JSON, at most {MAX_RESULT} are kept")
     return encoded
+
+
+def _convert(default: Callable[[Any], Any], value: object) -> object:
+    """Return what `default` makes of a value. ValueError: see _check_keys."""
+    converted = default(value)
+    _check_keys(converted)
+    return converted
 
 
 def _check_keys(value: object) -> None:
@@ -2203,7 +2210,7 @@ def decode_object(body: bytes) -> dict[str, Any]:
     HTTPError 400: no UTF-8 or a byte order mark (RFC 8259, 8.1), no JSON, no object, a key twice, a
     lone surrogate, a number or a depth beyond bounds.
     """
-    if body.startswith((b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")):
+    if body.startswith((b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff", b"\0\0\xfe\xff")):
         raise HTTPError(400, "Send the body in UTF-8 without a byte order mark.")
     try:
         text = body.decode()
@@ -2406,7 +2413,8 @@ def _problem_with_cpu(function: Any) -> str:
 def _check_import(name: str, function: Any, default: Default) -> None:
     """ValueError: a child process cannot import what it is to call."""
     main_module = sys.modules.get("__main__")
-    if getattr(_unwrapped(function), "__module__", "") == "__main__":
+    module = getattr(_unwrapped(function), "__module__", None) or ""
+    if module == "__main__":
         spec = getattr(main_module, "__spec__", None)
         is_package = spec is not None and spec.name.rpartition(".")[2] == "__main__"
         file = getattr(main_module, "__file__", "<none>")
@@ -2416,6 +2424,11 @@ def _check_import(name: str, function: Any, default: Default) -> None:
                 f"task type {name!r}: a child process cannot import this program; with cpu=True, "
                 "move the function into a module of its own"
             )
+    elif module != "__mp_main__" and not _is_importable(module):  # that is the file of __main__
+        raise ValueError(
+            f"task type {name!r}: a child process cannot import {module}; with cpu=True, put the "
+            "function into a module that `import` finds"
+        )
     try:
         pickle.dumps((function, default))
     except Exception as error:
@@ -2423,6 +2436,19 @@ def _check_import(name: str, function: Any, default: Default) -> None:
             f"task type {name!r}: a child process cannot get this function ({describe(error)}); "
             "with cpu=True, put it at the top level of a module, @application.task above all others"
         ) from None
+
+
+def _is_importable(module: str) -> bool:
+    """Return whether a new process finds a module by its name; this one may have it otherwise."""
+    package, _, _ = module.rpartition(".")
+    if package and not _is_importable(package):
+        return False
+    path = getattr(sys.modules.get(package), "__path__", None)
+    for finder in sys.meta_path:
+        find_spec = getattr(finder, "find_spec", None)  # which some of Python 3.7 do not have
+        if find_spec is None or find_spec(module, path) is not None:
+            return True
+    return not module  # some that are written in C have none
 
 
 class TaskType(NamedTuple):
@@ -2900,7 +2926,7 @@ class Application:
     def _end_coroutine(self, record: Record, value: Any, error: BaseException | None) -> None:
         """Make the record of a coroutine final."""
         if isinstance(error, Stopped):  # the next start decides what becomes of it
-            self.log_task("task %s is interrupted by the stop", record.id)
+            log.info("task %s is interrupted by the stop", record.id)
             return
         result = None
         if error is None:

@@ -680,6 +680,8 @@ def test_default_makes_json_of_what_json_does_not_know_and_its_errors_say_where(
     assert json.loads(taskserver.encode_result(value, Texts()).decode()) == expected
     with pytest.raises(ValueError, match="JSON"):  # it may return what it was given
         taskserver.encode_result(value, lambda value: value)
+    with pytest.raises(ValueError, match=r"JSON at \['a'\]: two keys are the same as JSON"):
+        taskserver.encode_result({"a": 1j}, lambda value: [{1: "a", "1": "b"}])
 
 
 def test_a_result_has_at_most_1_mib():
@@ -2795,10 +2797,10 @@ def test_a_string_full_of_brackets_is_not_nested():
         taskserver.decode_object(b'"' + b"[" * 200 + b'"')
 
 
-@pytest.mark.parametrize("codec", ["utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("codec", ["utf-8", "utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"])
 def test_json_with_a_byte_order_mark_is_400_and_the_sentence_names_it(codec):
     with pytest.raises(HTTPError, match="byte order mark") as caught:
-        taskserver.decode_object('{"name": "x"}'.encode(codec))
+        taskserver.decode_object('\ufeff{"name": "x"}'.encode(codec))
     assert caught.value.status == 400
 
 
@@ -3075,6 +3077,26 @@ def test_what_cannot_be_pickled_for_a_child_is_refused_at_the_start():
     application.task("x", cpu=True)(echo)
     application.task("in-a-thread")(NotToBePickled())
     application.check_types()
+
+
+def test_a_module_that_a_child_does_not_find_is_refused_at_the_start(tmp_path, monkeypatch):
+    """As those who load plugins by their path have it."""
+    for name in "plugin", "package", "package.plugin":
+        path = tmp_path.joinpath("elsewhere", *name.split(".")).with_suffix(".py")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("def work(payload, report): return payload")
+        spec = importlib.util.spec_from_file_location(name, str(path))
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, name, module)
+        spec.loader.exec_module(module)
+        application = Application()
+        application.task("x", cpu=True)(module.work)
+        with pytest.raises(ValueError, match=f"'x': a child process cannot import {name}; with"):
+            application.check_types()
+    for found in echo, Plain(), functools.partial(echo), divmod:
+        application = Application()
+        application.task("x", cpu=True)(found)
+        application.check_types()
 
 
 class NotToBePickled:
@@ -3781,11 +3803,19 @@ def restarted(application, *types, **options):
     return successor
 
 
+@pytest.mark.parametrize("waits", [False, True], ids=["thread", "coroutine"])
 @pytest.mark.parametrize("n", [1, 12])
-def test_a_create_that_is_being_journaled_when_the_stop_begins_is_not_begun(application, n):
+def test_a_create_that_is_being_journaled_when_the_stop_begins_is_not_begun(application, n, waits):
     journal, begun, held = MemoryJournal(), [], Gate()
     application.store.journal = journal
-    application.task("note")(lambda payload, report: begun.append(payload["n"]))
+
+    def note(payload, report):
+        begun.append(payload["n"])
+
+    async def note_in_the_loop(payload, report):
+        note(payload, report)
+
+    application.task("note")(note_in_the_loop if waits else note)
     journal.before_save = lambda record: held({})
     with concurrent.futures.ThreadPoolExecutor(n) as executor:
         created = [executor.submit(create, application, "note", n=i) for i in range(n)]
@@ -3794,7 +3824,8 @@ def test_a_create_that_is_being_journaled_when_the_stop_begins_is_not_begun(appl
         held.opened.set()
         records = [future.result(LONG) for future in created]
     application.wake_workers()
-    assert application.pool.join(LONG) and not begun
+    assert all(pool.join(LONG) for pool in application.pools)
+    assert not begun
     assert [poll(application, record)["started_at"] for record in records] == [None] * n
     successor = restarted(application, "note")
     assert [final(successor, record)["status"] for record in records] == ["completed"] * n
@@ -7493,9 +7524,17 @@ def begin(program, path, name="one"):
     return where
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+STOPPING = ["SIGTERM", "SIGINT", "SIGHUP", "SIGBREAK"]  # the last two exist on some systems only
+
+
+@pytest.mark.parametrize(
+    "number", [getattr(signal, name) for name in STOPPING if hasattr(signal, name)]
+)
 def test_a_signal_drains_running_tasks_and_drops_waiting_ones(waiting, tmp_path, number):
-    program = waiting("--workers", "1")
+    options = {}
+    if os.name == "posix":  # even if this runs under nohup
+        options["preexec_fn"] = lambda: signal.signal(number, signal.SIG_DFL)
+    program = waiting("--workers", "1", **options)
     running = begin(program, tmp_path / "go")
     for name in "two", "three":
         program.create("wait", name=name, path=str(tmp_path / "go"))
@@ -7723,6 +7762,31 @@ def test_a_child_outlives_a_signal_to_all_processes_and_has_the_grace(holding, l
 
 
 @posix
+@pytest.mark.parametrize("how", ["kill -9", "after the grace", "by a second signal"])
+def test_what_a_task_has_started_ends_with_its_server_however_it_ends(holding, leash, how):
+    first = f"""
+        import subprocess
+
+        @application.task("program", cpu=True)
+        def program(payload, report):
+            arguments = [str(payload["port"]), "the program"]
+            subprocess.Popen([sys.executable, "-c", {Leash.PROGRAM!r}, *arguments])
+            hold_on(payload["port"], "the child")
+    """
+    program = holding("--grace", "0.2" if how == "after the grace" else "1000", first=first)
+    program.create("program", port=leash.port)
+    ends = [leash.next()[0] for _ in range(2)]
+    if how == "kill -9":
+        program.process.kill()
+    elif how == "by a second signal":
+        program.send(signal.SIGTERM)
+        assert "stopping" in program.log(wait_for="stopping")
+    if how != "kill -9":
+        assert program.stops(signal.SIGTERM) in (0, 143)
+    assert all(has_ended(end) for end in ends)
+
+
+@posix
 def test_a_child_that_may_run_again_does_so_after_a_signal_to_all(tmp_path, leash, path):
     again = "application.task('again', cpu=True, rerun=True)(hold)\n"
     file = tmp_path / "holding.py"
@@ -7761,7 +7825,11 @@ def use_processes(payload, report):
     process.join()
     return [squares, process.exitcode]
 
+async def use_processes_in_the_loop(payload, report):
+    return use_processes(payload, report)
+
 application.task("thread")(use_processes)
+application.task("coroutine")(use_processes_in_the_loop)
 application.task("child", cpu=True)(use_processes)
 
 if __name__ == "__main__":
@@ -7774,7 +7842,7 @@ def test_a_task_may_use_processes_and_terminate_ends_them(tmp_path, how):
     file = tmp_path / "forking.py"
     file.write_text(FORKING)
     with Program(file=file) as program:
-        for type in "thread", "child":
+        for type in "thread", "coroutine", "child":
             assert program.result(type, how=how) == [[0, 1, 4, 9], -signal.SIGTERM], type
 
 
@@ -7912,6 +7980,22 @@ def test_what_a_task_prints_is_seen_at_once_in_a_pipe(holding, leash, type):
     assert program.final(path)["result"] == "seen"
 
 
+@posix
+@pytest.mark.parametrize("type", ["thread", "coroutine", "child"])
+def test_what_a_task_prints_is_seen_at_once_in_a_terminal(holding, leash, type):
+    mine, its = os.openpty()
+    with open(mine, "rb", buffering=0) as screen, open(its, "wb", buffering=0) as terminal:
+        program = holding(stdout=terminal)
+        path = program.create(type, port=leash.port, text="seen")
+        end, _ = leash.next()
+        shown = b""
+        while b"seen" not in shown.split():
+            assert select.select([screen], [], [], LONG)[0], shown
+            shown += screen.read(4096)
+        let_go(end)
+        assert program.final(path)["result"] == "seen"
+
+
 @pytest.mark.parametrize("type", ["thread", "coroutine", "child"])
 def test_any_text_can_be_printed_in_any_locale(holding, leash, tmp_path, type):
     no_utf_8 = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
@@ -8022,6 +8106,48 @@ def test_main_works_in_a_process_of_multiprocessing(holding, leash, how):
     if os.name == "posix":
         assert status == 7
         assert "stopping" in program.log()
+
+
+# What PyInstaller makes of a program: `sys.frozen`, an executable that is the program itself, and a
+# freeze_support that goes on in a child, and in the process that keeps track of resources, on every
+# system. The standard library's does so on Windows alone.
+FROZEN = """
+import multiprocessing, multiprocessing.spawn, os, sys
+import taskserver
+
+def freeze_support():
+    if sys.argv[-2:-1] == ["-c"]:
+        sys.exit(exec(sys.argv[-1]))
+    multiprocessing.spawn.freeze_support()
+
+sys.frozen = True
+sys.executable = os.environ["EXECUTABLE"]
+multiprocessing.set_executable(sys.executable)
+multiprocessing.freeze_support = freeze_support
+application = taskserver.demo()
+
+@application.task("mine", cpu=True)
+def mine(payload, report):
+    return [os.getpid(), sys.frozen]
+
+if __name__ == "__main__":
+    taskserver.main(application)
+"""
+
+
+@posix
+def test_a_program_that_is_frozen_runs_its_tasks_in_children(tmp_path):
+    file, executable = tmp_path / "frozen.py", tmp_path / "frozen"
+    file.write_text(FROZEN)
+    executable.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{file}" "$@"\n')
+    executable.chmod(0o700)
+    with Program(file=file, environment={"EXECUTABLE": str(executable)}) as program:
+        number, is_frozen = program.result("mine")
+        assert number != program.process.pid
+        assert is_frozen
+        assert program.result("primes", limit=10)["primes"] == 4
+        assert program.stops(signal.SIGTERM) == 0
+        assert "Traceback" not in program.log()
 
 
 def test_a_journal_that_is_lost_ends_the_program_with_status_1(holding, leash):
@@ -10014,6 +10140,22 @@ def test_the_page_needs_nothing_from_outside_and_makes_no_html_of_text():
     )
 
 
+def test_the_page_asks_for_nothing_beside_its_own_address():
+    """Below https://host/tasks/ of a proxy, its neighbours must not be asked."""
+    markup, script = taskserver.PAGE.split("<script>")
+    assert not re.search(r"""["'`]/(?!\\?\$/)[\w$]""", script)  # no path from the root
+    assert "const here = location.origin + location.pathname" in script
+    assert re.findall(r"\bfetch\((\w+) \+", script) == ["here"]
+    assert script.count("fetch(") == 1
+    assert not re.search(r"XMLHttpRequest|EventSource|WebSocket|sendBeacon|import\(", script)
+    assert not re.search(r"<(?:form|button|input)[^>]* (?:form)?action=", markup)
+
+
+def test_the_page_says_what_to_do_without_scripts():
+    (advice,) = re.findall(r"(?s)<noscript>(.*?)</noscript>", taskserver.PAGE)
+    assert "curl ADDRESS/tasks" in advice
+
+
 CHROMIUM = (
     shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 )
@@ -10374,15 +10516,18 @@ def test_quiet_leaves_the_lines_of_tasks_out_but_says_what_failed(holding, leash
         def fail(payload, report):
             raise ValueError("what it said")
     """
-    program = holding("--quiet", first=first)
+    program = holding("--quiet", "--grace", "0.2", first=first)
     path = program.create("thread", port=leash.port)
     let_go(leash.next()[0])
     assert program.final(path)["status"] == "completed"
     failed = [program.create("fail"), program.create("child-with-a-limit", port=leash.port)]
     for path in failed:
         assert program.final(path)["status"] == "failed"
+    interrupted = program.create("coroutine", port=leash.port)
+    assert eventually(lambda: program.ask("GET", interrupted).json["message"] == "begun")
     assert program.stops(signal.SIGTERM) == 0
     log = program.log()
+    assert f"task {interrupted[-36:]} is interrupted by the stop" in log
     for word in " created", " completed":
         assert word not in log
     assert "serving http" in log
