@@ -4648,16 +4648,18 @@ header { margin-bottom: 1rem; }
 header > div { justify-content: space-between; }
 main { display: grid; grid-template-columns: minmax(0, 1fr); gap: 1.5rem; align-items: start; }
 h2, h3, summary { font-size: 1rem; font-weight: 600; }
-.stack { display: grid; grid-template-columns: minmax(0, 1fr); gap: 1rem; padding: 0;
+.stack { display: grid; grid-template-columns: minmax(0, 1fr); gap: 0.75rem; padding: 0;
   list-style: none; }
 .line { display: flex; flex-wrap: wrap; gap: 0.25rem 0.75rem; align-items: center; }
 .status { min-height: 2.25rem; }  /* so that a button that comes pushes nothing */
 .copy, #shells button { min-width: 5rem; }  /* nor does its answer */
-.task .copy { padding-left: 0; border-color: transparent; text-align: left; }
+.task .copy { padding: 0; border-color: transparent; text-align: left; min-height: 1.625rem; }
 .cancel { margin-left: auto; }
 .note { flex-basis: 100%; text-align: right; }
 #countdown:empty, .note:empty { display: none; }  /* or they would have gaps of their own */
 #shells .line { justify-content: space-between; margin-top: 0.75rem; }
+#access { max-width: 25rem; }
+main:has(#access:not([hidden])):has(#tasks:empty) > :is(section, aside) { display: none; }
 .card { padding: 1rem; border: 1px solid var(--line); border-radius: 0.75rem;
   background: var(--card); }
 .quiet, .wrong, .message { font-size: 0.875rem; }
@@ -4671,15 +4673,16 @@ input, select, textarea, pre { width: 100%; padding: 0.5rem 0.75rem; border-radi
 button, nav a { padding: 0.25rem 0.75rem; border: 1px solid var(--edge); border-radius: 0.5rem;
   font: inherit; font-size: 0.875rem; color: var(--accent); background: var(--card);
   text-decoration: none; cursor: pointer; }
-form button { padding: 0.5rem 1.25rem; border-color: var(--accent);
+form button, #fresh { padding: 0.5rem 1.25rem; border-color: var(--accent);
   background: var(--accent); color: var(--card); }
+#fresh { position: fixed; top: 0.75rem; left: 50%; translate: -50%; }  /* so it pushes nothing */
 button[aria-disabled=true] { cursor: default; color: var(--text); background: var(--line); }
 nav a[aria-current] { font-weight: 600; background: var(--accent); color: var(--card);
   text-decoration: underline; }
 pre, textarea, code { font: 0.8125rem/1.5 ui-monospace, monospace; }
 pre { max-height: 24rem; overflow: auto; margin-top: 0.5rem; border: 0; white-space: pre-wrap; }
 .task { display: grid; grid-template-columns: minmax(0, 1fr) auto; gap: 0.25rem 1rem;
-  border-left: 0.375rem solid var(--hue); }
+  padding-block: 0.75rem; border-left: 0.375rem solid var(--hue); }
 .task > :nth-child(n + 3) { grid-column: 1 / -1; }
 .pending { --hue: var(--accent); } .completed { --hue: var(--good); } .failed { --hue: var(--bad); }
 .limited { max-height: 6rem; overflow: auto; scrollbar-width: thin; }
@@ -4698,7 +4701,7 @@ progress:indeterminate { background: repeating-linear-gradient(
 ::-moz-progress-bar { background: var(--hue); print-color-adjust: exact; }
 :indeterminate::-moz-progress-bar { background: transparent; }
 @media (min-width: 56rem) {
-  .card { padding: 1.25rem; }
+  .card { padding-inline: 1.25rem; }
   main { grid-template-columns: minmax(0, 1fr) 25rem; }
   #access { grid-column: 1 / -1; }
   #jump { display: none; }
@@ -4727,7 +4730,7 @@ progress:indeterminate { background: repeating-linear-gradient(
     </div>
   </div>
   <p id="counts"></p>
-  <noscript><p class="wrong">This page works by scripts, and they are switched off. Allow them for
+  <noscript><p class="card">This page works by scripts, and they are switched off. Allow them for
     this address and load it again; or use a terminal: <code>curl ADDRESS/tasks</code> lists the
     tasks, with the address of this page for ADDRESS.</p></noscript>
 </header>
@@ -4738,11 +4741,12 @@ progress:indeterminate { background: repeating-linear-gradient(
     <div><button>Use this token</button></div>
   </form>
   <section class="stack" aria-labelledby="tasks-title">
-    <div class="line"><h2 id="tasks-title">Tasks</h2> <button id="jump">New task</button></div>
+    <div class="line status">
+      <h2 id="tasks-title">Tasks</h2> <p id="amount" class="quiet"></p>
+      <button id="fresh" hidden></button> <button id="jump">New task</button>
+    </div>
     <nav id="statuses" class="line" aria-label="Filter by status"></nav>
     <nav id="types" class="line" aria-label="Filter by type"></nav>
-    <div class="line status">
-      <p id="amount" class="quiet"></p> <button id="fresh" hidden></button></div>
     <p id="empty" class="card quiet" hidden></p>
     <ul id="tasks" class="stack" role="list"></ul>
     <div><button id="more" hidden>Show more</button></div>
