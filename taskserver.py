@@ -4768,11 +4768,10 @@ progress:indeterminate { background: repeating-linear-gradient(
       <p id="no-command" class="quiet">There is a command as soon as the form is complete.</p>
       <div id="shells" hidden>
         <div class="line"><h3>curl</h3>
-          <button data-of="curl" aria-label="Copy the command of curl">Copy</button></div>
+          <button data-of="curl" data-about="the command of curl"></button></div>
         <pre id="curl" tabindex="0"></pre>
         <div class="line"><h3>PowerShell</h3>
-          <button data-of="powershell" aria-label="Copy the command of PowerShell">Copy</button>
-        </div>
+          <button data-of="powershell" data-about="the command of PowerShell"></button></div>
         <pre id="powershell" tabindex="0"></pre>
       </div>
     </details>
@@ -4785,8 +4784,8 @@ progress:indeterminate { background: repeating-linear-gradient(
   <progress max="1"></progress>
   <p class="message limited" dir="auto"></p>
   <p class="error wrong limited" dir="auto" hidden></p>
-  <div class="line"><code></code> <button class="copy">Copy</button>
-    <button class="cancel">Cancel</button> <span class="note quiet"></span></div>
+  <div class="line"><code></code> <button class="copy"></button>
+    <button class="cancel"></button> <span class="note quiet"></span></div>
   <details hidden><summary class="quiet"></summary>
     <pre tabindex="0">Asking the server …</pre> <a hidden></a></details>
 </li></template>
@@ -4834,10 +4833,17 @@ function focusOn(element) {
   element.focus();
 }
 
+// Sets the text of a button. Who only hears it is also told which of many it is.
+function setButton(button, text) {
+  const {about} = button.dataset;
+  setText(button, text);
+  if (about) button.setAttribute("aria-label", `${text}: ${about}`);
+}
+
 // A button rests while its request is under way. It is not disabled: that would lose the focus.
 function setResting(button, isResting, text) {
   button.setAttribute("aria-disabled", isResting);
-  setText(button, text);
+  setButton(button, text);
 }
 
 function isResting(button) {
@@ -4863,8 +4869,8 @@ function copy(text, button) {
   const isDone = document.execCommand("copy");
   document.removeEventListener("copy", fill);
   say(isDone ? "Copied." : "The browser does not let this page copy.");
-  setText(button, isDone ? "Copied" : "Not copied");
-  setTimeout(() => setText(button, "Copy"), 2000);
+  setButton(button, isDone ? "Copied" : "Not copied");
+  setTimeout(() => setButton(button, "Copy"), 2000);
 }
 
 // Returns a random UUID (RFC 9562, version 4). crypto.randomUUID is not there at all addresses.
@@ -5119,13 +5125,15 @@ function placeRows() {
 
 function newRow({id, name}) {
   const row = byId("row").content.firstElementChild.cloneNode(true);
-  const label = (selector, text) => row.querySelector(selector).setAttribute("aria-label", text);
+  const part = (selector) => row.querySelector(selector);
   row.id = id;
-  setText(row.querySelector("h3"), name);
-  setText(row.querySelector("code"), id);
-  label("progress", `Progress of ${name}`);
-  label(".copy", `Copy the id of ${name}`);
-  label(".cancel", `Cancel ${name}`);
+  setText(part("h3"), name);
+  setText(part("code"), id);
+  part("progress").setAttribute("aria-label", `Progress of ${name}`);
+  part(".copy").dataset.about = `the id of ${name}`;
+  part(".cancel").dataset.about = name;
+  setButton(part(".copy"), "Copy");
+  setButton(part(".cancel"), "Cancel");
   return row;
 }
 
@@ -5439,6 +5447,7 @@ byId("more").onclick = () => {
   hurry();
 };
 for (const button of document.querySelectorAll("[data-of]")) {
+  setButton(button, "Copy");
   button.onclick = () => copy(byId(button.dataset.of).textContent, button);
 }
 byId("again").onclick = hurry;
