@@ -4652,8 +4652,10 @@ h2, h3, summary { font-size: 1rem; font-weight: 600; }
   list-style: none; }
 .line { display: flex; flex-wrap: wrap; gap: 0.25rem 0.75rem; align-items: center; }
 .status { min-height: 2.25rem; }  /* so that a button that comes pushes nothing */
-.copy, #shells button { min-width: 5rem; }  /* nor does its answer */
-.task .copy { padding: 0; border-color: transparent; text-align: left; min-height: 1.625rem; }
+#shells button { min-width: 5rem; }  /* nor does its answer */
+.task code { font-size: 0.75rem; }
+.task .copy { margin-left: -0.5rem; padding: 0 0.5rem; min-height: 1.625rem;
+  border-color: transparent; }
 .cancel { margin-left: auto; }
 .note { flex-basis: 100%; text-align: right; }
 #countdown:empty, .note:empty { display: none; }  /* or they would have gaps of their own */
@@ -4662,13 +4664,15 @@ h2, h3, summary { font-size: 1rem; font-weight: 600; }
 main:has(#access:not([hidden])):has(#tasks:empty) > :is(section, aside) { display: none; }
 .card { padding: 1rem; border: 1px solid var(--line); border-radius: 0.75rem;
   background: var(--card); }
-.quiet, .wrong, .message { font-size: 0.875rem; }
+.quiet, .wrong, .message, .task a { font-size: 0.875rem; }
 .quiet { color: var(--quiet); }
 .wrong { font-weight: 600; color: var(--bad); }
 .unseen { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
+a { color: var(--accent); }
 ::placeholder { color: var(--quiet); opacity: 1; }
 input, select, textarea, pre { width: 100%; padding: 0.5rem 0.75rem; border-radius: 0.5rem;
   font: inherit; color: inherit; background: var(--ground); border: 1px solid var(--edge); }
+label > * { margin-top: 0.25rem; }
 [aria-invalid=true] { border: 2px solid var(--bad); }
 button, nav a { padding: 0.25rem 0.75rem; border: 1px solid var(--edge); border-radius: 0.5rem;
   font: inherit; font-size: 0.875rem; color: var(--accent); background: var(--card);
