@@ -167,10 +167,9 @@ class ReadersWriterLock:
         self.readers = 0  # threads that read
         self.writers = 0  # threads that write or wait to
         self.writing = False
-        self.may_read = threading.Condition(self.mutex)  # notified when the last writer leaves
-        self.may_write = threading.Condition(
-            self.mutex
-        )  # notified when a writer or last reader leaves
+        # Notified when the last writer leaves; and when a writer or the last reader does.
+        self.may_read = threading.Condition(self.mutex)
+        self.may_write = threading.Condition(self.mutex)
         self.read = _ReadSide(self)
         self.write = _WriteSide(self)
 
@@ -580,35 +579,35 @@ class Store:
         with self._lock.read:
             return dict(self._counts)
 
-    def get(self, id: str) -> Record:
+    def get(self, task_id: str) -> Record:
         """Return a record. KeyError: unknown, evicted, or just being saved."""
         with self._lock.read:
-            record = self._records[id]
+            record = self._records[task_id]
         if record is None:
-            raise KeyError(id)
+            raise KeyError(task_id)
         return record
 
-    def find(self, id: str) -> Record | None:
+    def find(self, task_id: str) -> Record | None:
         """Return a record, None if it is unknown or evicted. Duplicate: it is just being saved."""
         with self._lock.read:
-            if id not in self._records:
+            if task_id not in self._records:
                 return None
-            record = self._records[id]
+            record = self._records[task_id]
         if record is None:
-            raise Duplicate(id)
+            raise Duplicate(task_id)
         return record
 
-    def newest(self, limit: int, status: str = "", type: str = "") -> list[Record]:
+    def newest(self, limit: int, status: str = "", type_name: str = "") -> list[Record]:
         """Return at most so many records, the newest first; all, or those of a status and type."""
         with self._lock.read:
-            if not status and not type:
+            if not status and not type_name:
                 seen = filter(None, reversed(self._records.values()))
                 return list(itertools.islice(seen, limit))
             records = list(self._records.values())  # eight milliseconds for a million
         matching = (
             record
             for record in reversed(records)
-            if record and status in ("", record.status) and type in ("", record.type)
+            if record and status in ("", record.status) and type_name in ("", record.type)
         )
         return list(itertools.islice(matching, limit))
 
@@ -681,9 +680,7 @@ class Store:
                 result=None,
                 error=f"the journal cannot take the outcome: {describe(refusal)}",
             )
-            with contextlib.suppress(
-                RecordRefused
-            ):  # the store has it to be made final in any case
+            with contextlib.suppress(RecordRefused):  # the store makes it final in any case
                 self.save(record)
         with self._lock.write:
             self._insert(record)
@@ -691,26 +688,26 @@ class Store:
         for wake in watchers:
             wake()
 
-    def watch(self, id: str, wake: Callable[[], None]) -> None:
+    def watch(self, task_id: str, wake: Callable[[], None]) -> None:
         """Have `wake` called once the record is final or the store stops; at once if it is so now.
 
         `wake` is called by any thread, must not block, and may be called twice.
         """
         with self._lock.write:
-            record = self._records.get(id)
+            record = self._records.get(task_id)
             pending = record is not None and record.status == PENDING and not self.stopping
             if pending:
-                self._watchers.setdefault(id, set()).add(wake)
+                self._watchers.setdefault(task_id, set()).add(wake)
         if not pending:
             wake()
 
-    def unwatch(self, id: str, wake: Callable[[], None]) -> None:
+    def unwatch(self, task_id: str, wake: Callable[[], None]) -> None:
         """Call `wake` no more."""
         with self._lock.write:
-            watchers = self._watchers.get(id, set())
+            watchers = self._watchers.get(task_id, set())
             watchers.discard(wake)
             if not watchers:
-                self._watchers.pop(id, None)
+                self._watchers.pop(task_id, None)
 
     def stop(self) -> None:
         """Wake all who wait; nobody waits from now on."""
@@ -858,14 +855,14 @@ class Store:
                 self._finished_at.append(moment - age)
         return pending
 
-    def _hold_place(self, id: str, size: int) -> None:
+    def _hold_place(self, task_id: str, size: int) -> None:
         """Keep the place of a record that is about to be saved. The write side is held."""
-        self._records[id] = None
+        self._records[task_id] = None
         self._bytes += size
 
-    def _free_place(self, id: str, size: int) -> None:
+    def _free_place(self, task_id: str, size: int) -> None:
         """Give back the place of a record that could not be saved. The write side is held."""
-        del self._records[id]
+        del self._records[task_id]
         self._bytes -= size
 
     def _has_no_room(self, size: int) -> bool:
@@ -898,9 +895,9 @@ class Store:
             self._finished.append(record.id)
             self._finished_at.append(self._clock())
 
-    def _remove(self, id: str) -> None:
+    def _remove(self, task_id: str) -> None:
         """Drop a record. The write side is held."""
-        record = self._records.pop(id)
+        record = self._records.pop(task_id)
         if record is not None:
             self._bytes -= record.size()
             self._counts[record.type, record.status] -= 1
@@ -913,15 +910,15 @@ class Store:
             if len(self._doomed) < self.max_tasks:
                 self._doomed.update(ids)
 
-    def _await_deletion(self, id: str) -> None:
+    def _await_deletion(self, task_id: str) -> None:
         """Wait until an old delete of this id is over, and call off one that has not begun.
 
         Else it would delete the new record of this id. JournalError: it takes too long.
         """
         with self._deleted:
-            if not self._deleted.wait_for(lambda: id not in self._deleting, 5):
+            if not self._deleted.wait_for(lambda: task_id not in self._deleting, 5):
                 raise JournalError("The journal is slow; try again later.", 5)
-            self._doomed.discard(id)
+            self._doomed.discard(task_id)
 
     def _save_once(self, record: Record) -> None:
         """Save a record. JournalError: it may have worked or not; RecordRefused; JournalLost."""
@@ -1410,6 +1407,12 @@ def _outcome(run: CoroutineRun) -> tuple[Any, BaseException | None]:
 #
 # What a worker's thread and its child process say to each other, through one pipe:
 #
+#     the worker                                    the child
+#                <--  READY: give me a job  --
+#                --  function, payload, default  -->
+#                <--  BEGUN: the function is called  --
+#                <--  PROGRESS: a report, ten a second  --
+#                <--  RESULT, or ERROR  --
 #
 # From the child come bytes and JSON: the server never unpickles what a task made.
 
@@ -1665,7 +1668,7 @@ class Child:
         # Through this pipe a cancel wakes call(), which then looks whether it was meant. At most
         # one byte is under way: the lock is held from before it is sent until it is about to be
         # read.
-        self._woken, self._waker = _SPAWN.Pipe(duplex=False)
+        self._wake_receiver, self._wake_sender = _SPAWN.Pipe(duplex=False)
         self._wake_under_way = threading.Lock()
 
     def call(
@@ -1708,7 +1711,7 @@ class Child:
         """Have call() look whether its task was cancelled. Never blocks; called by any thread."""
         if self._wake_under_way.acquire(blocking=False):  # else there is such a message already
             with contextlib.suppress(OSError):
-                self._waker.send_bytes(b"!")  # Windows may take no notice of an empty message
+                self._wake_sender.send_bytes(b"!")  # Windows may take no notice of an empty message
 
     def kill(self) -> None:
         """End the process at once, if there is one. Waits for no lock."""
@@ -1734,8 +1737,8 @@ class Child:
     def close(self) -> None:
         """End the process for good."""
         self.end()
-        self._woken.close()
-        self._waker.close()
+        self._wake_receiver.close()
+        self._wake_sender.close()
 
     def _hand_over(
         self, function: Callable[..., Any], payload: bytes, live: Live, default: Default
@@ -1775,15 +1778,15 @@ class Child:
                 raise Cancelled
             seconds = None if deadline is None else max(0.0, deadline - time.monotonic())
             # The pipe alone is not enough: on Windows a process may die and leave it open.
-            sources = [self._pipe, self._process.sentinel, self._woken]
+            sources = [self._pipe, self._process.sentinel, self._wake_receiver]
             ready = multiprocessing.connection.wait(sources, seconds)
             if not ready:
                 raise TimeoutError
-            if self._woken in ready:
+            if self._wake_receiver in ready:
                 # In this order: who requests a cancel after the release sends a new wake, and who
                 # did before is seen at the top of this loop.
                 self._wake_under_way.release()
-                self._woken.recv_bytes()
+                self._wake_receiver.recv_bytes()
             elif self._pipe.poll():
                 message: bytes = self._pipe.recv_bytes()
                 return message
@@ -1925,7 +1928,7 @@ class Request(NamedTuple):
     def parameter(self, name: str, pattern: str, example: str) -> str | None:
         """Return a parameter of the query, None if it is not there.
 
-        HTTPError 400: it is there twice, or does not match the pattern.
+        HTTPError 400: it is there twice, or does not match the pattern; `example` shows what would.
         """
         pairs = urllib.parse.parse_qsl(self.query, keep_blank_values=True)
         values = [value for key, value in pairs if key == name]
@@ -2373,7 +2376,7 @@ class TaskType(NamedTuple):
     pool: WorkerPool | CoroutinePool
     timeout: float | None
     rerun: bool
-    payload: Mapping[str, Any]  # JSON Schemas of members, for the description
+    payload_schemas: Mapping[str, Any]  # of members of the payload, for the description
 
 
 def _create_schema(task_type: TaskType) -> dict[str, Any]:
@@ -2391,7 +2394,7 @@ def _create_schema(task_type: TaskType) -> dict[str, Any]:
         "type": "object",
         "description": f"The payload of a task of type {task_type.name}.",
         "required": ["name"],
-        "properties": {"name": name, **task_type.payload},
+        "properties": {"name": name, **task_type.payload_schemas},
         "additionalProperties": True,
         "examples": [{"name": "sample"}],
     }
@@ -2629,19 +2632,19 @@ class Application:
             repeated = self._repeat(task_type, key, name)
             if repeated is not None:
                 return repeated
-        id = key or new_id()
+        task_id = key or new_id()
         live = Live()
         record = Record(
-            id, name, PENDING, task_type.name, time.time(), payload=request.body, live=live
+            task_id, name, PENDING, task_type.name, time.time(), payload=request.body, live=live
         )
         try:
             self._add(task_type, record, live)
         except Duplicate:  # another client with this key was faster
-            repeated = self._repeat(task_type, id, name)
+            repeated = self._repeat(task_type, task_id, name)
             if repeated is None:  # it was faster, but was refused: try again
                 raise _still_being_stored() from None
             return repeated
-        self.log_task("task %s created: type %s, name %s", id, record.type, ascii(name))
+        self.log_task("task %s created: type %s, name %s", task_id, record.type, ascii(name))
         return Response(201, encode_record(record), (location(record),))
 
     def _add(self, task_type: TaskType, record: Record, live: Live) -> None:
@@ -2661,13 +2664,13 @@ class Application:
             raise HTTPError(400, f"The journal cannot take this task: {error}.") from None
         task_type.pool.put(live, record)  # does nothing if it was cancelled since it was stored
 
-    def _repeat(self, task_type: TaskType, id: str, name: str) -> Response | None:
+    def _repeat(self, task_type: TaskType, task_id: str, name: str) -> Response | None:
         """Return the answer to a create whose key was used before, None if it was not.
 
         HTTPError 409: the first one is just being stored; 422: the key was used for something else.
         """
         try:
-            record = self.store.find(id)
+            record = self.store.find(task_id)
         except Duplicate:
             raise _still_being_stored() from None
         if record is None:
@@ -2677,21 +2680,21 @@ class Application:
             raise HTTPError(422, sentence)
         return Response(200, encode_cached(record), (location(record),))
 
-    def _find(self, task_type: TaskType, id: str) -> Record:
+    def _find(self, task_type: TaskType, task_id: str) -> Record:
         """Return the record of this type with this id. HTTPError 400: no id; 404: no such task."""
-        id = id.lower()
+        task_id = task_id.lower()
         try:
-            record = self.store.get(id)
+            record = self.store.get(task_id)
             if record.type == task_type.name:
                 return record
         except KeyError:
             pass
-        if not _UUID.fullmatch(id):
+        if not _UUID.fullmatch(task_id):
             raise HTTPError(400, "Send the id that create answered: 36 characters, with hyphens.")
         raise HTTPError(404, "No task of this type has this id; it may have been evicted.")
 
-    def _poll(self, task_type: TaskType, request: Request, id: str) -> Response | Later:
-        record = self._find(task_type, id)
+    def _poll(self, task_type: TaskType, request: Request, task_id: str) -> Response | Later:
+        record = self._find(task_type, task_id)
         if not request.query:
             return Response(200, encode_cached(record))
         seconds = float(request.parameter("wait", r"[0-9]+(\.[0-9]+)?", "30") or 0)
@@ -2700,8 +2703,8 @@ class Application:
         answer = functools.partial(self._answer_poll, task_type, record.id)
         return self._when_final(record, min(seconds, MAX_WAIT), answer)
 
-    def _answer_poll(self, task_type: TaskType, id: str) -> Response:
-        return Response(200, encode_cached(self._find(task_type, id)))
+    def _answer_poll(self, task_type: TaskType, task_id: str) -> Response:
+        return Response(200, encode_cached(self._find(task_type, task_id)))
 
     def _when_final(self, record: Record, seconds: float, answer: Callable[[], Response]) -> Later:
         """Answer when a record is final, or after so many seconds."""
@@ -2709,8 +2712,8 @@ class Application:
         unwatch = functools.partial(self.store.unwatch, record.id)
         return Later(seconds, watch, unwatch, answer)
 
-    def _cancel(self, task_type: TaskType, request: Request, id: str) -> Response | Later:
-        record = self._find(task_type, id)
+    def _cancel(self, task_type: TaskType, request: Request, task_id: str) -> Response | Later:
+        record = self._find(task_type, task_id)
         live = record.live
         if live is None:  # it is final
             return Response(200, encode_cached(record))
@@ -2723,7 +2726,7 @@ class Application:
             self.log_task("task %s is to be cancelled", record.id)
             self._interrupt(task_type, record, live)
         if not live.withdrawn:
-            return Response(200, encode_record(self._find(task_type, id)))
+            return Response(200, encode_record(self._find(task_type, task_id)))
         answer = functools.partial(self._answer_cancel, task_type, record.id)
         return self._when_final(record, CANCEL_SECONDS, answer)
 
@@ -2736,8 +2739,8 @@ class Application:
         elif task_type.pool is self.cpu_pool:
             self.children.wake()
 
-    def _answer_cancel(self, task_type: TaskType, id: str) -> Response:
-        record = self._find(task_type, id)
+    def _answer_cancel(self, task_type: TaskType, task_id: str) -> Response:
+        record = self._find(task_type, task_id)
         if record.status == PENDING:
             sentence = "The task will not begin, but the journal does not say so yet; ask again."
             raise HTTPError(503, sentence, ("Retry-After", "5"))
@@ -2915,6 +2918,8 @@ def read_head(buffer: bytearray, peer: str = "") -> Generator[str, Any, Request]
     line_is_checked = False
     headers_start = 0
     while True:
+        # Only what is new is looked at, and what may be the beginning of something: three bytes of
+        # an empty line, a CR without its LF.
         end = buffer.find(b"\r\n\r\n", max(0, seen - 3))
         if end >= 0:
             head = bytes(buffer[:end])
@@ -3176,9 +3181,9 @@ def encode_response(response: Response, request: Request | None, close: bool) ->
     return head + b"\r\n\r\n" + body
 
 
-RECEIVE_SIZE = (
-    16_384  # bytes; a whole record of TLS (RFC 8446, 5.1), for no selector sees a rest of one
-)
+# Bytes that are received at once: a whole record of TLS (RFC 8446, 5.1), for no selector sees the
+# rest of one.
+RECEIVE_SIZE = 16_384
 MAX_PIPELINED = 65_536  # bytes that are read ahead while an answer comes later
 
 _WOULD_BLOCK: tuple[type[BaseException], ...] = (BlockingIOError,)
@@ -3419,9 +3424,8 @@ class Server(http.server.ThreadingHTTPServer):
     """
 
     allow_reuse_address = os.name != "nt"  # on Windows it lets two servers share a port
-    request_queue_size = (
-        1024  # the kernel's; with the base class's 5, most of a burst get no answer
-    )
+    # The kernel's queue of new connections. With the base class's 5, most of a burst get no answer.
+    request_queue_size = 1024
 
     MAX_ACCEPTED = 100  # connections at once; then the others have their turn
     MAX_RESUMED = 100  # the same for answers that have become due
@@ -3456,9 +3460,9 @@ class Server(http.server.ThreadingHTTPServer):
         self._stopped.set()
         self._pool = WorkerPool("request", lambda work: work())
         self._selector = selectors.DefaultSelector()
-        self._waker, self._woken = socket.socketpair()
-        self._waker.setblocking(False)
-        self._woken.setblocking(False)
+        self._wake_receiver, self._wake_sender = socket.socketpair()
+        self._wake_sender.setblocking(False)
+        self._wake_receiver.setblocking(False)
         super().__init__(address, http.server.BaseHTTPRequestHandler, bind_and_activate)
         self.socket.setblocking(False)
         _servers.add(self)
@@ -3474,7 +3478,7 @@ class Server(http.server.ThreadingHTTPServer):
         """Serve until `shutdown`. At least every `poll_interval` seconds, do what is due."""
         self._stopped.clear()
         try:
-            self._selector.register(self._woken, selectors.EVENT_READ)
+            self._selector.register(self._wake_receiver, selectors.EVENT_READ)
             self._accept_again()
             while self._end == math.inf or self._drain():
                 self._serve_once(poll_interval)
@@ -3497,7 +3501,7 @@ class Server(http.server.ThreadingHTTPServer):
     def server_close(self) -> None:
         """Close the sockets; to be called after `serve_forever` has ended."""
         super().server_close()
-        for resource in (self._selector, self._waker, self._woken):
+        for resource in (self._selector, self._wake_sender, self._wake_receiver):
             resource.close()
 
     def abandon(self) -> None:
@@ -3579,12 +3583,13 @@ class Server(http.server.ThreadingHTTPServer):
 
     def _wake_loop(self) -> None:
         with contextlib.suppress(OSError):  # full: it is about to wake; closed: it has ended
-            self._waker.send(b"\0")
+            self._wake_sender.send(b"\0")
 
     def _forget_wakes(self) -> None:
         with contextlib.suppress(BlockingIOError):
-            self._woken.recv(4096)
-        self._is_woken = False  # who puts something from now on wakes anew
+            self._wake_receiver.recv(4096)
+        # Who puts something from now on wakes anew. What was put before is seen in this round.
+        self._is_woken = False
 
     def _act(self, connection: Connection, act: Callable[[], None]) -> None:
         """Have a connection do something; then have the selector wait for what it waits for now."""
@@ -3760,7 +3765,7 @@ class LogHandler(logging.Handler):
 
     def _be_writer(self) -> None:
         """Be the thread that writes."""
-        told = 0  # of the lines that were dropped
+        reported = 0  # lines that were dropped, and of which the log says so
         lines: list[tuple[float, str, str, Any] | None] = []
         while None not in lines:
             lines = [self._lines.get()]
@@ -3769,9 +3774,9 @@ class LogHandler(logging.Handler):
                 lines.append(self._lines.get())
             text = "".join(self._compose(*line) for line in lines if line)
             dropped = self._dropped
-            if dropped > told:
-                text += f"{dropped - told} lines of the log did not fit and were dropped\n"
-                told = dropped
+            if dropped > reported:
+                text += f"{dropped - reported} lines of the log did not fit and were dropped\n"
+                reported = dropped
             write_all(self._descriptor, text.encode())
 
     def _compose(self, seconds: float, level: str, text: str, arguments: Any) -> str:
@@ -3799,7 +3804,7 @@ def run_until_stopped(server: Server, grace: float) -> int:
     are no signals. Status 1: the journal was lost.
     """
     application = server.application
-    told = threading.Event()  # set when the stop is to begin
+    stop_is_due = threading.Event()
     signals: list[int] = []
     losses: list[str] = []
 
@@ -3809,15 +3814,15 @@ def run_until_stopped(server: Server, grace: float) -> int:
             application.store.journal = None  # the next start decides what becomes of the tasks
             application.children.kill()
             os._exit(128 + number)
-        told.set()
+        stop_is_due.set()
 
     def on_journal_lost(reason: str) -> None:
         application.stop()  # at once: nothing may begin any more
         losses.append(reason)
-        told.set()
+        stop_is_due.set()
 
     def stop() -> None:
-        told.wait()
+        stop_is_due.wait()
         if signals or losses:  # else somebody has called server.shutdown
             stop_in_order(server, 0 if losses else grace)
 
@@ -3832,7 +3837,7 @@ def run_until_stopped(server: Server, grace: float) -> int:
     finally:
         server.server_close()
     application.stop()  # somebody may have called server.shutdown
-    told.set()  # and the thread that waits for this has to end
+    stop_is_due.set()  # and the thread that waits for this has to end
     if losses:
         log.error("stopped, for the journal belongs to this server no more: %s", losses[0])
     return 1 if losses else 0
@@ -3889,9 +3894,9 @@ _TYPE = {
 class Listing:
     """What GET /tasks answers: made by a worker, as a rule, while the connection waits."""
 
-    def __init__(self, store: Store, limit: int, status: str, type: str) -> None:
+    def __init__(self, store: Store, limit: int, status: str, type_name: str) -> None:
         self._store = store
-        self._limit, self._status, self._type = limit, status, type
+        self._limit, self._status, self._type = limit, status, type_name
         self._response: Response | None = None
 
     def make(self, wake: Callable[[], None]) -> None:
@@ -3946,11 +3951,11 @@ class Monitoring:
         """Answer with the newest tasks, once a worker has put their records together."""
         limit = int(min(float(request.parameter("limit", "[0-9]+", "50") or 50), MAX_LIMIT))
         status = request.parameter("status", f"{PENDING}|{COMPLETED}|{FAILED}", FAILED) or ""
-        type = request.parameter("type", ".*", next(iter(self._application.types), "")) or ""
-        if type and type not in self._known_types():
+        type_name = request.parameter("type", ".*", next(iter(self._application.types), "")) or ""
+        if type_name and type_name not in self._known_types():
             known = ", ".join(sorted(self._known_types()))
             raise HTTPError(400, f"Send a type that there is: {known}.")
-        listing = Listing(self._application.store, limit, status, type)
+        listing = Listing(self._application.store, limit, status, type_name)
         return Later(
             LISTING_SECONDS,
             watch=lambda wake: self._lister.call(functools.partial(listing.make, wake)),
@@ -3972,17 +3977,21 @@ class Monitoring:
 
     def _known_types(self) -> set[str]:
         """Return the types that are registered, and those of records from before this start."""
-        return {*self._application.types, *(type for type, _ in self._application.store.counts())}
+        return {
+            *self._application.types,
+            *(type_name for type_name, _ in self._application.store.counts()),
+        }
 
     def _numbers(self) -> dict[str, Any]:
         application = self._application
         counts = application.store.counts()
         totals = {COMPLETED: 0, FAILED: 0}
         tasks = {
-            type: {PENDING: 0, COMPLETED: 0, FAILED: 0} for type in sorted(self._known_types())
+            type_name: {PENDING: 0, COMPLETED: 0, FAILED: 0}
+            for type_name in sorted(self._known_types())
         }
-        for (type, status), count in counts.items():
-            tasks[type][status] = count
+        for (type_name, status), count in counts.items():
+            tasks[type_name][status] = count
             if status != PENDING:
                 totals[status] += count
         pools = [pool.counts() for pool in application.pools]
@@ -4161,9 +4170,9 @@ class SQLiteJournal(Journal):
         statement = f"SELECT {self._COLUMNS} FROM task ORDER BY seq"
         intern = sys.intern
         try:
-            for id, name, status, type, *rest in self._database.execute(statement):
+            for task_id, name, status, type_name, *rest in self._database.execute(statement):
                 # A million records that share these two texts are smaller by 100 MiB.
-                yield Record(id, name, intern(status), intern(type), *rest)
+                yield Record(task_id, name, intern(status), intern(type_name), *rest)
         except Exception as error:
             raise self._error("read", error) from error
 
@@ -4236,7 +4245,7 @@ class SQLiteJournal(Journal):
     def _write(self, jobs: list[Any]) -> Exception | None:
         """Do jobs in one transaction; return why that did not work."""
         records = [record for record, _, _ in jobs if record is not None]
-        deleted = [id for _, ids, _ in jobs for id in ids]
+        deleted = [task_id for _, ids, _ in jobs for task_id in ids]
         try:
             self._commit(records, deleted)
             return None
@@ -4304,9 +4313,8 @@ def check_host(names: Iterable[str]) -> Callable[[Request], None]:
         return name in allowed or parse_address(name) is not None
 
     def check(request: Request) -> None:
-        if request.host and not is_meant(
-            request.host
-        ):  # HTTP/1.0 may name none; no browser does so
+        # HTTP/1.0 may name no host; no browser does so.
+        if request.host and not is_meant(request.host):
             sentence = "This server does not go by that name: use its address, or start it with "
             raise HTTPError(421, f"{sentence}--allow-host.")
 
@@ -5645,7 +5653,7 @@ def _serving(tls: ssl.SSLContext | None = None) -> Generator[int, None, None]:
         application.children.kill()
 
 
-def _check_task(type: str, payload: dict[str, Any]) -> str:
+def _check_task(type_name: str, payload: dict[str, Any]) -> str:
     """Create a task, poll it to its end, and return what became of it."""
     with _serving() as port:
         client = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
@@ -5655,9 +5663,9 @@ def _check_task(type: str, payload: dict[str, Any]) -> str:
             return json.loads(client.getresponse().read())
 
         body = json.dumps({"name": "self-check", **payload})
-        record = ask("POST", f"/create-{type}", body, {"Content-Type": "application/json"})
+        record = ask("POST", f"/create-{type_name}", body, {"Content-Type": "application/json"})
         while record.get("status") == PENDING:
-            record = ask("GET", f"/poll-{type}/{record['id']}?wait=30")
+            record = ask("GET", f"/poll-{type_name}/{record['id']}?wait=30")
         client.close()
     if record.get("status") != COMPLETED:
         raise ValueError(record.get("error"))
@@ -5865,12 +5873,12 @@ def _first_lines(application: Application, options: argparse.Namespace, address:
     kept = "in memory and end with this process; --db FILE keeps them"
     if application.store.journal is not None:
         kept = f"in {options.db or 'a journal'}"
-    type = next(iter(application.types), "TYPE")
+    type_name = next(iter(application.types), "TYPE")
     return (
         f"taskserver {__version__} on {address}\n"
         f"Open it in a browser, or create a task:  curl {token}"
         f"-H 'Content-Type: application/json' -d '{{\"name\": \"sample\"}}' "
-        f"{address}/create-{type}\n"
+        f"{address}/create-{type_name}\n"
         f"Tasks are kept {kept}.\n"
     )
 

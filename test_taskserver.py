@@ -866,9 +866,9 @@ def test_newest_may_be_those_of_a_status_and_a_type(store):
     finish(store, a), finish(store, c), finish(store, d, status="failed"), finish(store, e)
     assert newest(store, status="completed") == [e, c, a]
     assert newest(store, 2, status="completed") == [e, c]
-    assert newest(store, type="echo") == [d, c, b, a]
-    assert newest(store, type="echo", status="pending") == [b]
-    assert newest(store, type="nothing") == []
+    assert newest(store, type_name="echo") == [d, c, b, a]
+    assert newest(store, type_name="echo", status="pending") == [b]
+    assert newest(store, type_name="nothing") == []
 
 
 def test_records_are_counted_by_type_and_status_until_they_are_evicted(store):
@@ -6709,11 +6709,23 @@ def test_more_than_is_read_ahead_behind_one_that_waits_is_answered_too(either, b
     with either.connect() as client:
         client.send(raw("GET", "/bell"))
         bell.await_waiting()
-        sender = threading.Thread(target=client.send, args=(sent * 3,), daemon=True)
-        sender.start()
-        bell.wakes[0]()
+
+        is_sent = threading.Event()
+
+        def takes_more():
+            return select.select([], [client.socket], [], 0)[1]
+
+        def ring_when_no_more_is_taken():
+            eventually(lambda: is_sent.is_set() or not takes_more())
+            bell.wakes[0]()
+
+        # One thread sends and receives, for a TLS session is not for two.
+        ringer = threading.Thread(target=ring_when_no_more_is_taken, daemon=True)
+        ringer.start()
+        client.send(sent * 3)
+        is_sent.set()
+        ringer.join(LONG)
         assert [client.answer().status for _ in range(4)] == [200, 201, 201, 201]
-        sender.join(LONG)
 
 
 @pytest.mark.parametrize("how", ["closes", "vanishes"])
