@@ -5390,11 +5390,11 @@ function showCommands() {
   byId("shells").hidden = !isReady;
   byId("no-command").hidden = isReady;
   if (!isReady) return;
-  setText(byId("curl"), curl(type, body));
-  setText(byId("powershell"), powershell(type, body));
+  setText(byId("curl"), curlCommands(type, body));
+  setText(byId("powershell"), powershellCommands(type, body));
 }
 
-function curl(type, body) {
+function curlCommands(type, body) {
   const quoted = (text) => `'${text.replaceAll("'", "'\\''")}'`;
   const [create, poll] = [quoted(`${here}create-${type}`), quoted(`${here}poll-${type}/ID`)];
   const program = token ? 'curl -H "Authorization: Bearer $TASKSERVER_TOKEN"' : "curl";
@@ -5403,7 +5403,7 @@ function curl(type, body) {
   ${create}\n\n${program} ${poll}`;
 }
 
-function powershell(type, body) {
+function powershellCommands(type, body) {
   // There, the curly quotes of a text end it, too.
   const quoted = (text) => `'${text.replace(/['\u2018-\u201b]/g, "$&$&")}'`;
   const [create, poll] = [quoted(`${here}create-${type}`), quoted(`${here}poll-${type}/ID`)];
