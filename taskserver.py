@@ -4586,7 +4586,7 @@ class Description:
             response["content"] = {route.media_type: {"schema": {"type": "string"}}}
         elif route.answer is not None:
             response["content"] = self._json(route.answer)
-        if status == 201:
+        if 201 in route.statuses:  # a create, which may have been created before
             response["headers"] = {"Location": _LOCATION}
         return response
 
