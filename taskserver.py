@@ -67,15 +67,18 @@ holds records, a *worker* is a thread that runs tasks, a *pool* owns workers. A 
 outlive the process. Durations are in seconds, sizes in bytes.
 
 What is used of `http.server.ThreadingHTTPServer`: its socket and its address; how it is bound,
-closed and shut down; the names of its hooks. What is replaced: its threads, for one loop serves
-all connections (a thread costs an idle one 16 KiB, and each answer the time to be woken); and its
-request parser, which ignores Transfer-Encoding, takes malformed requests for others, and needs
-most of the time that an answer takes.
+closed and shut down; the names of its hooks. Two things are replaced. Its threads: here, one loop
+serves all connections, because a thread for each would cost 16 KiB while it is idle, and time to
+be woken for every answer. And its request parser: it ignores Transfer-Encoding, accepts malformed
+requests, and takes most of the time of an answer.
 
-Why not asyncio's streams? They would serve as many idle connections. But to read a head through
-them and to send constant bytes takes four fifths of the time of a whole poll here. And the
-buffers with their limits, the deadlines, and who is woken when would be somebody else's: this
-file is there to be read to the bottom.
+Why not asyncio's streams? They would serve as many idle connections. But reading a head through
+them and sending fixed bytes takes four fifths of the time of a whole poll here. And buffers,
+limits, deadlines and wake-ups would be handled inside asyncio, where the reader of this file
+cannot see them.
+
+Docstrings name the exceptions that a caller has to expect, each with its reason:
+"KeyError: there is no such record."
 """
 
 from __future__ import annotations
@@ -152,9 +155,8 @@ log = logging.getLogger("taskserver")
 class ReadersWriterLock:
     """Many readers at once, or one writer alone; a waiting writer goes before later readers.
 
-    `with lock.read:` and `with lock.write:` hold one side. A thread that holds a side must ask for
-    neither: a writer that comes in between waits for the first to be given back, and the second
-    request waits for that writer.
+    `with lock.read:` and `with lock.write:` hold one side. The lock is not reentrant: a thread that
+    holds a side and asks again waits for ever as soon as a writer has come in between.
     Nothing slow may be done while holding a side. A stream of writers keeps readers out.
 
     To read costs three times what a plain lock costs (1.6 and 0.5 microseconds). The gain: who
@@ -167,8 +169,9 @@ class ReadersWriterLock:
         self.readers = 0  # threads that read
         self.writers = 0  # threads that write or wait to
         self.writing = False
-        # Notified when the last writer leaves; and when a writer or the last reader does.
+        # Notified when the last writer leaves:
         self.may_read = threading.Condition(self.mutex)
+        # Notified when a writer leaves, or the last reader:
         self.may_write = threading.Condition(self.mutex)
         self.read = _ReadSide(self)
         self.write = _WriteSide(self)
@@ -282,7 +285,10 @@ class Live:
 
 
 def _to_float(number: Any) -> float:
-    """Return any real number as a float: an int, a Decimal, a Fraction, numpy's. ValueError."""
+    """Return any real number as a float: an int, a Decimal, a Fraction, numpy's.
+
+    ValueError: it is no real number.
+    """
     is_number = hasattr(number, "__float__") or hasattr(number, "__index__")
     try:
         if is_number:
@@ -293,7 +299,10 @@ def _to_float(number: Any) -> float:
 
 
 def _cut_rounding(fraction: float) -> float:
-    """Return 0.0 or 1.0 for a fraction that is outside by rounding alone. ValueError: by more."""
+    """Return 0.0 or 1.0 for a fraction that is outside by rounding alone.
+
+    ValueError: it is further outside.
+    """
     if -ROUNDING <= fraction < 0.0:
         return 0.0
     if 1.0 < fraction <= 1.0 + ROUNDING:
@@ -380,8 +389,9 @@ def encode_cached(record: Record, with_result: bool = True) -> bytes:
     return _encode_final_record(record, with_result)
 
 
-# Each escape in a text of JSON: a pair of surrogates, a lone surrogate, or another escape.
-_JSON_ESCAPE = re.compile(r"\\u[dD][89abAB]..\\u[dD][c-fC-F]..|\\(u[dD][89a-fA-F]..)|\\.")
+# An escape in a text of JSON: a pair of surrogates, a lone surrogate, or another one. The pair is
+# tried first, else its halves would be taken for lone ones. Group 1 matches a lone surrogate alone.
+_JSON_ESCAPE = re.compile(r"\\ud[89ab]..\\ud[c-f]..|\\(ud[89a-f]..)|\\.")
 
 
 _ENCODER = json.JSONEncoder(allow_nan=False)
@@ -390,7 +400,7 @@ _ENCODER = json.JSONEncoder(allow_nan=False)
 def encode_result(value: object, default: Callable[[Any], Any] | None = None) -> bytes:
     """Return what a function has returned as JSON; `default` is that of `json.dumps`.
 
-    ValueError: JSON cannot hold it, and at which key it stands, or it is too large.
+    ValueError: JSON cannot hold it (the text says what, and at which key), or it is too large.
     """
     encoder = _ENCODER
     if default is not None:
@@ -424,11 +434,12 @@ def _check_keys(value: object) -> None:
             members = value.values()
         elif isinstance(value, (list, tuple)):
             members = value
-        # Of numbers and texts there may be a hundred thousand.
+        # Not numbers and texts: a result may hold a hundred thousand of them.
         containers.extend(m for m in members if isinstance(m, (dict, list, tuple)))
 
 
 def _json_key(key: object) -> str:
+    """Return what a key of a dict becomes in JSON, as `json` itself writes it."""
     if isinstance(key, str):
         return key
     return str(next(iter(json.loads(json.dumps({key: None})))))
@@ -437,7 +448,7 @@ def _json_key(key: object) -> str:
 def _place_of_fault(value: object, encoder: json.JSONEncoder) -> str:
     """Return where in a value the part stands that cannot be encoded, such as " at ['a'][0]"."""
     place = ""
-    while len(place) < 200:
+    while len(place) < 200:  # a value that contains itself would go on for ever
         members: Iterable[tuple[Any, Any]] = ()
         if isinstance(value, dict):
             members = value.items()
@@ -453,17 +464,21 @@ def _place_of_fault(value: object, encoder: json.JSONEncoder) -> str:
                 break
         else:
             break
-    return place and f" at {escape_surrogates(place)}"
+    if not place:
+        return ""
+    return f" at {escape_surrogates(place)}"
 
 
 def _escape_lone_surrogate(escape: re.Match[str]) -> str:
-    """Return an escape as it is, but that of a lone surrogate as a text that UTF-8 can hold."""
+    """Return an escape as it is; of a lone surrogate, what JSON reads as the text \\udc80."""
     lone = escape.group(1)
-    return f"\\\\{lone}" if lone else escape.group()
+    if lone:
+        return f"\\\\{lone}"
+    return escape.group()
 
 
 class TaskError(Exception):
-    """An error whose text becomes the record's as it is; `trace` goes to the log alone."""
+    """An error whose text becomes the record's `error` unchanged; `trace` is for the log alone."""
 
     def __init__(self, error: object = "", trace: str = "") -> None:
         super().__init__(error)
@@ -490,7 +505,7 @@ def traceback_of(exception: BaseException) -> str:
             return exception.trace
         lines = traceback.format_exception(type(exception), exception, exception.__traceback__)
         return "".join(lines).rstrip()
-    except BaseException:  # the same
+    except BaseException:  # as in describe()
         return ""
 
 
@@ -507,11 +522,11 @@ class JournalError(Unavailable):
 
 
 class RecordRefused(Exception):
-    """Raised by a journal: it can never take this record. The text says why."""
+    """Raised by a journal that can never take this record. Says why."""
 
 
 class JournalLost(Exception):
-    """Raised by a journal: it belongs to this server no more, which must end. The text says why."""
+    """Raised by a journal that no longer belongs to this server, which must end. Says why."""
 
 
 class Duplicate(Exception):
@@ -523,17 +538,17 @@ class Store:
 
     A final record stays for `keep` seconds; then `evict` drops it. At most `max_tasks` records are
     held, and payloads and results of at most `max_memory` bytes. With a `journal` (its contract
-    stands in section 10), a record is in there before anybody sees it; then `add`, `save` and
-    `finish` block until it is, and `delete_doomed` has it forget what is held no more.
+    stands in section 10), a record is written there before anybody sees it: `add`, `save` and
+    `finish` block until it is. `delete_doomed` deletes there what was evicted here.
     """
 
     FAILING_SECONDS = 30.0  # so long after a failure the journal counts as failing
+    PAUSES = (0.1, 0.3, 1.0, 3.0, 10.0)  # seconds between attempts to save; then always the last
     DELETE_AGAIN_SECONDS = 10.0  # so long after a failed delete, the next one is tried
     EVICTED_AT_ONCE = 1000  # records; so many take a millisecond of the lock
     DELETED_AT_ONCE = 250  # records; so many take a disk some 15 ms, for which creates may wait
 
-    # When more records are held, and so many of them are new, Python's garbage collector is told to
-    # overlook them: see `spare_collector`.
+    # `spare_collector` acts when more than MANY records are held, and at least MANY_NEW are new.
     MANY, MANY_NEW = 100_000, 50_000
 
     def __init__(
@@ -558,8 +573,8 @@ class Store:
         self._sequence = 0  # of the newest record
         self._bytes = 0  # of payloads and results
         self._counts: collections.Counter[tuple[str, str]] = collections.Counter()
-        # The ids of final records, those first that have been final for the longest time, and since
-        # when by the clock. One queue of pairs would take 48 bytes more for each record.
+        # Two parallel queues, oldest first: the ids of final records, and when each became final,
+        # by `_clock`. One queue of pairs would take 48 bytes more for each record.
         self._finished: collections.deque[str] = collections.deque()
         self._finished_at: collections.deque[float] = collections.deque()
         self._watchers: dict[str, set[Callable[[], None]]] = {}
@@ -604,7 +619,7 @@ class Store:
                 seen = filter(None, reversed(self._records.values()))
                 return list(itertools.islice(seen, limit))
             records = list(self._records.values())  # eight milliseconds for a million
-        matching = (
+        matching = (  # "" stands for any
             record
             for record in reversed(records)
             if record and status in ("", record.status) and type_name in ("", record.type)
@@ -644,7 +659,7 @@ class Store:
         finally:
             with self._lock.write:
                 if saved:
-                    self._bytes -= size  # which _insert counts
+                    self._bytes -= size  # _insert counts it again
                     self._insert(record)
                 else:
                     self._free_place(record.id, size)
@@ -656,15 +671,14 @@ class Store:
 
         Blocks, and tries until that has worked. RecordRefused: it never will. JournalLost.
         """
-        if self.journal is None:
-            return
-        pauses = itertools.chain((0.1, 0.3, 1, 3), itertools.repeat(10))
-        while self.journal is not None:  # a second signal takes it away, so that this ends
+        attempts = 0
+        while self.journal is not None:  # a second stop signal sets it to None, which ends this
             try:
                 self._save_once(record)
                 return
-            except JournalError:
-                time.sleep(next(pauses))  # nothing tells when a disk has room again
+            except JournalError:  # nothing tells when a disk has room again
+                time.sleep(self.PAUSES[min(attempts, len(self.PAUSES) - 1)])
+                attempts += 1
 
     def finish(self, record: Record) -> None:
         """Replace a record by its final successor, once that is saved; wake who waits for it.
@@ -727,7 +741,8 @@ class Store:
         """Drop final records that have outlived their time; return how many.
 
         At most EVICTED_AT_ONCE of them, so that readers never wait for long: call it until it
-        returns 0. The journal forgets them in `delete_doomed`: who makes room waits for no disk.
+        returns 0. The journal deletes them in `delete_doomed`, so that a create that makes room
+        does not wait for the disk.
         """
         ids: list[str] = []
         with self._lock.write:
@@ -763,7 +778,7 @@ class Store:
         try:
             self.journal.delete(ids)
         except JournalLost as loss:
-            self._lose(loss)
+            self._lose(loss)  # from now on, nothing is to be deleted
         except BaseException as exception:
             error = exception
         with self._deleted:
@@ -781,14 +796,14 @@ class Store:
         """Have Python's garbage collector overlook the records, if there are many new ones.
 
         Now and then it looks at everything, while everybody waits: 0.5 s for a million records.
-        What is frozen it never looks at again. That is freed as ever when nothing refers to it; but
-        what is alive now and later refers to itself, in a circle, stays. So this is done seldom,
-        and never with the default of --max-tasks. CPython has it from 3.7 on; in free-threaded
-        builds the pause is shorter, but not gone; PyPy needs none of it.
+        What is frozen it never looks at again. Frozen objects are still freed when nothing refers
+        to them any more; only those that become part of a reference cycle later are never freed.
+        So this is done seldom, and never with the default of --max-tasks. CPython has it from 3.7
+        on; in free-threaded builds the pause is shorter, but not gone; PyPy needs none of it.
         """
         if self._new >= self.MANY_NEW and len(self._records) > self.MANY:
             self._new = 0
-            gc.collect()  # so that no garbage is kept; looks at what is new, for about 30 ms
+            gc.collect()  # garbage would be frozen, too; takes 30 ms, for it looks at what is new
             _freeze()
 
     def recover(self) -> list[Record]:
@@ -817,12 +832,12 @@ class Store:
             seconds = 2.0
             while not done.wait(seconds):
                 log.info("loading the journal: %d tasks so far", len(loaded))
-                seconds *= 2  # who stands by for another server may wait for days
+                seconds *= 2  # load() may wait for days, until another server has ended
 
         threading.Thread(target=say_how_far, name="loading", daemon=True).start()
         try:
             loaded.extend(self.journal.load())
-        except (OSError, JournalLost):  # they say what to do
+        except (OSError, JournalLost):  # their text says already what to do
             raise
         except Exception as error:
             raise OSError(f"the journal cannot be loaded: {describe(error)}") from error
@@ -953,7 +968,7 @@ def _freeze() -> None:
 
 
 class BoundedQueue:
-    """The items that wait for a pool, and the number of those in work; named as in `queue.py`.
+    """The items that wait for a pool, and the number of those in work.
 
     Who has an item calls, in this order:
 
@@ -967,7 +982,7 @@ class BoundedQueue:
         reserved --put--> queued --_take--> in work --_done--> gone
         reserved or queued --withdraw--> gone
 
-    A key is an object of the caller's that is like no other.
+    A key is any hashable object that the caller uses for one item alone.
     """
 
     def __init__(self, max_workers: float = math.inf, max_waiting: float = math.inf) -> None:
@@ -1061,8 +1076,8 @@ class WorkerPool(BoundedQueue):
     """Threads that are made when there is work, and end when there has been none for a while.
 
     Each takes one item after the other out of the queue and calls `work` with it, which lets no
-    exception out. At most one worker at a time is being woken or made; when it leaves items behind,
-    it has the next one come. So a burst of short items wakes few threads, and long ones get a
+    exception out. At most one worker at a time is being woken or made; a worker that takes an item
+    and sees more wakes the next. So a burst of short items wakes few threads, and long ones get a
     thread each.
     """
 
@@ -1139,8 +1154,8 @@ class WorkerPool(BoundedQueue):
                 self._idle += 1
                 notified = self._not_empty.wait(self.IDLE_SECONDS)
                 self._idle -= 1
-                # Also without a notice: one may have come just as the time was over, and then the
-                # worker that it was meant for is this one.
+                # After a timeout, too: a notify that came just as the time was over was meant for
+                # this worker, and is used up.
                 self._on_the_way = False
                 if not notified and not self._has_item():
                     self._workers -= 1
@@ -1160,7 +1175,7 @@ class CoroutineRun:
     def __init__(self, item: Any) -> None:
         self.item = item
         self.aio_task: Any = None  # the asyncio.Task in which it runs
-        self.timer: Any = None  # of the time limit; once it is interrupted, of the grace
+        self.timer: Any = None  # set to the time limit; after an interrupt, to the end of the grace
         self.reason: Exception | None = None  # why it was interrupted
         self.outcome: tuple[Any, BaseException | None] | None = None  # its value and its error
         self.given_up = False  # it goes on, but its record is final already
@@ -1173,13 +1188,14 @@ class CoroutinePool(BoundedQueue):
     """Coroutines in one event loop, which has a thread of its own; it starts with the first item.
 
     An item goes through three steps. `before(item)` returns a function without arguments and a time
-    limit, or None for either. What the function returns, a coroutine, runs in the event loop.
-    `after(item, value, error)` takes what became of it. The first and the last step may wait for a
-    disk, and decode and encode what may be long, so threads do them; they let no exception out.
+    limit: None for no limit; no function if there is nothing to run. What the function returns, a
+    coroutine, runs in the event loop. `after(item, value, error)` takes what became of it. The
+    first and the last step may wait for a disk, and decode or encode what is long, so threads do
+    them; they let no exception out.
     """
 
-    # For the first and the last step. With a journal, each waits for a commit of the disk, and as
-    # many as there are threads share one: 10,000 starts took 4 to 9 seconds with 8, 1 with 32.
+    # For the first and the last step. With a journal, each thread waits for the disk, and all that
+    # wait share one commit: 10,000 starts took 4 to 9 seconds with 8 threads, 1 with 32.
     THREADS, THREADS_WITH_JOURNAL = 8, 32
 
     def __init__(
@@ -1195,7 +1211,7 @@ class CoroutinePool(BoundedQueue):
         self._threads = WorkerPool("coroutine", lambda step: step(), self.THREADS)
         # For the loop's thread alone:
         self._runs: dict[Hashable, CoroutineRun] = {}  # by key
-        self._is_ending = False  # the loop ends when it stops
+        self._is_ending = False  # when the loop stops, its thread ends; else a coroutine stopped it
         # Guarded by the lock:
         self._loop: Any = None
         self._on_the_way = False  # a thread was told to begin the next item, and has not taken it
@@ -1235,7 +1251,10 @@ class CoroutinePool(BoundedQueue):
         return super()._has_item() and self._running < self.max_workers
 
     def _call_in_loop(self, function: Callable[..., None], *arguments: Any) -> None:
-        """Have the loop's thread call a function, if there is a loop. Does not block."""
+        """Have the loop's thread call a function. Does not block.
+
+        There is no loop before the first item, and after the stop: then nobody needs the call.
+        """
         with self._lock:
             if self._loop is not None:
                 self._loop.call_soon_threadsafe(function, *arguments)
@@ -1308,14 +1327,16 @@ class CoroutinePool(BoundedQueue):
         self._loop.stop()
 
     def _outlive_exit(self, error: BaseException) -> None:
-        """Go on after an exception that ends the loop: SystemExit, KeyboardInterrupt.
+        """Go on after an exception that has ended the loop: SystemExit, KeyboardInterrupt.
 
-        The task that raised it keeps it for whoever awaits that task. If nobody does, asyncio tells
-        `_log_stray_exception` when the task is deleted. But the traceback begins with frames of the
-        loop, and these refer to the task, which would never be deleted. So drop them, up to the
-        first frame of a coroutine. An exception without one is of no task, and is logged here.
+        asyncio keeps it in the task that raised it, and calls `_log_stray_exception` when that task
+        is deleted and nobody has awaited it. But the frames of the loop in the traceback refer to
+        the task, and would keep it alive. So clear them, down to the first frame of a coroutine. If
+        there is none, no task has raised it, but a callback: log it here.
         """
-        trace = error.__traceback__ and error.__traceback__.tb_next  # without _run_loop
+        trace = error.__traceback__
+        if trace is not None:
+            trace = trace.tb_next  # the first frame is that of _run_loop, which goes on
         while trace is not None and not trace.tb_frame.f_code.co_flags & _ASYNC:
             trace.tb_frame.clear()
             trace = trace.tb_next
@@ -1327,7 +1348,7 @@ class CoroutinePool(BoundedQueue):
         error = context.get("exception")
         if error is not None:
             text = traceback_of(error)
-        else:  # say, a task that waits for nothing that there is
+        else:  # for example "Task was destroyed but it is pending!"
             text = f"{context.get('message')} {context.get('task', '')}"
         log.warning("what a coroutine left behind failed: %s", text)
 
@@ -1343,7 +1364,7 @@ class CoroutinePool(BoundedQueue):
             run.timer = self._loop.call_later(seconds, self._interrupt, run, reason)
 
     async def _catch_all(self, run: CoroutineRun, function: Callable[[], Any]) -> None:
-        """Note what the coroutine returns or raises: SystemExit, too, ends it alone."""
+        """Note what the coroutine returns or raises: even SystemExit ends this one alone."""
         try:
             run.outcome = await function(), None
         except BaseException as error:
@@ -1390,7 +1411,7 @@ def _outcome(run: CoroutineRun) -> tuple[Any, BaseException | None]:
 
     The error of one that was interrupted is the reason, unless it raised something else.
     """
-    import asyncio  # it is there, for the loop runs
+    import asyncio  # costs nothing: the loop runs, so it was imported before
 
     value: Any = None
     error: BaseException | None = asyncio.CancelledError()
@@ -1432,14 +1453,14 @@ STOP_SIGNALS = [
 _POSIX = os.name == "posix"  # Windows has neither signal masks nor groups of processes
 _SPAWN = multiprocessing.get_context("spawn")  # never fork: the server has threads
 
-# What a copy of this process, which a task forks, must not have of it. To keep a pipe would hide
-# from its other end that this process has ended.
-_own_handlers: list[Any] = []  # of signals
+# What a copy of this process must give up when a task calls os.fork: the handlers of signals, and
+# the pipes. A copy that kept a pipe open would hide the end of this process from the other end.
+_own_handlers: list[Any] = []
 _own_pipes: weakref.WeakSet[Any] = weakref.WeakSet()
 _starting = threading.Lock()  # held while a pipe to a child is made, and while a task forks
-_forking = threading.local()  # .mask: the signals that this thread blocks when it does not fork
-_setting_handlers: Any = contextlib.nullcontext()  # PyPy lets a copy set them only within its own
-if sys.implementation.name == "pypy":
+_forking = threading.local()  # .mask: the signals that this thread blocked before the fork
+_setting_handlers: Any = contextlib.nullcontext()
+if sys.implementation.name == "pypy":  # there a copy may set handlers only inside this context
     _setting_handlers = importlib.import_module("__pypy__.thread").signals_enabled
 
 Report = Callable[..., None]  # report(fraction, message=None)
@@ -1567,7 +1588,8 @@ class Surroundings:
         if _POSIX:
             for timer in signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF:
                 signal.setitimer(timer, 0)
-            for number in signal.sigpending():  # to ignore a blocked signal discards it
+            # To ignore a signal discards what is pending of it. The next loop restores its handler.
+            for number in signal.sigpending():
                 signal.signal(number, signal.SIG_IGN)
         for number, handler in self._handlers.items():
             if handler is not None and signal.getsignal(number) != handler:
@@ -1581,7 +1603,10 @@ def _outlive(number: int, frame: object) -> None:
 
 
 def _read_nothing() -> None:
-    """Give programs that a task runs an empty stdin: a terminal stops readers of other groups."""
+    """Give programs that a task runs an empty stdin.
+
+    A terminal would stop them, because only its foreground group may read from it (SIGTTIN).
+    """
     with open(os.devnull, "rb") as nothing:
         os.dup2(nothing.fileno(), 0)
 
@@ -1594,18 +1619,19 @@ def _child_main(pipe: Any) -> None:
             os.setpgid(0, 0)  # a group of its own, which ends as a whole
             os.nice(10)  # computing gives way to serving
             _read_nothing()
-            os.set_inheritable(pipe.fileno(), False)  # see _own_pipes: the same with programs
+            os.set_inheritable(pipe.fileno(), False)  # as in _own_pipes, for programs that it runs
         _own_pipes.add(pipe)
         handle_stop_signals(_outlive)  # the server decides what becomes of its tasks
         make_printing_safe()
         surroundings = Surroundings()
         surroundings.restore()  # this unblocks what Child._start has blocked
         while True:
-            pipe.send_bytes(READY)  # only then is a job sent, for to send one to who hangs blocks
+            pipe.send_bytes(READY)  # the server waits for it: sending to a child that hangs blocks
             answer = _run_job(pipe, pipe.recv_bytes())
             if os.getpid() != own:  # a copy that the function has forked must not answer as well
                 return
-            surroundings.restore()  # before the answer, so that nothing comes between two tasks
+            # Before the answer: an alarm that the task has set must not end this child after it.
+            surroundings.restore()
             pipe.send_bytes(answer)
     except (EOFError, OSError):  # the server has ended, or this child's worker
         pass
@@ -1622,9 +1648,10 @@ def _run_job(pipe: Any, job: bytes) -> bytes:
     watcher.start()
     try:
         function, payload, default = pickle.loads(job)  # imports the function's module
-        pipe.send_bytes(BEGUN)  # before this there is no report that the watcher could send
+        # No lock is needed: the function has not begun, so the watcher has nothing to send.
+        pipe.send_bytes(BEGUN)
         return RESULT + b" " + call_here(function, payload, live.report, default)
-    except BaseException as error:  # whatever the function raises ends its task alone
+    except BaseException as error:  # even SystemExit ends this task alone
         details = [describe(error), traceback_of(error)[-20_000:]]
         return ERROR + b" " + json.dumps(details).encode()
     finally:
@@ -1662,12 +1689,12 @@ class Child:
     """
 
     def __init__(self, reaping: threading.Lock) -> None:
-        self._reaping = reaping  # that of all children, see there
+        self._reaping = reaping  # shared by all children, see Children
         self._process: Any = None
         self._pipe: Any = None  # our end
-        # Through this pipe a cancel wakes call(), which then looks whether it was meant. At most
-        # one byte is under way: the lock is held from before it is sent until it is about to be
-        # read.
+        # Through this pipe a cancel wakes call(), which then looks whether it was meant. wake()
+        # takes the lock before it sends, _receive() releases it just before it reads: so at most
+        # one message is in the pipe, and sending never blocks.
         self._wake_receiver, self._wake_sender = _SPAWN.Pipe(duplex=False)
         self._wake_under_way = threading.Lock()
 
@@ -1783,8 +1810,8 @@ class Child:
             if not ready:
                 raise TimeoutError
             if self._wake_receiver in ready:
-                # In this order: who requests a cancel after the release sends a new wake, and who
-                # did before is seen at the top of this loop.
+                # In this order: a cancel after the release sends a new message; one before it is
+                # seen at the top of this loop.
                 self._wake_under_way.release()
                 self._wake_receiver.recv_bytes()
             elif self._pipe.poll():
@@ -1800,7 +1827,7 @@ class Child:
         """Start a process."""
         _working_directory()  # without one, `multiprocessing` fails and does not say why
         if _POSIX:
-            _start_tracker()  # first, for it unblocks signals
+            _start_tracker()  # before signals are blocked, because it unblocks them
             # Inherited by the child, so that none reaches it before it can handle it.
             signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         with self._reaping, _starting:
@@ -1870,9 +1897,11 @@ class Children:
     def _add(self) -> None:
         child = Child(self._reaping)
         with self._lock:
-            if not self._all:  # registered after that of `multiprocessing`, so it is called before,
-                atexit.unregister(self.kill)  # once is enough
-                atexit.register(self.kill)  # which would wait for children that outlive SIGTERM
+            # What was registered last is called first. This has to be called before what
+            # `multiprocessing` has registered, which waits for children that outlive SIGTERM.
+            if not self._all:
+                atexit.unregister(self.kill)  # so that it is registered once
+                atexit.register(self.kill)
             self._all.add(child)
         self._mine.child = child
 
@@ -1892,7 +1921,7 @@ class Fields(NamedTuple):
     minor: int = 1  # of the HTTP version: 1 for HTTP/1.1
 
     def has_body(self) -> bool:
-        """Return whether a body follows that is not empty for sure."""
+        """Return whether a body follows; one in chunks may turn out to be empty."""
         return self.chunked or self.length > 0
 
 
@@ -1906,7 +1935,7 @@ class Request(NamedTuple):
     fields: Fields = Fields()
     body: bytes = b""
     peer: str = ""  # the address of the client, or of the proxy between
-    trusted: bool = True  # false if it failed a check that its route waives
+    trusted: bool = True  # false if a check has refused it, and its route lets it in all the same
 
     def with_body(self, body: bytes) -> Request:
         """Return the request with a body. Half a microsecond; `_replace` needs two."""
@@ -1940,7 +1969,7 @@ class Request(NamedTuple):
 
 
 class Response(NamedTuple):
-    """One answer. The server adds a line feed to the body, for whoever reads it in a terminal."""
+    """One answer. The server adds a line feed to the body, so that it reads well in a terminal."""
 
     status: int
     body: bytes = b""
@@ -1953,8 +1982,8 @@ class Later(NamedTuple):
 
     `watch(wake)` is called once; from then on any thread may call `wake`, once or more.
     `unwatch(wake)` is called when nobody waits any more. When `wake` was called, or after
-    `seconds`, or when the server stops or the client has stopped sending, `answer()` is called
-    once; it must not block.
+    `seconds`, or when the server stops or the client has closed its sending side, `answer()` is
+    called once; it must not block.
     """
 
     seconds: float
@@ -1985,7 +2014,7 @@ _ANYTHING: Schema = {}
 
 
 class Route(NamedTuple):
-    """An endpoint: when it is called, and what clients are told of it."""
+    """An endpoint: when it is called, and what clients are told of it. See `Router.add`."""
 
     method: str
     pattern: str
@@ -2011,7 +2040,7 @@ class Call(NamedTuple):
     route: Route
     arguments: tuple[str, ...] = ()
     refusal: Response | None = None
-    trusted: bool = True  # false if the request failed a check that the route waives
+    trusted: bool = True  # goes into the request
 
 
 _NO_ROUTE = Route("", "", lambda request: Response(404))
@@ -2034,10 +2063,11 @@ class Router:
         all of them by name:
 
         - `blocks(request)`: whether the endpoint may wait or compute for long; then a thread calls
-          it. It is so unless you say otherwise. The rest is called by the server's loop, for which
-          all others wait.
+          it. That is the default. If it is false, the server's loop calls the endpoint itself, and
+          all other connections wait meanwhile.
         - `check(request)`: a rule for the head of a request; may raise HTTPError; must be quick.
-        - `waived`: statuses with which the application's checks do not refuse a request here.
+        - `waived`: statuses. When one of the application's checks refuses a request with one of
+          them, the request is let in all the same, with `trusted` false.
         - `summary`, `details`: what it does, in a line, and more. `tag`: to which group it belongs.
         - `operation`: its name in clients that are made from the description.
         - `statuses`: those that bear its answer, with a sentence for each; `refusals`: those that
@@ -2045,7 +2075,8 @@ class Router:
         - `answer`, `body`: the schemas of the answer and of what is posted, or their names; None
           where there is nothing. One with a title becomes a type of that name in clients.
         - `media_type`: that of the answer.
-        - `parameters`: of query and headers, as OpenAPI describes them; so is {id}, if no UUID.
+        - `parameters`: those of query and headers, as OpenAPI describes them; and {id}, unless it
+          is a UUID.
         """
         route = Route(method, pattern, endpoint, **more)
         segments = [None if segment == "{id}" else segment for segment in pattern.split("/")]
@@ -2098,8 +2129,15 @@ def never_blocks(request: Request) -> bool:
 MAX_DEPTH = 100  # of nested arrays and objects
 MAX_DIGITS = 4300  # of an integer; the bound of newer Pythons
 
-# A bracket, or a string, in which brackets do not count; the last string may be cut short.
-_BRACKET_OR_STRING = re.compile(r'[\[{\]}]|"[^"\\]*(?:\\.[^"\\]*)*(?:"|\\?\Z)', re.DOTALL)
+# A string is matched as a whole, because brackets in it do not count.
+_BRACKET_OR_STRING = re.compile(
+    r"""
+    [\[{\]}]
+    | " [^"\\]* (?: \\. [^"\\]* )*  # characters and escapes
+      (?: " | \\?\Z )               # the end, unless the text is cut short there
+    """,
+    re.DOTALL | re.VERBOSE,
+)
 
 
 def _check_depth(text: str) -> None:
@@ -2194,7 +2232,7 @@ IDEMPOTENCY_KEY = {
     "in": "header",
     "description": "A new UUID for each task; it becomes its id. Who sends a create again with the "
     "same one, because no answer came, gets the record of the first.",
-    # Without "format": "uuid", for some generated clients cannot send their UUIDs in a header.
+    # Without "format": "uuid", because some generated clients cannot send a UUID in a header.
     "schema": {"type": "string"},
 }
 
@@ -2203,7 +2241,8 @@ CANCEL_DETAILS = (
     "came of it. One that is final stays as it is."
 )
 
-_SWAPPED = (staticmethod, classmethod, property)  # they belong above the decorator of a task type
+# Decorators that have to stand above @application.task, not below it.
+_OUTER_DECORATORS = (staticmethod, classmethod, property)
 
 
 def new_id() -> str:
@@ -2214,7 +2253,10 @@ def new_id() -> str:
 
 
 def check_create(request: Request) -> None:
-    """See that a create has a body that it may have. HTTPError 400, 411, 415."""
+    """Check the headers of a create: a length, JSON, and a key that is a UUID.
+
+    HTTPError 411, 415, 400.
+    """
     headers = request.fields.headers
     if "content-length" not in headers and not request.fields.chunked:
         raise HTTPError(411, "Send a Content-Length.")
@@ -2276,17 +2318,17 @@ def _unwrapped(function: Any) -> Any:
 
 
 def _is_a(kind: Callable[[Any], bool], function: Any) -> bool:
-    """Return whether what is called, a function or the `__call__` of an object, is of this kind."""
+    """Return whether a function is of this kind; or if it is an object, whether its __call__ is."""
     function = _unwrapped(function)
     return kind(function) or (callable(function) and kind(type(function).__call__))
 
 
 def is_coroutine_function(function: Any) -> bool:
-    """Return whether calling something gives a coroutine: an `async def`, or an object's."""
+    """Return whether something is an `async def` function, or an object whose __call__ is one."""
     return _is_a(inspect.iscoroutinefunction, function)
 
 
-def _check_options(name: Any, cpu: bool, timeout: Any, unknown: Mapping[str, Any]) -> None:
+def _check_options(name: Any, timeout: Any, unknown: Mapping[str, Any]) -> None:
     """ValueError, TypeError: a task type cannot be registered with these options."""
     if "executor" in unknown:
         raise TypeError(
@@ -2318,7 +2360,7 @@ def _check_function(name: str, function: Any, cpu: bool) -> None:
 
 def _problem_of(function: Any) -> str:
     """Return why something cannot be the function of a task type, "" if it can."""
-    if isinstance(function, _SWAPPED):
+    if isinstance(function, _OUTER_DECORATORS):
         return f"swap the decorators: @{type(function).__name__} above @application.task"
     if isinstance(function, type) or not callable(function):
         return "decorate a function that takes (payload, report)"
@@ -2387,7 +2429,7 @@ def _create_schema(task_type: TaskType) -> dict[str, Any]:
         "description": "Any text that tells it from others; not blank.",
         "minLength": 1,
         "maxLength": MAX_NAME,
-        "pattern": r"^[\s\S]*\S",  # from the start, for some tools match it there alone
+        "pattern": r"^[\s\S]*\S",  # begins with ^ because some tools match at the start alone
     }
     return {
         "title": "Create" + "".join(words),
@@ -2408,7 +2450,7 @@ class Application:
     """
 
     # A task that waits for a network costs a thread of some 16 KiB, so hundreds fit into the
-    # smallest machine. More at once would rather overrun what they wait for than be done earlier.
+    # smallest machine. More at once would overload what they wait for, and not be done earlier.
     WORKERS = 256
     MAX_WAITING = 10_000
 
@@ -2434,8 +2476,8 @@ class Application:
             self._begin_coroutine, self._end_coroutine, self.WORKERS, self.MAX_WAITING
         )
         self.pools: list[BoundedQueue] = [self.pool, self.cpu_pool, self.coroutine_pool]
-        # Takes the two lines that the log has for each task. `main` puts something here that costs
-        # a create a quarter of what log.info costs it.
+        # Takes the two lines that the log has for each task. `main` replaces it by LogHandler.put,
+        # which costs a create a quarter of the time.
         self.log_task: Callable[..., None] = log.info
         self._savers = WorkerPool("saver", lambda save: save(), 8)  # for `fail`
         # Guards Live.withdrawn: to set it and to withdraw the task from the pool are one step.
@@ -2462,7 +2504,7 @@ class Application:
         ValueError: a bad or taken name, options that exclude each other, or a function that cannot
         work. What a child cannot import is found when the server starts.
         """
-        _check_options(name, cpu, timeout, unknown)
+        _check_options(name, timeout, unknown)
 
         def register(function: Function) -> Function:
             if name in self.types:
@@ -2521,7 +2563,7 @@ class Application:
             return call.route.endpoint(request, *call.arguments)
         except HTTPError as refusal:
             return refusal.response
-        except BaseException as error:  # SystemExit, too, ends this answer alone
+        except BaseException as error:  # even SystemExit ends this answer alone
             return self._fault(request, error)
 
     def answer_later(self, later: Later, request: Request) -> Response:
@@ -2652,7 +2694,7 @@ class Application:
         try:
             if self.store.stopping:
                 raise Unavailable("The server is stopping; try again when it is back.", 5)
-            task_type.pool.reserve(live)  # the key: nothing else is there before the record is
+            task_type.pool.reserve(live)  # `live` is the key, because a cancel has it as well
             try:
                 record = self.store.add(record)
             except BaseException:
@@ -2756,7 +2798,7 @@ class Application:
         try:
             live = self._begin(task_type, record)
             result = self._call(task_type, record.payload or b"", live)
-        except BaseException as exception:  # SystemExit, too, ends a task and no worker
+        except BaseException as exception:  # even SystemExit ends this task alone
             error = exception
         if os.getpid() != own:  # a copy that the function has forked: the task is not its own
             os._exit(0)
@@ -2774,7 +2816,7 @@ class Application:
         """Note that a task starts, in the journal, too. Cancelled: do not call its function."""
         live = record.live or Live()
         now = live.start()
-        # A type that may run again needs no mark that it had begun.
+        # The next start has to know what had begun, unless it runs all of this type again.
         if self.store.journal is not None and not task_type.rerun:
             self.store.save(record._replace(started_at=now))
         if live.cancel_requested:
@@ -2914,12 +2956,10 @@ def read_head(buffer: bytearray, peer: str = "") -> Generator[str, Any, Request]
     """
     if buffer.startswith(b"\r"):
         yield from _skip_empty_lines(buffer)
-    seen = 0  # bytes that were looked at
-    line_is_checked = False
-    headers_start = 0
+    seen = 0  # bytes that earlier rounds have looked at
+    line_end = -1  # where the request line ends; -1 until that is known
     while True:
-        # Only what is new is looked at, and what may be the beginning of something: three bytes of
-        # an empty line, a CR without its LF.
+        # Look at new bytes alone, and at those before them that may be the first of a line's end.
         end = buffer.find(b"\r\n\r\n", max(0, seen - 3))
         if end >= 0:
             head = bytes(buffer[:end])
@@ -2929,15 +2969,16 @@ def read_head(buffer: bytearray, peer: str = "") -> Generator[str, Any, Request]
         if _FORBIDDEN.search(buffer, max(0, seen - 1)):
             sentence = "Send HTTP/1.1 without control characters, in lines that end in CR LF."
             raise HTTPError(400, sentence)
-        if not line_is_checked:
+        if line_end < 0:
             line_end = buffer.find(b"\r\n", max(0, seen - 1))
-            if line_end >= 0 or len(buffer) > MAX_LINE + 1:  # a CR may follow the longest line
-                line = bytes(buffer[:line_end]) if line_end >= 0 else bytes(buffer)
-                parse_request_line(line)
-                line_is_checked = True
-                headers_start = line_end + 2
-        if line_is_checked and len(buffer) > headers_start + MAX_HEADERS + 3:
-            raise HTTPError(431, f"Send at most {MAX_HEADERS} bytes of headers.")
+            if line_end >= 0:
+                parse_request_line(bytes(buffer[:line_end]))  # raises if it is wrong
+            elif len(buffer) > MAX_LINE + 1:  # the last byte may be the CR of its end
+                parse_request_line(bytes(buffer))  # raises because it is too long
+        if line_end >= 0:
+            length = len(buffer) - (line_end + 2)
+            if length > MAX_HEADERS + 3:  # three bytes of the end may be here
+                raise HTTPError(431, f"Send at most {MAX_HEADERS} bytes of headers.")
         seen = len(buffer)
         yield HEADER
 
@@ -3057,7 +3098,7 @@ def parse_request_line(line: bytes) -> tuple[str, str, str, str, int]:
 
 
 def _advice_for(line: bytes, otherwise: str) -> str:
-    """Return what to say of a request line that is refused, if it is none of two known kinds."""
+    """Return a sentence for a request line that is refused: `otherwise`, if nothing fits better."""
     if line.startswith(b"CONNECT "):
         return "This server is no proxy: send GET or POST with a path, not CONNECT."
     if _ABSOLUTE_FORM.match(line):
@@ -3181,8 +3222,8 @@ def encode_response(response: Response, request: Request | None, close: bool) ->
     return head + b"\r\n\r\n" + body
 
 
-# Bytes that are received at once: a whole record of TLS (RFC 8446, 5.1), for no selector sees the
-# rest of one.
+# Bytes that are received at once: a whole record of TLS (RFC 8446, 5.1). Of a part, the rest would
+# be left in the TLS object, where no selector sees it.
 RECEIVE_SIZE = 16_384
 MAX_PIPELINED = 65_536  # bytes that are read ahead while an answer comes later
 
@@ -3194,8 +3235,8 @@ if ssl is not None:
 class Connection:
     """One client's socket, what has arrived on it, and the phase that it waits in.
 
-    It belongs to the server's loop, which alone calls it. Nothing here blocks: what may is done by
-    a thread of `server`. Its story is a generator, `serve`, which yields the phase to wait in, and
+    It belongs to the server's loop, which alone calls it. Nothing here blocks: a thread of `server`
+    does what may. Its story is a generator, `serve`, which yields the phase to wait in, and
     is resumed by
 
         HANDSHAKE, ANSWER    ready(): the socket can be read, or takes more
@@ -3241,7 +3282,7 @@ class Connection:
             )
 
     def enter(self, phase: str) -> None:
-        """Wait in a phase. One that is new begins its deadline."""
+        """Wait in a phase. To enter another one begins its deadline; to stay in one does not."""
         if self.ended and phase in (HEADER, BODY, IDLE, LINGER):
             raise ConnectionError
         if phase == self.phase:
@@ -3264,21 +3305,25 @@ class Connection:
 
     def ready(self) -> None:
         """Go on: the socket can be read, or takes more of an answer."""
-        if self.phase != ANSWER and self.phase != HANDSHAKE:
-            try:
-                data = self.socket.recv(RECEIVE_SIZE)
-            except _WOULD_BLOCK:
-                return
-            if not data and self.phase != WAITING:
-                raise ConnectionError
+        if self.phase == ANSWER or self.phase == HANDSHAKE:
+            self.resume()
+            return
+        try:
+            data = self.socket.recv(RECEIVE_SIZE)
+        except _WOULD_BLOCK:
+            return
+        if data:
             self.buffer += data
-            if data and self.phase == WAITING:  # they belong to the next request
-                return
-            # No data is the end of file: who waits is gone, or has ended its own side only, and
-            # still reads. It gets its answers now; then the connection ends (RFC 9112, 9.5). That
-            # has to be remembered, for TLS reports the end of file only once.
-            self.ended = not data
-        self.resume()
+            if self.phase != WAITING:  # else it belongs to the next request
+                self.resume()
+        elif self.phase == WAITING:
+            # The client is gone, or has closed its sending side only and still reads. It gets its
+            # answers now, then the connection ends (RFC 9112, 9.5). This has to be remembered,
+            # because TLS reports an end of file only once.
+            self.ended = True
+            self.resume()
+        else:
+            raise ConnectionError
 
     def resume(self, answer: Any = None) -> None:
         """Go on until there is something to wait for."""
@@ -3302,7 +3347,7 @@ class Connection:
             self.unsent = yield from self.next_answer()
             while self.send():
                 yield ANSWER
-            self.phase = ""  # the next one, even if it is called the same, has its own deadline
+            self.phase = ""  # so that each answer has a deadline of its own, see enter()
         # A plain close would reset the connection, and a client that is still sending would lose
         # the answer. So end this side only, and drop what still comes (RFC 9112, 9.6).
         self.end_sending()
@@ -3329,7 +3374,8 @@ class Connection:
             if isinstance(answer, Later):
                 yield from self.wait_for(answer)
                 answer = application.answer_later(answer, request)
-            if not request.fields.keep_alive or answer.status == 411:  # a body may follow that one
+            # After 411, a body may follow that nobody has announced.
+            if not request.fields.keep_alive or answer.status == 411:
                 self.closing = True
         except HTTPError as refusal:  # nobody can tell where the next request begins
             self.closing = True
@@ -3340,10 +3386,10 @@ class Connection:
         return encode_response(answer, request, self.closing)
 
     def with_body(self, request: Request, call: Call) -> Generator[str, Any, Request]:
-        """Return a request with its body; first ask a client for it that waits to be asked.
+        """Return a request with its body. A client that waits for 100 Continue is told so first.
 
-        A client that need not send it, for the request is refused, may do so or not: then there is
-        no telling what follows, and the connection ends (RFC 9110, 10.1.1).
+        If the request is refused, such a client may send its body or not. Then there is no telling
+        what follows, and the connection ends (RFC 9110, 10.1.1).
         """
         if request.fields.expects_continue and not self.buffer:
             if call.refusal is not None:
@@ -3387,19 +3433,23 @@ class Connection:
         self.socket.shutdown(socket.SHUT_WR)
 
     def shake_hands(self) -> Generator[str, Any, None]:
-        """Begin TLS. That takes milliseconds of computing, so a thread does it."""
+        """Begin TLS. That takes milliseconds of computing, so a thread does it.
+
+        One deadline holds for the handshake and the first header. RUNNING has none, so it is put
+        back after each step.
+        """
         deadline = self.deadline
-        while True:
+        outcome = ""
+        while outcome != "done":
             self.server.lend(self, self.try_handshake)
             outcome = yield RUNNING
-            if outcome == "done":
-                break
-            if outcome != "more":
+            self.deadline = deadline
+            if outcome == "more":
+                yield HANDSHAKE
+            elif outcome != "done":
                 log.info("no TLS with %s: %s", self.peer, outcome)
                 raise ConnectionError
-            self.deadline = deadline  # one for the whole of it
-            yield HANDSHAKE
-        self.phase, self.deadline = HEADER, deadline  # and of the first header
+        self.phase = HEADER  # not by enter(), which would begin another deadline
         yield HEADER
 
     def try_handshake(self) -> str:
@@ -3551,6 +3601,8 @@ class Server(http.server.ThreadingHTTPServer):
                 self._forget_wakes()
         for _ in range(min(len(self._due), self.MAX_RESUMED)):
             connection, later, answer = self._due.popleft()
+            # A wake that was meant for an earlier wait comes too late. What a thread has answered
+            # has no Later, and neither has the connection that waits for that.
             if later is connection.later:
                 self._act(connection, functools.partial(connection.resume, answer))
 
@@ -3563,11 +3615,11 @@ class Server(http.server.ThreadingHTTPServer):
             self._check_at(deadline)
 
     def _check_at(self, deadline: float) -> None:
-        """Have the next check be as early as this, but not so that checks are all that is done."""
+        """Have the next check be as early as this, but leave some time for other things."""
         self._next_check = max(deadline, time.monotonic() + self.CHECK_SECONDS)
 
     def _evict(self) -> None:
-        """Drop what has outlived its time. A thread does it, for the journal may be slow."""
+        """Drop what has outlived its time. A thread does it, because the journal may be slow."""
         store = self.application.store
         try:
             while store.evict() or store.delete_doomed():
@@ -3592,7 +3644,7 @@ class Server(http.server.ThreadingHTTPServer):
         self._is_woken = False
 
     def _act(self, connection: Connection, act: Callable[[], None]) -> None:
-        """Have a connection do something; then have the selector wait for what it waits for now."""
+        """Have a connection do something; then tell the selector what it waits for now."""
         if connection not in self._connections:  # it was closed in this round of the loop
             return
         try:
@@ -3618,7 +3670,7 @@ class Server(http.server.ThreadingHTTPServer):
         if connection.watched:
             self._selector.unregister(connection.socket)
         try:
-            connection.story.close()  # undoes what it waited for, and a circle of references
+            connection.story.close()  # calls unwatch(), and breaks a cycle of references
         except Exception as error:
             log.error("a connection failed: %s", traceback_of(error))
         connection.socket.close()
@@ -3765,7 +3817,7 @@ class LogHandler(logging.Handler):
 
     def _be_writer(self) -> None:
         """Be the thread that writes."""
-        reported = 0  # lines that were dropped, and of which the log says so
+        reported = 0  # how many dropped lines the log has told of
         lines: list[tuple[float, str, str, Any] | None] = []
         while None not in lines:
             lines = [self._lines.get()]
@@ -3811,7 +3863,8 @@ def run_until_stopped(server: Server, grace: float) -> int:
     def on_signal(number: int, frame: object) -> None:
         signals.append(number)
         if len(signals) > 1:
-            application.store.journal = None  # the next start decides what becomes of the tasks
+            # Nobody may write there that a task has failed because its child was ended here.
+            application.store.journal = None
             application.children.kill()
             os._exit(128 + number)
         stop_is_due.set()
@@ -3839,7 +3892,7 @@ def run_until_stopped(server: Server, grace: float) -> int:
     application.stop()  # somebody may have called server.shutdown
     stop_is_due.set()  # and the thread that waits for this has to end
     if losses:
-        log.error("stopped, for the journal belongs to this server no more: %s", losses[0])
+        log.error("stopped, because the journal belongs to this server no more: %s", losses[0])
     return 1 if losses else 0
 
 
@@ -3852,7 +3905,7 @@ def stop_in_order(server: Server, grace: float) -> None:
     if application.store.journal is not None:
         fate = "stay in the journal for the next start"
     log.info(
-        "stopping: running tasks have %g seconds, a second signal takes them; %d waiting tasks %s",
+        "stopping: running tasks have %g seconds, a second signal ends them; %d waiting tasks %s",
         grace,
         waiting,
         fate,
@@ -3919,7 +3972,7 @@ class Monitoring:
 
     def __init__(self, application: Application) -> None:
         self._application = application
-        # One makes all listings, for fifty at once would take the interpreter from everybody:
+        # One worker makes all listings. Fifty at once would take the interpreter from everybody:
         # beside them the slowest /healthz needed 0.8 seconds.
         self._lister = WorkerPool("lister", lambda make: make(), max_workers=1)
         application.router.add(
@@ -3949,7 +4002,8 @@ class Monitoring:
 
     def tasks(self, request: Request) -> Later:
         """Answer with the newest tasks, once a worker has put their records together."""
-        limit = int(min(float(request.parameter("limit", "[0-9]+", "50") or 50), MAX_LIMIT))
+        wanted = float(request.parameter("limit", "[0-9]+", "50") or 50)  # of any number of digits
+        limit = int(min(wanted, MAX_LIMIT))
         status = request.parameter("status", f"{PENDING}|{COMPLETED}|{FAILED}", FAILED) or ""
         type_name = request.parameter("type", ".*", next(iter(self._application.types), "")) or ""
         if type_name and type_name not in self._known_types():
@@ -4019,8 +4073,8 @@ class Journal:
     """Where records outlive the process: the contract of `application.store.journal`.
 
     A journal is an object with the three methods below. To write one, nothing else of this file
-    needs to be known. It had better open its database in `load`, not earlier: what goes wrong there
-    is said in one line.
+    needs to be known. `load` is the place to open its database: what goes wrong there is said in
+    one line. (SQLiteJournal opens its file earlier, where `main` says it in the same way.)
 
     What is kept of a record are the fields in JOURNALED, each exactly as it is:
 
@@ -4051,7 +4105,7 @@ class Journal:
     knows, because a connection broke before the commit was confirmed. Then a create is refused with
     503, and deleted later, in case that it is there; what must not be lost is saved again until
     that works. So a call that is repeated must do no harm. An OSError with one sentence that says
-    what to do is best, for the log shows it.
+    what to do is best, because the log shows it.
     """
 
     def load(self) -> Iterable[Record]:
@@ -4070,17 +4124,17 @@ class Journal:
         faster when they share a transaction. Of a task it is called when it is created, when it
         starts (unless its type says `rerun`), and when it is final.
 
-        After a crash the record must be there as the last call that returned wrote it, or as one
-        wrote it that had begun since. Nobody has heard yet of what was not returned.
+        After a crash, what must be there is what the last call that returned has written, or what
+        a later call was about to write.
         """
         raise NotImplementedError
 
     def delete(self, ids: list[str]) -> None:
         """Delete records, at most a thousand; return when that survives a crash.
 
-        Called by one thread at a time, a quarter of a second after it became due or later. Some of
-        the ids may not be there: those of creates whose `save` raised. What a crash leaves behind
-        is loaded, and deleted later.
+        Called by one thread at a time, some time after the records were evicted. Some of the ids
+        may not be there: those of creates whose `save` raised. What a crash leaves behind is
+        loaded, and deleted later.
         """
         raise NotImplementedError
 
@@ -4192,7 +4246,7 @@ class SQLiteJournal(Journal):
             raise error
 
     def _query(self, statement: str) -> list[Any]:
-        """Execute a statement; return all rows, for PyPy needs them fetched."""
+        """Execute a statement; return all rows, because PyPy needs them fetched."""
         return list(self._database.execute(statement))
 
     def _prepare(self) -> None:
@@ -4272,7 +4326,7 @@ class SQLiteJournal(Journal):
         for some in _portions(records, 64):
             rows = ", ".join([self._ROW] * len(some))
             values = [getattr(record, field) for record in some for field in JOURNALED]
-            # REPLACE, for ON CONFLICT needs SQLite 3.24.
+            # REPLACE, because ON CONFLICT needs SQLite 3.24.
             execute(f"INSERT OR REPLACE INTO task ({self._COLUMNS}) VALUES {rows}", values)
         execute("COMMIT")
 
@@ -4503,7 +4557,7 @@ class Description:
         self._routes = application.router.routes
         self._schemas: dict[str, Any] = {}  # those that are used
         self._responses: dict[str, Any] = {}  # the same
-        # By kind: the names that are given, without capitals and punctuation, and to what.
+        # Of each kind, the names in use (lower case, letters and digits alone), and whose they are.
         self._named: dict[str, dict[str, Any]] = {"schema": {}, "operation": {}, "tag": {}}
         for name, schema in SCHEMAS.items():
             self._unique("schema", name, schema)
@@ -4569,7 +4623,11 @@ class Description:
         return self._unique("tag", tag, tag)
 
     def _about(self, tag: str) -> str:
-        return f"Tasks of type {tag}." if tag in self._types else "What is not of one type of task."
+        return (
+            f"Tasks of type {tag}."
+            if tag in self._types
+            else "Endpoints that belong to no single type of task."
+        )
 
     def _unique(self, kind: str, name: str, thing: Any) -> str:
         """Return a name for a thing, changed if another one has it. Types may be a-b and ab."""
@@ -4622,7 +4680,7 @@ class Description:
         return {"$ref": f"#/components/schemas/{name}"}
 
     def _take_along(self, part: Any) -> None:
-        """Put those of our schemas to which a part refers where it can find them."""
+        """Add those of SCHEMAS to which this part refers."""
         for name in re.findall('"#/components/schemas/([A-Za-z]+)"', json.dumps(part)):
             if name in SCHEMAS:
                 self._reference(name)
@@ -5570,7 +5628,7 @@ def primes(payload: dict[str, Any], report: Report) -> dict[str, int]:
 def demo() -> Application:
     """Return an application with the two task types that this file brings along."""
     application = Application()
-    # Without "default", for what has one is demanded by some generated clients.
+    # Without "default", because some generated clients demand what has one.
     seconds = {"type": "number", "minimum": 0, "maximum": 3600}
     limit = {"type": "integer", "minimum": 0, "maximum": 100_000_000}
     application.task("task", payload={"seconds": seconds})(wait_for_seconds)
@@ -5719,7 +5777,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _whole_number(low: int, high: float = 1e9) -> Callable[[str], int]:
     def convert(text: str) -> int:
-        if not re.fullmatch("[0-9]+", text) or not low <= int(text[:20]) <= high:
+        if not re.fullmatch("[0-9]{1,20}", text) or not low <= int(text) <= high:
             sentence = f"{text} is no whole number from {low} to {high:g}"
             raise argparse.ArgumentTypeError(sentence)
         return int(text)
@@ -5782,19 +5840,31 @@ def _parse_options(argv: list[str] | None, application: Application) -> argparse
 
 def _prepare_process(workers: int) -> None:
     """Set what holds for the process as a whole, in which so many tasks may run at once."""
-    # For so many seconds a thread that computes keeps the others waiting. With the usual 5 ms, some
-    # clients starve. But each one that waits wakes that often; so thousands of tasks that end
-    # together would have no time for anything else.
-    sys.setswitchinterval(min(max(0.0005, 5e-6 * workers), 0.05))
-    # What is closed must not become a socket to which something prints, here or in a child.
-    descriptor = 0
-    while descriptor < 2:
-        descriptor = os.open(os.devnull, os.O_RDWR)
-        if descriptor <= 2:
-            os.set_inheritable(descriptor, True)
-    if descriptor > 2:
-        os.close(descriptor)
+    sys.setswitchinterval(_switch_interval(workers))
+    _fill_standard_descriptors()
     make_printing_safe()
+
+
+def _switch_interval(workers: int) -> float:
+    """Return for how many seconds a thread that computes keeps the interpreter.
+
+    With the 5 ms of Python, some clients starve. But all threads that wait for the interpreter wake
+    once in that time; so if it is short, thousands of them do nothing else.
+    """
+    return min(max(0.0005, 5e-6 * workers), 0.05)
+
+
+def _fill_standard_descriptors() -> None:
+    """Open the null device where stdin, stdout or stderr is closed.
+
+    Else a socket would get that number, and what something prints would go to a client.
+    """
+    while True:
+        descriptor = os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free
+        if descriptor > 2:
+            os.close(descriptor)
+            return
+        os.set_inheritable(descriptor, True)  # for children
 
 
 def _set_access(application: Application, options: argparse.Namespace) -> None:
@@ -5809,7 +5879,7 @@ def _set_access(application: Application, options: argparse.Namespace) -> None:
             f"other machines can reach {options.host}: set a token in TASKSERVER_TOKEN, or allow "
             "everybody in with --allow-anonymous"
         )
-    if token:
+    if token:  # then a page under a foreign name gets nowhere, because it does not know the token
         check = check_token(token)
     else:
         check = check_host([options.host, *options.allow_host])
@@ -5911,7 +5981,7 @@ def main(application: Application | None = None, argv: list[str] | None = None) 
             'call it under `if __name__ == "__main__":` alone'
         )
     is_main_thread = threading.current_thread() is threading.main_thread()
-    if is_main_thread:  # a Ctrl-C ends a long start; run_until_stopped knows a better one
+    if is_main_thread:  # so that Ctrl-C ends a long start at once; later it begins the stop
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     application = application or demo()
     options = _parse_options(argv, application)
@@ -5930,7 +6000,7 @@ def main(application: Application | None = None, argv: list[str] | None = None) 
     if is_running:
         log.warning("some tasks were still running and are cut off")
     handler.finish(1)
-    application.store.journal = None  # what ends now is interrupted
+    application.store.journal = None  # what ends from now on was interrupted, see recover()
     application.children.kill()
     if is_main_thread:
         _leave(status, at_once=is_running)
@@ -5955,7 +6025,7 @@ def _start(application: Application, options: argparse.Namespace) -> tuple[Serve
         raise _cannot_listen(options, error) from None
     address = _address(options, server.server_port)
     lines = _first_lines(application, options, address)
-    # A thread writes them, for stdout may be a full pipe.
+    # A thread writes them, because stdout may be a full pipe.
     threading.Thread(target=write_all, args=(1, lines.encode()), daemon=True).start()
     return server, address
 
