@@ -4989,8 +4989,8 @@ function askForToken(used) {  // returns what is wrong
 
 // -- Following the server --
 
-// In each round it is asked for its numbers and then for the tasks, with a rest after both. Two
-// requests at once, half as often, would be no less work, but notice later that a server hangs.
+// In each round the server is asked for its numbers and then for the tasks, with a rest after each.
+// Both at once, half as often, would be as much work, and notice later that it hangs.
 
 let round = new AbortController();  // hurry() ends it: then the next begins without a rest
 let delay = 1;                      // seconds until the next try after one that failed
@@ -5038,7 +5038,7 @@ async function follow(path, show) {  // returns what is wrong
 
 async function rest(problem) {
   if (!problem) return pause(pace());
-  if (!byId("access").hidden) return pause(30);  // a token that is sent ends it
+  if (isOfToken(problem)) return pause(30);  // a token that is typed ends it
   for (let left = document.hidden ? 20 : delay; left > 0 && !round.signal.aborted; left -= 1) {
     setText(byId("countdown"), `Trying again in ${left} s.`);
     await pause(1);
@@ -5070,8 +5070,12 @@ function showConnection(problem) {
   setText(byId("countdown"), "");
   byId("connection").className = problem ? "wrong" : "quiet";
   document.body.classList.toggle("old", problem !== "");
-  setHidden(byId("again"), !problem || !byId("access").hidden);
+  setHidden(byId("again"), !problem || isOfToken(problem));
   if (!problem) delay = 1;
+}
+
+function isOfToken(problem) {
+  return !byId("access").hidden && problem !== NO_ANSWER;
 }
 
 // -- Filters: they stand in the address, so that it can be sent --
