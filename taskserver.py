@@ -4891,7 +4891,7 @@ function setText(element, text) {
   if (element.textContent !== text) element.textContent = text;
 }
 
-// Hides an element or shows it. The focus is not lost with it: it goes to the refuge.
+// Hides an element or shows it. If the focus was in it, the refuge gets the focus.
 function setHidden(element, isHidden, refuge = byId("tasks-title")) {
   const hadFocus = element.contains(document.activeElement);
   element.hidden = isHidden;
@@ -4903,14 +4903,14 @@ function focusOn(element) {
   element.focus();
 }
 
-// Sets the text of a button. Who only hears it is also told which of many it is.
+// Sets the text of a button. Its label says, too, which of many it is.
 function setButton(button, text) {
   const {about} = button.dataset;
   setText(button, text);
   if (about) button.setAttribute("aria-label", `${text}: ${about}`);
 }
 
-// A button rests while its request is under way. It is not disabled: that would lose the focus.
+// Lets a button rest while its request is under way. Disabling it would lose the focus.
 function setResting(button, isResting, text) {
   button.setAttribute("aria-disabled", isResting);
   setButton(button, text);
@@ -4922,7 +4922,7 @@ function isResting(button) {
 
 let newsTimer;
 
-// Says something to those who hear the page, and takes it away before they find it again.
+// Says something to screen readers, and takes it away before they come upon it again.
 function say(text) {
   setText(byId("news"), text);
   clearTimeout(newsTimer);
@@ -5140,7 +5140,7 @@ function showAmount() {
 }
 
 function showHealth(health) {
-  if (!health.tasks) return;  // who has no token is told the status alone
+  if (!health.tasks) return;  // without the token, the server tells its status alone
   const seconds = health.oldest_waiting;
   const oldest = seconds === null ? "" : `, the oldest for ${duration(seconds)}`;
   setText(byId("counts"), `${health.running} running · ${health.waiting} waiting${oldest}`);
@@ -5161,7 +5161,7 @@ function showTasks({tasks}) {
   placeRows();
   setHidden(byId("access"), true);
   const made = intention && tasks.find(({id}) => id === intention.key);
-  if (made) showCreated(made);  // whose answer was lost
+  if (made) showCreated(made);  // the answer was lost
 }
 
 // Rows never move. What is under the pointer stays there: new rows wait until it has gone, so that
@@ -5179,7 +5179,7 @@ function placeRows() {
   for (const record of records) {
     let row = byId(record.id);
     if (!row) {
-      const wouldPush = newer !== list.lastElementChild;
+      const wouldPush = newer !== list.lastElementChild;  // the rows that follow it
       if (isHeld && wouldPush) {
         waiting += 1;
         continue;
@@ -5227,7 +5227,7 @@ function makeScrollable() {  // by keyboard: what is higher than its box can hav
 }
 
 function showTask(record, row) {
-  const {started_at, finished_at, progress, message} = record;
+  const {finished_at, message} = record;
   const before = row.record;
   if (before && before.finished_at && !finished_at) return;  // an older answer that comes late
   if (before && !before.finished_at && finished_at) ended.push(record);
@@ -5236,13 +5236,19 @@ function showTask(record, row) {
   const part = (selector) => row.querySelector(selector);
   setText(part(".pill"), stateOf(record));
   setText(part(".about"), about(record));
-  // A bar that never got a value shows that the task runs and nobody knows how far it is.
-  if (progress !== null || !started_at) part("progress").value = progress || 0;
-  part("progress").hidden = progress === null && finished_at !== null;
+  showProgress(record, part("progress"));
   setText(part(".message"), message || "");
   showEnd(record, part);
   if (finished_at) setText(part(".note"), "");
   setHidden(part(".cancel"), finished_at !== null, row);
+}
+
+function showProgress(record, bar) {
+  const {finished_at, progress} = record;
+  const isUnknown = progress === null && stateOf(record) === "running";
+  if (isUnknown) bar.removeAttribute("value");  // it is striped
+  else bar.value = progress || 0;
+  bar.hidden = progress === null && finished_at !== null;
 }
 
 function showEnd({name, finished_at, error}, part) {
@@ -5372,7 +5378,7 @@ const PIECES = /"(?:[^"\\]|\\.)*"?|[[\]{},:]|[^\s"[\]{},:]+/g;
 const OPENING = ["[", "{"], CLOSING = ["]", "}"];
 
 // Returns {shown, isWhole}: the result in the text of a record, indented, or its first part. It is
-// not parsed and written again, for JavaScript would change numbers that are long or like 1.0.
+// not parsed and written again, because JavaScript would change numbers that are long or like 1.0.
 function resultIn(text) {
   const pieces = text.slice(0, 2 * PART).match(PIECES);
   const key = pieces.findIndex((piece, i) => piece === '"result"' && pieces[i + 1] === ":");
@@ -5466,7 +5472,7 @@ function curlCommands(type, body) {
 }
 
 function powershellCommands(type, body) {
-  // There, the curly quotes of a text end it, too.
+  // PowerShell takes curly quotes for quotes, so they are doubled, too.
   const quoted = (text) => `'${text.replace(/['\u2018-\u201b]/g, "$&$&")}'`;
   const [create, poll] = [quoted(`${here}create-${type}`), quoted(`${here}poll-${type}/ID`)];
   const headers = token && ' -Headers @{Authorization = "Bearer $env:TASKSERVER_TOKEN"}';
@@ -5477,7 +5483,7 @@ function powershellCommands(type, body) {
   ${create}\n\n${program} ${poll}`;
 }
 
-// What is typed outlives a reload. A browser forgets it, for the page is not to be stored.
+// Keeps what is typed over a reload. The browser does not, because the page must not be stored.
 function keepDraft() {
   const draft = JSON.stringify([fields.name.value, fields.rest.value]);
   try { sessionStorage.setItem(here, draft); } catch {}  // it may be forbidden: then it is not kept
@@ -5513,7 +5519,7 @@ list.onclick = ({target}) => {
 };
 list.addEventListener("toggle", ({target}) => {
   if (target.open) showOutcome(target.closest("li"));
-}, true);  // on its way down, for this event does not rise
+}, true);  // in the capturing phase, because this event does not bubble
 list.onpointerleave = placeRows;
 byId("fresh").onclick = placeRows;
 byId("more").onclick = () => {
