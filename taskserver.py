@@ -4782,7 +4782,7 @@ progress:indeterminate { background: repeating-linear-gradient(
 }
 @media print {
   :root { color-scheme: light; }
-  aside, form, button, .status .quiet, nav a:not([aria-current]) { display: none !important; }
+  aside, form, button, header .quiet, nav a:not([aria-current]) { display: none !important; }
   main, section, .stack { display: block; }
   nav a[aria-current] { padding: 0; border: 0; color: inherit; text-decoration: none; }
   .task { margin-top: 1rem; break-inside: avoid; }
