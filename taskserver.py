@@ -4699,7 +4699,7 @@ class Description:
             response["content"] = {route.media_type: {"schema": {"type": "string"}}}
         elif route.answer is not None:
             response["content"] = self._json(route.answer)
-        if status == 201:
+        if 201 in route.statuses:  # a create, which may have been created before
             response["headers"] = {"Location": _LOCATION}
         return response
 
@@ -4765,40 +4765,55 @@ PAGE = r"""<!DOCTYPE html>
 :focus-visible { outline: 3px solid var(--accent); outline-offset: 2px; }
 body { max-width: 76rem; margin: auto; padding: 1.5rem 1rem 3rem; overflow-wrap: anywhere;
   font: 1rem/1.5 system-ui, sans-serif; background: var(--ground); color: var(--text); }
+header { margin-bottom: 1rem; }
+header > div { justify-content: space-between; }
 main { display: grid; grid-template-columns: minmax(0, 1fr); gap: 1.5rem; align-items: start; }
 h2, h3, summary { font-size: 1rem; font-weight: 600; }
-.stack { display: grid; grid-template-columns: minmax(0, 1fr); gap: 1rem; padding: 0;
+.stack { display: grid; grid-template-columns: minmax(0, 1fr); gap: 0.75rem; padding: 0;
   list-style: none; }
 .line { display: flex; flex-wrap: wrap; gap: 0.25rem 0.75rem; align-items: center; }
 .status { min-height: 2.25rem; }  /* so that a button that comes pushes nothing */
-.copy { min-width: 5rem; }  /* nor does its answer */
+#shells button { min-width: 5rem; }  /* nor does its answer */
+.task code { font-size: 0.75rem; }
+.task .copy { margin-left: -0.5rem; padding: 0 0.5rem; min-height: 1.625rem;
+  border-color: transparent; }
 .cancel { margin-left: auto; }
-.card { padding: 1.25rem; border: 1px solid var(--line); border-radius: 0.75rem;
+.note { flex-basis: 100%; text-align: right; }
+#countdown:empty, .note:empty { display: none; }  /* or they would have gaps of their own */
+#shells .line { justify-content: space-between; margin-top: 0.75rem; }
+#access { max-width: 25rem; }
+main:has(#access:not([hidden])):has(#tasks:empty) > :is(section, aside) { display: none; }
+.card { padding: 1rem; border: 1px solid var(--line); border-radius: 0.75rem;
   background: var(--card); }
-.quiet, .wrong { font-size: 0.875rem; color: var(--quiet); }
+.quiet, .wrong, .message, .task a { font-size: 0.875rem; }
+.quiet { color: var(--quiet); }
 .wrong { font-weight: 600; color: var(--bad); }
 .unseen { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
+a { color: var(--accent); }
 ::placeholder { color: var(--quiet); opacity: 1; }
 input, select, textarea, pre { width: 100%; padding: 0.5rem 0.75rem; border-radius: 0.5rem;
   font: inherit; color: inherit; background: var(--ground); border: 1px solid var(--edge); }
+label > * { margin-top: 0.25rem; }
 [aria-invalid=true] { border: 2px solid var(--bad); }
 button, nav a { padding: 0.25rem 0.75rem; border: 1px solid var(--edge); border-radius: 0.5rem;
   font: inherit; font-size: 0.875rem; color: var(--accent); background: var(--card);
   text-decoration: none; cursor: pointer; }
-form button { padding: 0.5rem 1.25rem; border-color: var(--accent);
+form button, #fresh { padding: 0.5rem 1.25rem; border-color: var(--accent);
   background: var(--accent); color: var(--card); }
+#fresh { position: fixed; top: 0.75rem; left: 50%; translate: -50%; }  /* so it pushes nothing */
 button[aria-disabled=true] { cursor: default; color: var(--text); background: var(--line); }
 nav a[aria-current] { font-weight: 600; background: var(--accent); color: var(--card);
   text-decoration: underline; }
 pre, textarea, code { font: 0.8125rem/1.5 ui-monospace, monospace; }
 pre { max-height: 24rem; overflow: auto; margin-top: 0.5rem; border: 0; white-space: pre-wrap; }
-.task { display: grid; grid-template-columns: minmax(0, 1fr) auto; gap: 0.25rem 1rem; }
+.task { display: grid; grid-template-columns: minmax(0, 1fr) auto; gap: 0.25rem 1rem;
+  padding-block: 0.75rem; border-left: 0.375rem solid var(--hue); }
 .task > :nth-child(n + 3) { grid-column: 1 / -1; }
 .pending { --hue: var(--accent); } .completed { --hue: var(--good); } .failed { --hue: var(--bad); }
-.task h3, .message { max-height: 6rem; overflow: auto; scrollbar-width: thin; }
+.limited { max-height: 6rem; overflow: auto; scrollbar-width: thin; }
 .pill { align-self: start; padding: 0 0.75rem; border-radius: 1rem; font-size: 0.875rem;
   color: var(--hue); background: var(--ground); }
-.gone, .old .task { border-style: dashed; border-color: var(--edge); }
+.gone, .old .task { border: 1px dashed var(--edge); border-left: 0.375rem solid var(--line); }
 .gone .pill::after { content: ", no longer listed"; }
 .old .pill::after { content: ", may be old"; }
 progress { appearance: none; display: block; width: 100%; height: 0.5rem;
@@ -4811,6 +4826,7 @@ progress:indeterminate { background: repeating-linear-gradient(
 ::-moz-progress-bar { background: var(--hue); print-color-adjust: exact; }
 :indeterminate::-moz-progress-bar { background: transparent; }
 @media (min-width: 56rem) {
+  .card { padding-inline: 1.25rem; }
   main { grid-template-columns: minmax(0, 1fr) 25rem; }
   #access { grid-column: 1 / -1; }
   #jump { display: none; }
@@ -4821,23 +4837,25 @@ progress:indeterminate { background: repeating-linear-gradient(
 }
 @media print {
   :root { color-scheme: light; }
-  aside, form, button, nav a:not([aria-current]) { display: none !important; }
+  aside, form, button, header .quiet, nav a:not([aria-current]) { display: none !important; }
   main, section, .stack { display: block; }
   nav a[aria-current] { padding: 0; border: 0; color: inherit; text-decoration: none; }
   .task { margin-top: 1rem; break-inside: avoid; }
-  .task h3, .message, pre { max-height: none; }
+  .limited, pre { max-height: none; }
 }
 </style>
 
 <header>
-  <h1>taskserver</h1>
-  <p id="counts"></p>
-  <div class="line status">
-    <p id="connection" class="quiet" role="status"></p>
-    <span id="countdown" class="quiet"></span>
-    <button id="again" hidden>Try now</button>
+  <div class="line">
+    <h1>taskserver</h1>
+    <div class="line status">
+      <p id="connection" class="quiet" role="status"></p>
+      <span id="countdown" class="quiet"></span>
+      <button id="again" hidden>Try now</button>
+    </div>
   </div>
-  <noscript><p class="wrong">This page works by scripts, and they are switched off. Allow them for
+  <p id="counts"></p>
+  <noscript><p class="card">This page works by scripts, and they are switched off. Allow them for
     this address and load it again; or use a terminal: <code>curl ADDRESS/tasks</code> lists the
     tasks, with the address of this page for ADDRESS.</p></noscript>
 </header>
@@ -4848,11 +4866,12 @@ progress:indeterminate { background: repeating-linear-gradient(
     <div><button>Use this token</button></div>
   </form>
   <section class="stack" aria-labelledby="tasks-title">
-    <div class="line"><h2 id="tasks-title">Tasks</h2> <button id="jump">New task</button></div>
+    <div class="line status">
+      <h2 id="tasks-title">Tasks</h2> <p id="amount" class="quiet"></p>
+      <button id="fresh" hidden></button> <button id="jump">New task</button>
+    </div>
     <nav id="statuses" class="line" aria-label="Filter by status"></nav>
     <nav id="types" class="line" aria-label="Filter by type"></nav>
-    <div class="line status">
-      <p id="amount" class="quiet"></p> <button id="fresh" hidden></button></div>
     <p id="empty" class="card quiet" hidden></p>
     <ul id="tasks" class="stack" role="list"></ul>
     <div><button id="more" hidden>Show more</button></div>
@@ -4874,11 +4893,10 @@ progress:indeterminate { background: repeating-linear-gradient(
       <p id="no-command" class="quiet">There is a command as soon as the form is complete.</p>
       <div id="shells" hidden>
         <div class="line"><h3>curl</h3>
-          <button data-of="curl" aria-label="Copy the command of curl">Copy</button></div>
+          <button data-of="curl" data-about="the command of curl"></button></div>
         <pre id="curl" tabindex="0"></pre>
         <div class="line"><h3>PowerShell</h3>
-          <button data-of="powershell" aria-label="Copy the command of PowerShell">Copy</button>
-        </div>
+          <button data-of="powershell" data-about="the command of PowerShell"></button></div>
         <pre id="powershell" tabindex="0"></pre>
       </div>
     </details>
@@ -4886,13 +4904,13 @@ progress:indeterminate { background: repeating-linear-gradient(
   <p id="news" class="unseen" role="status"></p>
 </main>
 <template id="row"><li>
-  <h3 dir="auto"></h3><span class="pill"></span>
+  <h3 class="limited" dir="auto"></h3><span class="pill"></span>
   <p class="about quiet"></p>
   <progress max="1"></progress>
-  <p class="message" dir="auto"></p>
-  <p class="error wrong" dir="auto" hidden></p>
-  <div class="line"><code></code> <button class="copy">Copy</button>
-    <button class="cancel">Cancel</button> <span class="note quiet"></span></div>
+  <p class="message limited" dir="auto"></p>
+  <p class="error wrong limited" dir="auto" hidden></p>
+  <div class="line"><code></code> <button class="copy"></button>
+    <button class="cancel"></button> <span class="note quiet"></span></div>
   <details hidden><summary class="quiet"></summary>
     <pre tabindex="0">Asking the server …</pre> <a hidden></a></details>
 </li></template>
@@ -4900,59 +4918,74 @@ progress:indeterminate { background: repeating-linear-gradient(
 <script>
 const byId = (id) => document.getElementById(id);
 const form = byId("create"), fields = form.elements, list = byId("tasks");
+
 // All requests go below the address of this page, never beside it, where others may live.
 const here = location.origin + location.pathname.replace(/\/?$/, "/");
-const NO_ANSWER = "The server does not answer.";
-const UNHEARD = "No answer came, so nobody knows whether the task was created. "
-  + "Send it again: that makes no second task.";
-const NAMES = [["", "All"], ["pending", "Waiting or running"], ["completed", "Completed"],
-  ["failed", "Failed"]];
-const MOST = 500;     // records that the server lists at once
-const PART = 20000;   // characters of a result that are shown
-const IDLE = 3.4;     // seconds between two requests when nothing runs
-const SLOW = 1.4;     // seconds after which an answer is missed: both together are less than five
 
-let token = "";       // lives in memory only
-let limit = 50;       // how many tasks are asked for
-let records = [];     // as the server listed them last
-let held = {};        // how many tasks it has: {TYPE: {pending: 1, completed: 2, failed: 0}}
-let isBusy = false;   // a task waits or runs
-let serverTime;       // in milliseconds, for our own clock may be wrong
-let newsTimer;
+const NO_ANSWER = "The server does not answer.";
+const FILTERS = [["", "All"], ["pending", "Waiting or running"], ["completed", "Completed"],
+  ["failed", "Failed"]];
+const MOST = 500;    // tasks that the server lists at once
+const PART = 20000;  // characters of a result that are shown
+
+// A server that hangs is called so after both together: less than five seconds.
+const IDLE = 3.6;    // seconds between two requests when no task waits or runs
+const SLOW = 1.3;    // seconds after which an answer is missed
+
+let token = "";      // lives in memory only
+let limit = 50;      // how many tasks are asked for
+let records = [];    // as the server listed them last
+let held = {};       // how many tasks it has: {TYPE: {pending: 1, completed: 2, failed: 0}}
+let isBusy = false;  // a task waits or runs
+let serverTime;      // in milliseconds; our own clock may be wrong
 
 // -- Small things --
 
-function setText(element, text, className = element.className) {
-  if (element.textContent !== text) element.textContent = text;  // else: selections stay
-  element.className = className;
+function setText(element, text) {
+  // Setting the same text again would undo what somebody has selected.
+  if (element.textContent !== text) element.textContent = text;
 }
 
-function setHidden(element, isHidden, refuge = byId("tasks-title")) {  // never loses the focus
+// Hides an element or shows it. If the focus was in it, the refuge gets the focus.
+function setHidden(element, isHidden, refuge = byId("tasks-title")) {
   const hadFocus = element.contains(document.activeElement);
   element.hidden = isHidden;
   if (isHidden && hadFocus) focusOn(refuge);
 }
 
 function focusOn(element) {
-  element.tabIndex = -1;  // else a heading or a row could not have it
+  element.tabIndex = -1;  // without it, a heading or a row takes no focus
   element.focus();
 }
 
-function setBusy(button, text, isBusy = true) {  // not disabled, for that would lose the focus
+// Sets the text of a button. Its label says, too, which of many it is.
+function setButton(button, text) {
+  const {about} = button.dataset;
   setText(button, text);
-  button.setAttribute("aria-disabled", isBusy);
+  if (about) button.setAttribute("aria-label", `${text}: ${about}`);
 }
 
-const isResting = (button) => button.getAttribute("aria-disabled") === "true";
+// Lets a button rest while its request is under way. Disabling it would lose the focus.
+function setResting(button, isResting, text) {
+  button.setAttribute("aria-disabled", isResting);
+  setButton(button, text);
+}
 
-function say(text) {  // to those who hear the page; what was said is not found again later
+function isResting(button) {
+  return button.getAttribute("aria-disabled") === "true";
+}
+
+let newsTimer;
+
+// Says something to screen readers, and takes it away before they come upon it again.
+function say(text) {
   setText(byId("news"), text);
   clearTimeout(newsTimer);
   newsTimer = setTimeout(() => setText(byId("news"), ""), 4000);
 }
 
+// navigator.clipboard is there at https addresses and localhost only, so this does without.
 function copy(text, button) {
-  // Not by navigator.clipboard: it is only there at https addresses and localhost.
   const fill = (event) => {
     event.clipboardData.setData("text/plain", text);
     event.preventDefault();
@@ -4961,48 +4994,47 @@ function copy(text, button) {
   const isDone = document.execCommand("copy");
   document.removeEventListener("copy", fill);
   say(isDone ? "Copied." : "The browser does not let this page copy.");
-  setText(button, isDone ? "Copied" : "Not copied");
-  setTimeout(() => setText(button, "Copy"), 2000);
+  setButton(button, isDone ? "Copied" : "Not copied");
+  setTimeout(() => setButton(button, "Copy"), 2000);
 }
 
-function newKey() {  // a random UUID; crypto.randomUUID is not there at all addresses
+// Returns a random UUID (RFC 9562, version 4). crypto.randomUUID is not there at all addresses.
+function newKey() {
   const bytes = crypto.getRandomValues(new Uint8Array(16));
-  bytes[6] = bytes[6] & 15 | 64;
-  bytes[8] = bytes[8] & 63 | 128;
+  bytes[6] = bytes[6] & 0x0f | 0x40;
+  bytes[8] = bytes[8] & 0x3f | 0x80;
   const digits = Array.from(bytes, (byte) => byte.toString(16).padStart(2, "0")).join("");
   return digits.replace(/(.{8})(.{4})(.{4})(.{4})/, "$1-$2-$3-$4-");
 }
 
 // -- Requests --
 
-// Returns {answer, text, error}: what came as an object and as text, and a sentence if it is a
-// refusal. `unheard` says that nobody knows whether the request was done.
-async function request(path, {body, method = "GET", headers = {}, patience} = {}) {
-  patience = patience || new AbortController();
-  const timer = setTimeout(() => patience.abort(), 10000);
-  const used = token;
+// Returns {answer, text, error}: what came, as an object and as text, and a sentence if it is a
+// refusal. `isUnheard` is there if no answer came: nobody knows whether the request was done.
+async function request(path, {method = "GET", headers = {}, body, signals = []} = {}) {
+  const used = token;  // until the answer comes, another one may be typed
   if (body) headers["Content-Type"] = "application/json";
   if (used) headers.Authorization = "Bearer " + bytesOf(used);
+  const signal = AbortSignal.any([AbortSignal.timeout(10000), ...signals]);
   try {
-    const options = {method, headers, body, signal: patience.signal, redirect: "error"};
-    const response = await fetch(here + path, options);
+    const response = await fetch(here + path, {method, headers, body, signal, redirect: "error"});
     const text = await response.text();
     const answer = JSON.parse(text);
     serverTime = Date.parse(response.headers.get("Date")) || Date.now();
-    if (response.status === 401) return {error: askForToken(used)};
     if (response.ok) return {answer, text, error: ""};
+    if (response.status === 401) return {error: askForToken(used)};
     return {error: answer.error || `The server says: ${answer.status || response.status}.`};
   } catch {
-    return {error: NO_ANSWER, unheard: true};
-  } finally {
-    clearTimeout(timer);
+    return {error: NO_ANSWER, isUnheard: true};
   }
 }
 
-// A header takes bytes, one for each character.
-const bytesOf = (text) => String.fromCharCode(...new TextEncoder().encode(text));
+// Returns the text as a header takes it: a character for each byte.
+function bytesOf(text) {
+  return String.fromCharCode(...new TextEncoder().encode(text));
+}
 
-function askForToken(used) {
+function askForToken(used) {  // returns what is wrong
   const field = byId("access").elements.token;
   byId("access").hidden = false;
   field.setAttribute("aria-invalid", used !== "");
@@ -5012,41 +5044,43 @@ function askForToken(used) {
 
 // -- Following the server --
 
-// One request at a time, the numbers and the listing in turn, with a rest after each. That asks no
-// more often than both together, and a server that hangs is noticed twice as soon.
+// In each round the server is asked for its numbers and then for the tasks, with a rest after each.
+// Both at once, half as often, would be as much work, and notice later that it hangs.
 
-let delay = 1;          // seconds until the next try, when something is wrong
-let isCalm = false;     // the last round went well: there is time for a rest in the middle
-let isHurried = false;  // there is a reason to begin another round at once
-let endPause = () => {};
-let patience = new AbortController();  // of the request that is under way
+let round = new AbortController();  // hurry() ends it: then the next begins without a rest
+let delay = 1;                      // seconds until the next try after one that failed
 
 async function watch() {
+  let isCalm = false;  // the last round went well, and nobody is in a hurry
   for (;;) {
-    isCalm = isCalm && !isHurried;
-    isHurried = false;
-    let problem = await follow("healthz", showHealth);
-    if (isCalm && !problem) await pause(pace());
-    if (!isHurried && problem !== NO_ANSWER) {
-      problem = await follow(listing(), showTasks) || problem;
+    round = new AbortController();
+    const {signal} = round;
+    const problem = await askForBoth(isCalm);
+    if (!signal.aborted) {
+      showConnection(problem);
+      sayWhatEnded();
+      await rest(problem);
     }
-    if (isHurried) continue;
-    isCalm = !problem;
-    showConnection(problem);
-    sayWhatEnded();
-    await (isCalm ? pause(pace()) : waitToTryAgain());
+    isCalm = !problem && !signal.aborted;
   }
 }
 
+async function askForBoth(isCalm) {  // returns what is wrong
+  const problem = await follow("healthz", showHealth);
+  if (problem === NO_ANSWER) return problem;
+  if (isCalm && !problem) await rest("");
+  return await follow(listing(), showTasks) || problem;
+}
+
 async function follow(path, show) {  // returns what is wrong
-  patience = new AbortController();
+  const {signal} = round;
   const watchdog = setTimeout(() => {
     showConnection(NO_ANSWER);
     setText(byId("countdown"), "Still waiting for it.");
   }, 1000 * SLOW);
-  const {answer, error} = await request(path, {patience});
+  const {answer, error} = await request(path, {signals: [signal]});
   clearTimeout(watchdog);
-  if (isHurried) return "";  // it was broken off, or is about what is asked for no more
+  if (signal.aborted) return "";  // the next round tells
   if (error) return error;
   try {
     show(answer);
@@ -5057,107 +5091,116 @@ async function follow(path, show) {  // returns what is wrong
   }
 }
 
-function pace() {  // seconds; a listing that is ten times as long comes not as often
-  return document.hidden ? 20 : isBusy ? Math.min(IDLE, 0.55 * limit / 50) : IDLE;
-}
-
-function pause(seconds) {
-  return new Promise((resolve) => {
-    endPause = resolve;
-    setTimeout(resolve, isHurried ? 0 : 1000 * seconds);
-  });
-}
-
-async function waitToTryAgain() {
-  const needsToken = !byId("access").hidden;
-  const seconds = needsToken ? 30 : document.hidden ? 20 : delay;
-  for (let left = seconds; left > 0 && !isHurried; left -= 1) {
-    setText(byId("countdown"), needsToken ? "" : `Trying again in ${left} s.`);
+async function rest(problem) {
+  if (!problem) return pause(pace());
+  if (isOfToken(problem)) return pause(30);  // a token that is typed ends it
+  for (let left = document.hidden ? 20 : delay; left > 0 && !round.signal.aborted; left -= 1) {
+    setText(byId("countdown"), `Trying again in ${left} s.`);
     await pause(1);
   }
+  setText(byId("countdown"), "Trying …");
   delay = Math.min(2 * delay, 4);
 }
 
+function pace() {  // returns seconds
+  if (document.hidden) return 20;
+  if (!isBusy) return IDLE;
+  return Math.min(IDLE, 0.55 * limit / 50);  // a longer listing comes less often
+}
+
+function pause(seconds) {
+  const {signal} = round;
+  return new Promise((resolve) => {
+    setTimeout(resolve, signal.aborted ? 0 : 1000 * seconds);
+    signal.addEventListener("abort", resolve);
+  });
+}
+
 function hurry() {
-  isHurried = true;
-  patience.abort();
-  endPause();
+  round.abort();
 }
 
 function showConnection(problem) {
-  const text = problem || "Connected to the server.";
-  setText(byId("connection"), text, problem ? "wrong" : "quiet");
-  document.body.classList.toggle("old", problem !== "");
-  setHidden(byId("again"), !problem || !byId("access").hidden);
-  if (problem) return;
-  delay = 1;
+  setText(byId("connection"), problem || "Connected to the server.");
   setText(byId("countdown"), "");
+  byId("connection").className = problem ? "wrong" : "quiet";
+  document.body.classList.toggle("old", problem !== "");
+  setHidden(byId("again"), !problem || isOfToken(problem));
+  if (!problem) delay = 1;
+}
+
+function isOfToken(problem) {
+  return !byId("access").hidden && problem !== NO_ANSWER;
 }
 
 // -- Filters: they stand in the address, so that it can be sent --
 
 function chosen() {  // what the server would refuse is not chosen
-  const wanted = new URLSearchParams(location.hash.slice(1));
-  const known = (names, name) => names.includes(name) ? name : "";
-  return {status: known(NAMES.map(([status]) => status), wanted.get("status")),
-    type: known(Object.keys(held), wanted.get("type"))};
+  const {status, type} = Object.fromEntries(new URLSearchParams(location.hash.slice(1)));
+  const isStatus = FILTERS.some(([known]) => known === status);
+  return {status: isStatus ? status : "", type: Object.hasOwn(held, type) ? type : ""};
 }
 
-function query(members) {  // such as status=failed&type=task
+function query(members) {  // returns what is not empty, such as status=failed&type=task
   return String(new URLSearchParams(Object.entries(members).filter(([, value]) => value)));
 }
 
-const listing = () => `tasks?${query({limit, ...chosen()})}`;
+function listing() {
+  return `tasks?${query({limit, ...chosen()})}`;
+}
 
-function count({status, type}) {
+function count({status, type}) {  // "" stands for any
   let sum = 0;
-  for (const [name, counts] of Object.entries(held)) {
-    if (type && type !== name) continue;
-    for (const key in counts) if (!status || status === key) sum += counts[key];
+  for (const [heldType, counts] of Object.entries(held)) {
+    for (const [heldStatus, number] of Object.entries(counts)) {
+      if ((!type || type === heldType) && (!status || status === heldStatus)) sum += number;
+    }
   }
   return sum;
 }
 
 function showFilters() {
   const types = Object.keys(held).map((type) => [type, type]);
-  showChoices(byId("statuses"), "status", NAMES);
+  showChoices(byId("statuses"), "status", FILTERS);
   showChoices(byId("types"), "type", [["", "All types"], ...types]);
   byId("types").hidden = types.length < 2;
 }
 
-function showChoices(nav, key, names) {
-  for (const [value, name] of names) {
-    const choice = {...chosen(), [key]: value};
+function showChoices(nav, key, choices) {
+  const now = chosen();
+  for (const [value, name] of choices) {
     let link = nav.querySelector(`[data-value="${value}"]`);
     if (!link) {
       link = nav.appendChild(document.createElement("a"));
       link.dataset.value = value;
     }
-    link.href = "#" + (query(choice) || "all");
-    setText(link, `${name} ${count(choice)}`);
-    const isChosen = chosen()[key] === value;
-    isChosen ? link.setAttribute("aria-current", "true") : link.removeAttribute("aria-current");
+    const then = {...now, [key]: value};  // what will be chosen
+    link.href = "#" + (query(then) || "all");
+    setText(link, `${name} ${count(then)}`);
+    if (now[key] === value) link.setAttribute("aria-current", "true");
+    else link.removeAttribute("aria-current");
   }
 }
 
 function showAmount() {
-  const shown = list.children.length, all = Math.max(shown, count(chosen()));
+  const {status, type} = chosen();
+  const shown = list.children.length;
+  const all = Math.max(shown, count({status, type}));
   const hint = limit === MOST && all > shown ? " The filters find the others." : "";
   setText(byId("amount"), shown ? `${shown} of ${all}, the newest first.${hint}` : "");
   setHidden(byId("more"), all <= records.length || limit >= MOST, list.lastElementChild);
-  const isFiltered = chosen().status || chosen().type;
-  setText(byId("empty"), isFiltered ? "There is no such task now. All shows the others."
+  setText(byId("empty"), status || type ? "There is no such task now. All shows the others."
     : "No tasks yet. Create one with the form or in a terminal.");
   byId("empty").hidden = shown > 0;
 }
 
 function showHealth(health) {
-  if (!health.tasks) return;  // who has no token is told the status alone
+  if (!health.tasks) return;  // without the token, the server tells its status alone
   const seconds = health.oldest_waiting;
-  const oldest = seconds === null ? "" : `, the oldest for ${duration(seconds, 0)}`;
+  const oldest = seconds === null ? "" : `, the oldest for ${duration(seconds)}`;
+  setText(byId("counts"), `${health.running} running · ${health.waiting} waiting${oldest}`);
   held = health.tasks;
   isBusy = health.waiting + health.running > 0;
-  setText(byId("counts"), `${health.running} running · ${health.waiting} waiting${oldest}`);
   for (const type of health.types) {
     if (!fields.type.querySelector(`[value="${type}"]`)) fields.type.add(new Option(type, type));
   }
@@ -5173,7 +5216,7 @@ function showTasks({tasks}) {
   placeRows();
   setHidden(byId("access"), true);
   const made = intention && tasks.find(({id}) => id === intention.key);
-  if (made) showCreated(made);  // whose answer was lost
+  if (made) showCreated(made);  // the answer was lost
 }
 
 // Rows never move. What is under the pointer stays there: new rows wait until it has gone, so that
@@ -5186,16 +5229,21 @@ function placeRows() {
     row.classList.toggle("gone", isGone);
     if (isGone && !isHeld && !row.querySelector("[open]")) removeRow(row);
   }
-  let newer = null, waiting = 0;
+  let newer = null;  // the row before the next one
+  let waiting = 0;
   for (const record of records) {
     let row = byId(record.id);
-    if (!row && isHeld && newer !== list.lastElementChild) {
-      waiting += 1;
-      continue;
+    if (!row) {
+      const wouldPush = newer !== list.lastElementChild;  // the rows that follow it
+      if (isHeld && wouldPush) {
+        waiting += 1;
+        continue;
+      }
+      row = newRow(record);
+      if (newer) newer.after(row);
+      else list.prepend(row);
     }
-    row = row || newRow(record);
     showTask(record, row);
-    if (!row.isConnected) newer ? newer.after(row) : list.prepend(row);
     newer = row;
   }
   setHidden(byId("fresh"), waiting === 0);
@@ -5206,13 +5254,15 @@ function placeRows() {
 
 function newRow({id, name}) {
   const row = byId("row").content.firstElementChild.cloneNode(true);
-  const label = (selector, text) => row.querySelector(selector).setAttribute("aria-label", text);
+  const part = (selector) => row.querySelector(selector);
   row.id = id;
-  setText(row.querySelector("h3"), name);
-  setText(row.querySelector("code"), id);
-  label("progress", `Progress of ${name}`);
-  label(".copy", `Copy the id of ${name}`);
-  label(".cancel", `Cancel ${name}`);
+  setText(part("h3"), name);
+  setText(part("code"), id);
+  part("progress").setAttribute("aria-label", `Progress of ${name}`);
+  part(".copy").dataset.about = `the id of ${name}`;
+  part(".cancel").dataset.about = name;
+  setButton(part(".copy"), "Copy");
+  setButton(part(".cancel"), "Cancel");
   return row;
 }
 
@@ -5225,77 +5275,106 @@ function removeRow(row) {
 }
 
 function makeScrollable() {  // by keyboard: what is higher than its box can have the focus
-  for (const box of list.querySelectorAll("h3, .message")) {
+  for (const box of list.querySelectorAll(".limited")) {
     if (box.scrollHeight > box.clientHeight) box.tabIndex = 0;
     else box.removeAttribute("tabindex");
   }
 }
 
 function showTask(record, row) {
-  const {status, started_at, finished_at, progress, message, error} = record;
-  if (row.record && row.record.finished_at && !finished_at) return;  // an older answer comes late
-  if (row.record && !row.record.finished_at && finished_at) ended.push(record);
+  const {finished_at, message} = record;
+  const before = row.record;
+  if (before && before.finished_at && !finished_at) return;  // an older answer that comes late
+  if (before && !before.finished_at && finished_at) ended.push(record);
   row.record = record;
-  row.className = `task card ${status}`;
+  row.className = `task card ${record.status}`;
   const part = (selector) => row.querySelector(selector);
-  setText(part(".pill"), finished_at ? status : started_at ? "running" : "waiting");
+  setText(part(".pill"), stateOf(record));
   setText(part(".about"), about(record));
-  if (progress !== null || !started_at || finished_at) part("progress").value = progress || 0;
+  showProgress(record, part("progress"));
   setText(part(".message"), message || "");
-  const [firstLine, ...others] = (error || "").split("\n");
-  setText(part(".error"), firstLine);
-  part(".error").hidden = !error;
-  setText(part("summary"), error ? "Whole error" : "Result");
-  part("summary").setAttribute("aria-label", `${part("summary").textContent} of ${record.name}`);
-  part("details").hidden = !finished_at || error && !others.length;
-  if (!isResting(part(".cancel"))) setText(part(".note"), "");
+  showEnd(record, part);
   if (finished_at) setText(part(".note"), "");
-  setHidden(part(".cancel"), !!finished_at, row);
+  setHidden(part(".cancel"), finished_at !== null, row);
 }
 
-function about({type, created_at, started_at, finished_at, progress}) {
+function showProgress(record, bar) {
+  const {finished_at, progress} = record;
+  const isUnknown = progress === null && stateOf(record) === "running";
+  if (isUnknown) bar.removeAttribute("value");  // it is striped
+  else bar.value = progress || 0;
+  bar.hidden = progress === null && finished_at !== null;
+}
+
+function showEnd({name, finished_at, error}, part) {
+  const [firstLine, ...others] = (error || "").split("\n");
+  setText(part(".error"), firstLine);
+  part(".error").hidden = error === null;
+  const outcome = error === null ? "Result" : "Whole error";
+  setText(part("summary"), outcome);
+  part("summary").setAttribute("aria-label", `${outcome} of ${name}`);
+  const isAllSeen = error !== null && others.length === 0;
+  part("details").hidden = finished_at === null || isAllSeen;
+}
+
+function stateOf({status, started_at}) {
+  if (status !== "pending") return status;
+  return started_at ? "running" : "waiting";
+}
+
+function about(record) {
+  const {type, finished_at, progress} = record;
   const percent = progress === null || finished_at ? "" : ` · ${Math.floor(100 * progress)} %`;
-  const until = finished_at ? Date.parse(finished_at) : serverTime;
-  const seconds = (until - Date.parse(started_at || created_at)) / 1000;
-  const lasted = finished_at ? duration(seconds) : duration(Math.floor(seconds), 0);
-  const words = started_at ? `began ${clock(started_at)}, ${finished_at ? "took" : "for"} ${lasted}`
-    : finished_at ? `created ${clock(created_at)}, never begun` : `waiting for ${lasted}`;
-  return `${type}${percent} · ${words}`;
+  return `${type}${percent} · ${times(record)}`;
+}
+
+function times({created_at, started_at, finished_at}) {
+  const end = finished_at ? Date.parse(finished_at) : serverTime;
+  const seconds = (end - Date.parse(started_at || created_at)) / 1000;
+  if (!started_at) {
+    if (finished_at) return `created ${clock(created_at)}, never begun`;
+    return `waiting for ${duration(seconds)}`;
+  }
+  if (!finished_at) return `began ${clock(started_at)}, for ${duration(seconds)}`;
+  const lasted = seconds < 10 ? `${seconds} s` : duration(seconds);  // 0.012 s, to be exact
+  return `began ${clock(started_at)}, took ${lasted}`;
 }
 
 const swedish = new Intl.DateTimeFormat("sv", {dateStyle: "short", timeStyle: "medium"});
 
-function clock(moment) {  // 14:03:22, or 2026-11-27 14:03:22 if it was on another day
-  const [day, time] = swedish.format(new Date(moment)).split(" ");
-  return swedish.format(new Date(serverTime)).startsWith(day) ? time : `${day} ${time}`;
+// Returns 14:03:22, or 2026-11-27 14:03:22 if it was on another day: so it is written in Sweden.
+function clock(moment) {
+  const [day, time] = swedish.format(Date.parse(moment)).split(" ");
+  const [today] = swedish.format(serverTime).split(" ");
+  return day === today ? time : `${day} ${time}`;
 }
 
-function duration(seconds, digits = 1) {  // 0.3 s, 12 s, 3 min 20 s, 2 h 5 min, 3 d 4 h
-  if (seconds < 10) return `${Math.max(0, seconds).toFixed(digits)} s`;
-  if (seconds < 60) return `${Math.floor(seconds)} s`;
+function duration(seconds) {  // 12 s, 3 min 20 s, 2 h 5 min, 3 d 4 h
+  if (seconds < 60) return `${Math.floor(Math.max(0, seconds))} s`;
   const units = [[86400, "d", 3600, "h"], [3600, "h", 60, "min"], [60, "min", 1, "s"]];
   const [big, bigName, small, smallName] = units.find(([size]) => size <= seconds);
   const rest = Math.floor(seconds % big / small);
   return `${Math.floor(seconds / big)} ${bigName} ${rest} ${smallName}`;
 }
 
-// -- What ended is said, politely, and eighty at once in one sentence --
+// -- What has ended is said politely, and of eighty at once in one sentence --
 
 let ended = [];     // records
 let quietUntil = 0;
 
 function sayWhatEnded() {
-  if (!ended.length || performance.now() < quietUntil) return;
-  const some = (status) => ended.filter((record) => record.status === status);
-  say(sentence("Completed", some("completed")) + sentence("Failed", some("failed")));
+  if (ended.length === 0 || performance.now() < quietUntil) return;
+  const those = (status) => ended.filter((record) => record.status === status);
+  say(sentence("Completed", those("completed")) + sentence("Failed", those("failed")));
   ended = [];
   quietUntil = performance.now() + 5000;
 }
 
 function sentence(verb, tasks) {
+  if (tasks.length === 0) return "";
   const names = tasks.slice(0, 3).map(({name}) => name.slice(0, 60)).join(", ");
   const others = tasks.length > 3 ? ` and ${tasks.length - 3} more` : "";
-  return tasks.length ? `${verb}: ${names}${others}. ` : "";
+  return `${verb}: ${names}${others}. `;
 }
 
 // -- A row's buttons --
@@ -5303,18 +5382,19 @@ function sentence(verb, tasks) {
 async function cancel(row) {
   const button = row.querySelector(".cancel"), note = row.querySelector(".note");
   if (isResting(button)) return;
-  setBusy(button, "Cancelling …");
+  setResting(button, true, "Cancelling …");
+  setText(note, "");
   const path = `cancel-${row.record.type}/${row.id}`;
-  const {answer, error, unheard} = await request(path, {method: "POST"});
+  const {answer, error, isUnheard} = await request(path, {method: "POST"});
   if (error) {
-    setBusy(button, "Cancel", false);
-    setText(note, unheard ? `${error} Perhaps it was cancelled.` : error);
+    setResting(button, false, "Cancel");
+    setText(note, isUnheard ? "No answer came. Perhaps it was cancelled; press again." : error);
     say(note.textContent);
     return;
   }
   showTask(answer, row);
   if (!answer.finished_at) {
-    setBusy(button, "Cancel asked for");
+    setResting(button, true, "Cancel asked for");
     setText(note, "It ends when its function next reports.");
     say(note.textContent);
   }
@@ -5322,15 +5402,25 @@ async function cancel(row) {
 }
 
 async function showOutcome(row) {
-  const pre = row.querySelector("pre"), link = row.querySelector("a");
-  if (row.record.error) return setText(pre, row.record.error);
+  const pre = row.querySelector("pre");
+  if (row.record.error) {
+    setText(pre, row.record.error);
+    return;
+  }
   if (row.isLoaded) return;
   const {text, error} = await request(`poll-${row.record.type}/${row.id}`);
-  if (error) return setText(pre, error);
+  if (error) {
+    setText(pre, error);
+    return;
+  }
   row.isLoaded = true;
   const {shown, isWhole} = resultIn(text);
   setText(pre, isWhole ? shown : `${shown} …`);
-  if (isWhole) return;
+  if (!isWhole) offer(text, row);
+}
+
+function offer(text, row) {  // as a file
+  const link = row.querySelector("a");
   link.href = URL.createObjectURL(new Blob([text], {type: "application/json"}));
   link.download = `${row.id}.json`;
   const size = (text.length / 1048576).toFixed(1);
@@ -5338,24 +5428,26 @@ async function showOutcome(row) {
   link.hidden = false;
 }
 
-// The pieces of a JSON text. Numbers stay as they were sent: JavaScript would round long ones.
-const TOKEN = /"(?:[^"\\]|\\.)*"?|[[\]{},:]|[^\s"[\]{},:]+/g;
+// The pieces of a JSON text: strings, brackets and punctuation, numbers and words.
+const PIECES = /"(?:[^"\\]|\\.)*"?|[[\]{},:]|[^\s"[\]{},:]+/g;
+const OPENING = ["[", "{"], CLOSING = ["]", "}"];
 
-function resultIn(text) {  // the first part of a record's result, indented
-  const tokens = text.slice(0, 2 * PART).match(TOKEN);
-  const start = tokens.findIndex((token, i) => token === '"result"' && tokens[i + 1] === ":");
+// Returns {shown, isWhole}: the result in the text of a record, indented, or its first part. It is
+// not parsed and written again, because JavaScript would change numbers that are long or like 1.0.
+function resultIn(text) {
+  const pieces = text.slice(0, 2 * PART).match(PIECES);
+  const key = pieces.findIndex((piece, i) => piece === '"result"' && pieces[i + 1] === ":");
   let shown = "", depth = 0, last = "";
-  for (const token of tokens.slice(start + 2)) {
-    const opens = "[{".includes(token), closes = "]}".includes(token);
+  for (const piece of pieces.slice(key + 2)) {
+    const closes = CLOSING.includes(piece);
     if (closes) depth -= 1;
-    if (depth < 0 || depth === 0 && token === ",") return {shown, isWhole: true};
-    if (closes ? !"[{".includes(last) : last && "[{,".includes(last)) {
-      shown += "\n" + "  ".repeat(depth);
-    }
-    shown += token === ":" ? ": " : token;
-    if (opens) depth += 1;
-    last = token;
+    if (depth < 0 || depth === 0 && piece === ",") return {shown, isWhole: true};
+    const wasOpened = OPENING.includes(last);  // an empty [] or {} stays on its line
+    if (closes ? !wasOpened : wasOpened || last === ",") shown += "\n" + "  ".repeat(depth);
+    shown += piece === ":" ? ": " : piece;
+    if (OPENING.includes(piece)) depth += 1;
     if (shown.length > PART) break;
+    last = piece;
   }
   return {shown: shown.slice(0, PART), isWhole: false};
 }
@@ -5364,7 +5456,7 @@ function resultIn(text) {  // the first part of a record's result, indented
 
 let intention = null;  // what was sent, until it is known to be created
 
-function payload() {  // {body} as it is to be sent, or {problem}
+function payload() {  // returns {body} as it is to be sent, or {problem}
   const rest = fields.rest.value.trim() || "{}";
   try {
     const typed = JSON.parse(rest);
@@ -5373,62 +5465,83 @@ function payload() {  // {body} as it is to be sent, or {problem}
   } catch (error) {
     return {problem: `Write JSON like {"seconds": 10}. ${error.message}`};
   }
-  const members = rest.slice(1, -1).trim();  // as typed: JavaScript would round long numbers
+  const members = rest.slice(1, -1).trim();  // as typed: JavaScript would change long numbers
   return {body: `{"name": ${JSON.stringify(fields.name.value)}${members && ", " + members}}`};
 }
 
 async function create() {
   const button = form.querySelector("button");
-  const {body} = payload(), path = `create-${fields.type.value}`;
   if (isResting(button)) return;
-  if (!body) return fields.rest.focus();
-  // The same thing sent again bears the same key, and so makes no second task.
-  if (!intention || intention.path !== path || intention.body !== body) {
-    intention = {path, body, key: newKey()};
+  const {body} = payload();
+  if (!body) {
+    fields.rest.focus();
+    return;
   }
-  setBusy(button, "Sending …");
+  // The same thing sent again bears the same key, and so makes no second task.
+  const path = `create-${fields.type.value}`;
+  const isSame = intention && intention.path === path && intention.body === body;
+  if (!isSame) intention = {path, body, key: newKey()};
+  setResting(button, true, "Sending …");
   setText(byId("answer"), "");
   const headers = {"Idempotency-Key": intention.key};
-  const {answer, error, unheard} = await request(path, {method: "POST", body, headers});
+  const {answer, error, isUnheard} = await request(path, {method: "POST", body, headers});
   if (!error) showCreated(answer);
-  else if (intention) setText(byId("answer"), unheard ? UNHEARD : error, "wrong");
+  else if (intention) showNotCreated(error, isUnheard);  // otherwise the list has shown the task
   hurry();
-  setTimeout(() => setBusy(button, "Create task", false), 1000);  // a double click is one
+  setTimeout(() => setResting(button, false, "Create task"), 1000);  // a double click is one
 }
 
 function showCreated({type, id}) {
   intention = null;
-  setText(byId("answer"), `Created. Poll it at ${here}poll-${type}/${id}`, "quiet");
+  setText(byId("answer"), `Created. Poll it at ${here}poll-${type}/${id}`);
+  byId("answer").className = "quiet";
+}
+
+function showNotCreated(error, isUnheard) {
+  setText(byId("answer"), !isUnheard ? error : "No answer came, so nobody knows whether the task "
+    + "was created. Send it again: that makes no second task.");
+  byId("answer").className = "wrong";
 }
 
 function showCommands() {
-  const {body, problem} = payload(), type = fields.type.value;
+  const {body, problem} = payload();
+  const type = fields.type.value;
   setText(byId("problem"), problem || "");
   byId("problem").hidden = !problem;
-  fields.rest.setAttribute("aria-invalid", !!problem);
-  const isReady = type && body && form.checkValidity();
+  fields.rest.setAttribute("aria-invalid", Boolean(problem));
+  const isReady = Boolean(type && body) && form.checkValidity();
   byId("shells").hidden = !isReady;
-  byId("no-command").hidden = !!isReady;
+  byId("no-command").hidden = isReady;
   if (!isReady) return;
-  const [create, poll] = [`create-${type}`, `poll-${type}/ID`].map((path) => `'${here}${path}'`);
-  const shell = body.replaceAll("'", "'\\''");
-  const powershell = body.replace(/['\u2018-\u201b]/g, "$&$&");  // curly quotes end a string, too
-  const curl = token ? 'curl -H "Authorization: Bearer $TASKSERVER_TOKEN"' : "curl";
-  const invoke = "Invoke-RestMethod"
-    + (token && ' -Headers @{Authorization = "Bearer $env:TASKSERVER_TOKEN"}');
-  setText(byId("curl"), `${curl} -H 'Content-Type: application/json' \\
-  -d '${shell}' \\
-  ${create}\n\n${curl} ${poll}`);
-  setText(byId("powershell"), `${invoke} -Method Post \`
-  -ContentType 'application/json; charset=utf-8' \`
-  -Body '${powershell}' \`
-  ${create}\n\n${invoke} ${poll}`);
+  setText(byId("curl"), curlCommands(type, body));
+  setText(byId("powershell"), powershellCommands(type, body));
 }
 
-// What is typed outlives a reload: browsers forget it, because the page is not to be stored.
+function curlCommands(type, body) {
+  const quoted = (text) => `'${text.replaceAll("'", "'\\''")}'`;
+  const [create, poll] = [quoted(`${here}create-${type}`), quoted(`${here}poll-${type}/ID`)];
+  const program = token ? 'curl -H "Authorization: Bearer $TASKSERVER_TOKEN"' : "curl";
+  return `${program} -H 'Content-Type: application/json' \\
+  -d ${quoted(body)} \\
+  ${create}\n\n${program} ${poll}`;
+}
+
+function powershellCommands(type, body) {
+  // PowerShell takes curly quotes for quotes, so they are doubled, too.
+  const quoted = (text) => `'${text.replace(/['\u2018-\u201b]/g, "$&$&")}'`;
+  const [create, poll] = [quoted(`${here}create-${type}`), quoted(`${here}poll-${type}/ID`)];
+  const headers = token && ' -Headers @{Authorization = "Bearer $env:TASKSERVER_TOKEN"}';
+  const program = `Invoke-RestMethod${headers}`;
+  return `${program} -Method Post \`
+  -ContentType 'application/json; charset=utf-8' \`
+  -Body ${quoted(body)} \`
+  ${create}\n\n${program} ${poll}`;
+}
+
+// Keeps what is typed over a reload. The browser does not, because the page must not be stored.
 function keepDraft() {
   const draft = JSON.stringify([fields.name.value, fields.rest.value]);
-  try { sessionStorage.setItem(here, draft); } catch {}  // where a browser forbids it: not kept
+  try { sessionStorage.setItem(here, draft); } catch {}  // it may be forbidden: then it is not kept
 }
 
 function bringDraft() {
@@ -5461,7 +5574,7 @@ list.onclick = ({target}) => {
 };
 list.addEventListener("toggle", ({target}) => {
   if (target.open) showOutcome(target.closest("li"));
-}, true);
+}, true);  // in the capturing phase, because this event does not bubble
 list.onpointerleave = placeRows;
 byId("fresh").onclick = placeRows;
 byId("more").onclick = () => {
@@ -5469,19 +5582,23 @@ byId("more").onclick = () => {
   hurry();
 };
 for (const button of document.querySelectorAll("[data-of]")) {
+  setButton(button, "Copy");
   button.onclick = () => copy(byId(button.dataset.of).textContent, button);
 }
 byId("again").onclick = hurry;
 byId("jump").onclick = () => fields.name.focus();
 onhashchange = () => {
   limit = 50;
-  if (list.contains(document.activeElement)) focusOn(byId("tasks-title"));
   records = [];
+  if (list.contains(document.activeElement)) focusOn(byId("tasks-title"));
   list.replaceChildren();
   showFilters();
   hurry();
 };
-document.onvisibilitychange = () => document.hidden || hurry();
+document.onvisibilitychange = () => {
+  if (!document.hidden) hurry();
+};
+
 bringDraft();
 byId("commands").open = innerWidth > 900;
 setText(byId("connection"), "Connecting …");

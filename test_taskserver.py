@@ -10087,6 +10087,51 @@ def test_the_refusals_that_are_answered_are_described(application):
         assert list(schema["properties"]) == list(answer.json) == schema["required"] == ["error"]
 
 
+def in_lines(payload, report):
+    """Do it.
+
+    This is said in two lines,
+    and this is the second.
+    """
+
+
+def test_what_is_said_of_a_function_in_several_lines_is_not_indented(application):
+    application.task("lines")(in_lines)
+    application.task("silent")(lambda payload, report: None)
+    paths = taskserver.openapi(application)["paths"]
+    text = "Do it.\n\nThis is said in two lines,\nand this is the second."
+    assert paths["/create-lines"]["post"]["description"] == text
+    assert paths["/create-silent"]["post"]["description"] == "Create a task of type silent."
+
+
+def test_refusals_are_described_by_sentences(application):
+    responses = taskserver.openapi(application)["components"]["responses"]
+    assert len(responses) > 10
+    for response in responses.values():
+        assert response["description"].endswith(".") and response["description"].count(" ") > 3
+
+
+def test_parameters_and_headers_are_described_with_their_types_and_bounds(application):
+    document = taskserver.openapi(application)
+    create = document["paths"]["/create-echo"]["post"]
+    parameters = {
+        parameter["name"]: parameter
+        for _, _, operation in operations(document)
+        for parameter in operation.get("parameters", ())
+    }
+    assert set(parameters) == {"Idempotency-Key", "id", "limit", "status", "type", "wait"}
+    assert all(parameter["description"] for parameter in parameters.values())
+    assert parameters["wait"]["schema"]["type"] == "number"
+    assert parameters["limit"]["schema"]["maximum"] == 500
+    assert parameters["Idempotency-Key"]["in"] == "header"
+    for status in ("200", "201"):
+        assert create["responses"][status]["headers"]["Location"]["description"]
+    for status in ("409", "503"):
+        refusal = resolved(document, create["responses"][status])
+        assert refusal["headers"]["Retry-After"]["schema"]["type"] == "integer"
+    assert document["info"]["description"] and document["info"]["license"]["identifier"] == "MIT"
+
+
 @pytest.mark.parametrize("secured", [False, True])
 def test_a_token_is_described_where_one_is_asked_for(application, secured):
     application.secured = secured
