@@ -41,8 +41,8 @@ Here the core ends. The rest attaches to it:
 The way of a create:
 
  1. The server's loop hears that a connection has received bytes (7 HTTP, `Server.serve_forever`).
- 2. The connection takes a request out of them (7, `parse_request`).
- 3. The application looks at its head, checks access, and finds its endpoint (6, `judge`).
+ 2. The connection takes a request out of them (7, `read_head` and `read_body`).
+ 3. The application finds what answers it, and checks by its head whether it may (6, `judge`).
  4. The endpoint reserves a place in a pool of workers (3) and adds a pending record to the store
     (2), which holds it in a dict behind a lock (1); with a journal (10), only after it is on disk.
  5. The connection sends the answer, status 201, and waits for the next request (7).
@@ -67,15 +67,18 @@ holds records, a *worker* is a thread that runs tasks, a *pool* owns workers. A 
 outlive the process. Durations are in seconds, sizes in bytes.
 
 What is used of `http.server.ThreadingHTTPServer`: its socket and its address; how it is bound,
-closed and shut down; the names of its hooks. What is replaced: its threads, for one loop serves
-all connections (a thread costs an idle one 16 KiB, and each answer the time to be woken); and its
-request parser, which ignores Transfer-Encoding, takes malformed requests for others, and needs
-most of the time that an answer takes.
+closed and shut down; the names of its hooks. Two things are replaced. Its threads: here, one loop
+serves all connections, because a thread for each would cost 16 KiB while it is idle, and time to
+be woken for every answer. And its request parser: it ignores Transfer-Encoding, accepts malformed
+requests, and takes most of the time of an answer.
 
-Why not asyncio's streams? They would serve as many idle connections. But to read a head through
-them and to send constant bytes takes four fifths of the time of a whole poll here. And the
-buffers with their limits, the deadlines, and who is woken when would be somebody else's: this
-file is there to be read to the bottom.
+Why not asyncio's streams? They would serve as many idle connections. But reading a head through
+them and sending fixed bytes takes four fifths of the time of a whole poll here. And buffers,
+limits, deadlines and wake-ups would be handled inside asyncio, where the reader of this file
+cannot see them.
+
+Docstrings name the exceptions that a caller has to expect, each with its reason:
+"KeyError: there is no such record."
 """
 
 from __future__ import annotations
@@ -152,9 +155,8 @@ log = logging.getLogger("taskserver")
 class ReadersWriterLock:
     """Many readers at once, or one writer alone; a waiting writer goes before later readers.
 
-    `with lock.read:` and `with lock.write:` hold one side. A thread that holds a side must ask for
-    neither: a writer that comes in between waits for the first to be given back, and the second
-    request waits for that writer.
+    `with lock.read:` and `with lock.write:` hold one side. The lock is not reentrant: a thread that
+    holds a side and asks again waits for ever as soon as a writer has come in between.
     Nothing slow may be done while holding a side. A stream of writers keeps readers out.
 
     To read costs three times what a plain lock costs (1.6 and 0.5 microseconds). The gain: who
@@ -167,10 +169,10 @@ class ReadersWriterLock:
         self.readers = 0  # threads that read
         self.writers = 0  # threads that write or wait to
         self.writing = False
-        self.may_read = threading.Condition(self.mutex)  # notified when the last writer leaves
-        self.may_write = threading.Condition(
-            self.mutex
-        )  # notified when a writer or last reader leaves
+        # Notified when the last writer leaves:
+        self.may_read = threading.Condition(self.mutex)
+        # Notified when a writer leaves, or the last reader:
+        self.may_write = threading.Condition(self.mutex)
         self.read = _ReadSide(self)
         self.write = _WriteSide(self)
 
@@ -283,7 +285,10 @@ class Live:
 
 
 def _to_float(number: Any) -> float:
-    """Return any real number as a float: an int, a Decimal, a Fraction, numpy's. ValueError."""
+    """Return any real number as a float: an int, a Decimal, a Fraction, numpy's.
+
+    ValueError: it is no real number.
+    """
     is_number = hasattr(number, "__float__") or hasattr(number, "__index__")
     try:
         if is_number:
@@ -294,7 +299,10 @@ def _to_float(number: Any) -> float:
 
 
 def _cut_rounding(fraction: float) -> float:
-    """Return 0.0 or 1.0 for a fraction that is outside by rounding alone. ValueError: by more."""
+    """Return 0.0 or 1.0 for a fraction that is outside by rounding alone.
+
+    ValueError: it is further outside.
+    """
     if -ROUNDING <= fraction < 0.0:
         return 0.0
     if 1.0 < fraction <= 1.0 + ROUNDING:
@@ -381,8 +389,9 @@ def encode_cached(record: Record, with_result: bool = True) -> bytes:
     return _encode_final_record(record, with_result)
 
 
-# Each escape in a text of JSON: a pair of surrogates, a lone surrogate, or another escape.
-_JSON_ESCAPE = re.compile(r"\\u[dD][89abAB]..\\u[dD][c-fC-F]..|\\(u[dD][89a-fA-F]..)|\\.")
+# An escape in a text of JSON: a pair of surrogates, a lone surrogate, or another one. The pair is
+# tried first, else its halves would be taken for lone ones. Group 1 matches a lone surrogate alone.
+_JSON_ESCAPE = re.compile(r"\\ud[89ab]..\\ud[c-f]..|\\(ud[89a-f]..)|\\.")
 
 
 _ENCODER = json.JSONEncoder(allow_nan=False)
@@ -391,7 +400,7 @@ _ENCODER = json.JSONEncoder(allow_nan=False)
 def encode_result(value: object, default: Callable[[Any], Any] | None = None) -> bytes:
     """Return what a function has returned as JSON; `default` is that of `json.dumps`.
 
-    ValueError: JSON cannot hold it, and at which key it stands, or it is too large.
+    ValueError: JSON cannot hold it (the text says what, and at which key), or it is too large.
     """
     encoder = _ENCODER
     if default is not None:
@@ -432,11 +441,12 @@ def _check_keys(value: object) -> None:
             members = value.values()
         elif isinstance(value, (list, tuple)):
             members = value
-        # Of numbers and texts there may be a hundred thousand.
+        # Not numbers and texts: a result may hold a hundred thousand of them.
         containers.extend(m for m in members if isinstance(m, (dict, list, tuple)))
 
 
 def _json_key(key: object) -> str:
+    """Return what a key of a dict becomes in JSON, as `json` itself writes it."""
     if isinstance(key, str):
         return key
     return str(next(iter(json.loads(json.dumps({key: None})))))
@@ -445,7 +455,7 @@ def _json_key(key: object) -> str:
 def _place_of_fault(value: object, encoder: json.JSONEncoder) -> str:
     """Return where in a value the part stands that cannot be encoded, such as " at ['a'][0]"."""
     place = ""
-    while len(place) < 200:
+    while len(place) < 200:  # a value that contains itself would go on for ever
         members: Iterable[tuple[Any, Any]] = ()
         if isinstance(value, dict):
             members = value.items()
@@ -461,17 +471,21 @@ def _place_of_fault(value: object, encoder: json.JSONEncoder) -> str:
                 break
         else:
             break
-    return place and f" at {escape_surrogates(place)}"
+    if not place:
+        return ""
+    return f" at {escape_surrogates(place)}"
 
 
 def _escape_lone_surrogate(escape: re.Match[str]) -> str:
-    """Return an escape as it is, but that of a lone surrogate as a text that UTF-8 can hold."""
+    """Return an escape as it is; of a lone surrogate, what JSON reads as the text \\udc80."""
     lone = escape.group(1)
-    return f"\\\\{lone}" if lone else escape.group()
+    if lone:
+        return f"\\\\{lone}"
+    return escape.group()
 
 
 class TaskError(Exception):
-    """An error whose text becomes the record's as it is; `trace` goes to the log alone."""
+    """An error whose text becomes the record's `error` unchanged; `trace` is for the log alone."""
 
     def __init__(self, error: object = "", trace: str = "") -> None:
         super().__init__(error)
@@ -498,7 +512,7 @@ def traceback_of(exception: BaseException) -> str:
             return exception.trace
         lines = traceback.format_exception(type(exception), exception, exception.__traceback__)
         return "".join(lines).rstrip()
-    except BaseException:  # the same
+    except BaseException:  # as in describe()
         return ""
 
 
@@ -515,11 +529,11 @@ class JournalError(Unavailable):
 
 
 class RecordRefused(Exception):
-    """Raised by a journal: it can never take this record. The text says why."""
+    """Raised by a journal that can never take this record. Says why."""
 
 
 class JournalLost(Exception):
-    """Raised by a journal: it belongs to this server no more, which must end. The text says why."""
+    """Raised by a journal that no longer belongs to this server, which must end. Says why."""
 
 
 class Duplicate(Exception):
@@ -531,17 +545,17 @@ class Store:
 
     A final record stays for `keep` seconds; then `evict` drops it. At most `max_tasks` records are
     held, and payloads and results of at most `max_memory` bytes. With a `journal` (its contract
-    stands in section 10), a record is in there before anybody sees it; then `add`, `save` and
-    `finish` block until it is, and `delete_doomed` has it forget what is held no more.
+    stands in section 10), a record is written there before anybody sees it: `add`, `save` and
+    `finish` block until it is. `delete_doomed` deletes there what was evicted here.
     """
 
     FAILING_SECONDS = 30.0  # so long after a failure the journal counts as failing
+    PAUSES = (0.1, 0.3, 1.0, 3.0, 10.0)  # seconds between attempts to save; then always the last
     DELETE_AGAIN_SECONDS = 10.0  # so long after a failed delete, the next one is tried
     EVICTED_AT_ONCE = 1000  # records; so many take a millisecond of the lock
     DELETED_AT_ONCE = 250  # records; so many take a disk some 15 ms, for which creates may wait
 
-    # When more records are held, and so many of them are new, Python's garbage collector is told to
-    # overlook them: see `spare_collector`.
+    # `spare_collector` acts when more than MANY records are held, and at least MANY_NEW are new.
     MANY, MANY_NEW = 100_000, 50_000
 
     def __init__(
@@ -566,8 +580,8 @@ class Store:
         self._sequence = 0  # of the newest record
         self._bytes = 0  # of payloads and results
         self._counts: collections.Counter[tuple[str, str]] = collections.Counter()
-        # The ids of final records, those first that have been final for the longest time, and since
-        # when by the clock. One queue of pairs would take 48 bytes more for each record.
+        # Two parallel queues, oldest first: the ids of final records, and when each became final,
+        # by `_clock`. One queue of pairs would take 48 bytes more for each record.
         self._finished: collections.deque[str] = collections.deque()
         self._finished_at: collections.deque[float] = collections.deque()
         self._watchers: dict[str, set[Callable[[], None]]] = {}
@@ -587,35 +601,35 @@ class Store:
         with self._lock.read:
             return dict(self._counts)
 
-    def get(self, id: str) -> Record:
+    def get(self, task_id: str) -> Record:
         """Return a record. KeyError: unknown, evicted, or just being saved."""
         with self._lock.read:
-            record = self._records[id]
+            record = self._records.get(task_id)
         if record is None:
-            raise KeyError(id)
+            raise KeyError(task_id)
         return record
 
-    def find(self, id: str) -> Record | None:
+    def find(self, task_id: str) -> Record | None:
         """Return a record, None if it is unknown or evicted. Duplicate: it is just being saved."""
         with self._lock.read:
-            if id not in self._records:
+            if task_id not in self._records:
                 return None
-            record = self._records[id]
+            record = self._records[task_id]
         if record is None:
-            raise Duplicate(id)
+            raise Duplicate(task_id)
         return record
 
-    def newest(self, limit: int, status: str = "", type: str = "") -> list[Record]:
+    def newest(self, limit: int, status: str = "", type_name: str = "") -> list[Record]:
         """Return at most so many records, the newest first; all, or those of a status and type."""
         with self._lock.read:
-            if not status and not type:
+            if not status and not type_name:
                 seen = filter(None, reversed(self._records.values()))
                 return list(itertools.islice(seen, limit))
             records = list(self._records.values())  # eight milliseconds for a million
-        matching = (
+        matching = (  # "" stands for any
             record
             for record in reversed(records)
-            if record and status in ("", record.status) and type in ("", record.type)
+            if record and status in ("", record.status) and type_name in ("", record.type)
         )
         return list(itertools.islice(matching, limit))
 
@@ -652,7 +666,7 @@ class Store:
         finally:
             with self._lock.write:
                 if saved:
-                    self._bytes -= size  # which _insert counts
+                    self._bytes -= size  # _insert counts it again
                     self._insert(record)
                 else:
                     self._free_place(record.id, size)
@@ -664,20 +678,20 @@ class Store:
 
         Blocks, and tries until that has worked. RecordRefused: it never will. JournalLost.
         """
-        if self.journal is None:
-            return
-        pauses = itertools.chain((0.1, 0.3, 1, 3), itertools.repeat(10))
-        while self.journal is not None:  # a second signal takes it away, so that this ends
+        attempts = 0
+        while self.journal is not None:  # it is None once the process is ending: give up then
             try:
                 self._save_once(record)
                 return
-            except JournalError:
-                time.sleep(next(pauses))  # nothing tells when a disk has room again
+            except JournalError:  # nothing tells when a disk has room again
+                time.sleep(self.PAUSES[min(attempts, len(self.PAUSES) - 1)])
+                attempts += 1
 
-    def finish(self, record: Record) -> None:
+    def finish(self, record: Record) -> Record:
         """Replace a record by its final successor, once that is saved; wake who waits for it.
 
-        JournalLost: it stays pending, and the next owner of the journal decides what becomes of it.
+        Return it as it is held: failed, if the journal has refused it. JournalLost: it stays
+        pending, and the next owner of the journal decides what becomes of it.
         """
         try:
             self.save(record)
@@ -688,36 +702,35 @@ class Store:
                 result=None,
                 error=f"the journal cannot take the outcome: {describe(refusal)}",
             )
-            with contextlib.suppress(
-                RecordRefused
-            ):  # the store has it to be made final in any case
+            with contextlib.suppress(RecordRefused):  # the store makes it final in any case
                 self.save(record)
         with self._lock.write:
             self._insert(record)
             watchers = self._watchers.pop(record.id, ())
         for wake in watchers:
             wake()
+        return record
 
-    def watch(self, id: str, wake: Callable[[], None]) -> None:
-        """Have `wake` called once the record is final or the store stops; at once if it is so now.
+    def watch(self, task_id: str, wake: Callable[[], None]) -> None:
+        """Have `wake` called as soon as the record is final or the store stops; at once if it is.
 
-        `wake` is called by any thread, must not block, and may be called twice.
+        It may be called in any thread, and must not block.
         """
         with self._lock.write:
-            record = self._records.get(id)
+            record = self._records.get(task_id)
             pending = record is not None and record.status == PENDING and not self.stopping
             if pending:
-                self._watchers.setdefault(id, set()).add(wake)
+                self._watchers.setdefault(task_id, set()).add(wake)
         if not pending:
             wake()
 
-    def unwatch(self, id: str, wake: Callable[[], None]) -> None:
-        """Call `wake` no more."""
+    def unwatch(self, task_id: str, wake: Callable[[], None]) -> None:
+        """Have `wake` called no more; a call that has begun may still come."""
         with self._lock.write:
-            watchers = self._watchers.get(id, set())
+            watchers = self._watchers.get(task_id, set())
             watchers.discard(wake)
             if not watchers:
-                self._watchers.pop(id, None)
+                self._watchers.pop(task_id, None)
 
     def stop(self) -> None:
         """Wake all who wait; nobody waits from now on."""
@@ -737,7 +750,8 @@ class Store:
         """Drop final records that have outlived their time; return how many.
 
         At most EVICTED_AT_ONCE of them, so that readers never wait for long: call it until it
-        returns 0. The journal forgets them in `delete_doomed`: who makes room waits for no disk.
+        returns 0. The journal deletes them in `delete_doomed`, so that a create that makes room
+        does not wait for the disk.
         """
         ids: list[str] = []
         with self._lock.write:
@@ -773,7 +787,7 @@ class Store:
         try:
             self.journal.delete(ids)
         except JournalLost as loss:
-            self._lose(loss)
+            self._lose(loss)  # from now on, nothing is to be deleted
         except BaseException as exception:
             error = exception
         with self._deleted:
@@ -791,14 +805,14 @@ class Store:
         """Have Python's garbage collector overlook the records, if there are many new ones.
 
         Now and then it looks at everything, while everybody waits: 0.5 s for a million records.
-        What is frozen it never looks at again. That is freed as ever when nothing refers to it; but
-        what is alive now and later refers to itself, in a circle, stays. So this is done seldom,
-        and never with the default of --max-tasks. CPython has it from 3.7 on; in free-threaded
-        builds the pause is shorter, but not gone; PyPy needs none of it.
+        What is frozen it never looks at again. Frozen objects are still freed when nothing refers
+        to them any more; only those that become part of a reference cycle later are never freed.
+        So this is done seldom, and never with the default of --max-tasks. CPython has it from 3.7
+        on; in free-threaded builds the pause is shorter, but not gone; PyPy needs none of it.
         """
         if self._new >= self.MANY_NEW and len(self._records) > self.MANY:
             self._new = 0
-            gc.collect()  # so that no garbage is kept; looks at what is new, for about 30 ms
+            gc.collect()  # garbage would be frozen, too; takes 30 ms, for it looks at what is new
             _freeze()
 
     def recover(self) -> list[Record]:
@@ -827,12 +841,12 @@ class Store:
             seconds = 2.0
             while not done.wait(seconds):
                 log.info("loading the journal: %d tasks so far", len(loaded))
-                seconds *= 2  # who stands by for another server may wait for days
+                seconds *= 2  # load() may wait for days, until another server has ended
 
         threading.Thread(target=say_how_far, name="loading", daemon=True).start()
         try:
             loaded.extend(self.journal.load())
-        except (OSError, JournalLost):  # they say what to do
+        except (OSError, JournalLost):  # their text says already what to do
             raise
         except Exception as error:
             raise OSError(f"the journal cannot be loaded: {describe(error)}") from error
@@ -865,14 +879,14 @@ class Store:
                 self._finished_at.append(moment - age)
         return pending
 
-    def _hold_place(self, id: str, size: int) -> None:
+    def _hold_place(self, task_id: str, size: int) -> None:
         """Keep the place of a record that is about to be saved. The write side is held."""
-        self._records[id] = None
+        self._records[task_id] = None
         self._bytes += size
 
-    def _free_place(self, id: str, size: int) -> None:
+    def _free_place(self, task_id: str, size: int) -> None:
         """Give back the place of a record that could not be saved. The write side is held."""
-        del self._records[id]
+        del self._records[task_id]
         self._bytes -= size
 
     def _has_no_room(self, size: int) -> bool:
@@ -905,9 +919,9 @@ class Store:
             self._finished.append(record.id)
             self._finished_at.append(self._clock())
 
-    def _remove(self, id: str) -> None:
+    def _remove(self, task_id: str) -> None:
         """Drop a record. The write side is held."""
-        record = self._records.pop(id)
+        record = self._records.pop(task_id)
         if record is not None:
             self._bytes -= record.size()
             self._counts[record.type, record.status] -= 1
@@ -920,15 +934,15 @@ class Store:
             if len(self._doomed) < self.max_tasks:
                 self._doomed.update(ids)
 
-    def _await_deletion(self, id: str) -> None:
+    def _await_deletion(self, task_id: str) -> None:
         """Wait until an old delete of this id is over, and call off one that has not begun.
 
         Else it would delete the new record of this id. JournalError: it takes too long.
         """
         with self._deleted:
-            if not self._deleted.wait_for(lambda: id not in self._deleting, 5):
+            if not self._deleted.wait_for(lambda: task_id not in self._deleting, 5):
                 raise JournalError("The journal is slow; try again later.", 5)
-            self._doomed.discard(id)
+            self._doomed.discard(task_id)
 
     def _save_once(self, record: Record) -> None:
         """Save a record. JournalError: it may have worked or not; RecordRefused; JournalLost."""
@@ -963,7 +977,7 @@ def _freeze() -> None:
 
 
 class BoundedQueue:
-    """The items that wait for a pool, and the number of those in work; named as in `queue.py`.
+    """The items that wait for a pool, and the number of those in work.
 
     Who has an item calls, in this order:
 
@@ -977,7 +991,7 @@ class BoundedQueue:
         reserved --put--> queued --_take--> in work --_done--> gone
         reserved or queued --withdraw--> gone
 
-    A key is an object of the caller's that is like no other.
+    A key is any hashable object that the caller uses for one item alone.
     """
 
     def __init__(self, max_workers: float = math.inf, max_waiting: float = math.inf) -> None:
@@ -1007,7 +1021,7 @@ class BoundedQueue:
     def reserve(self, key: Hashable, bounded: bool = True) -> None:
         """Keep a place for an item.
 
-        Unavailable: all workers that there may be have work, and `max_waiting` items wait.
+        Unavailable: `max_workers` items are in work, and `max_waiting` wait.
         """
         with self._lock:
             items = len(self._reserved) + len(self._queue) + self._running
@@ -1071,8 +1085,8 @@ class WorkerPool(BoundedQueue):
     """Threads that are made when there is work, and end when there has been none for a while.
 
     Each takes one item after the other out of the queue and calls `work` with it, which lets no
-    exception out. At most one worker at a time is being woken or made; when it leaves items behind,
-    it has the next one come. So a burst of short items wakes few threads, and long ones get a
+    exception out. At most one worker at a time is being woken or made; a worker that takes an item
+    and sees more wakes the next. So a burst of short items wakes few threads, and long ones get a
     thread each.
     """
 
@@ -1129,7 +1143,7 @@ class WorkerPool(BoundedQueue):
 
     def _be_worker(self) -> None:
         """Be a worker."""
-        item = self._get(sent=True)
+        item = self._get(is_new=True)
         while item is not None:
             self.wake()  # if there are more items, for another worker
             self._work(item)
@@ -1137,25 +1151,32 @@ class WorkerPool(BoundedQueue):
             item = self._get()
         self._at_end()
 
-    def _get(self, sent: bool = False) -> Any:
+    def _get(self, is_new: bool = False) -> Any:
         """Return the next item; None: there was none for a while, and this worker has to end.
 
-        `sent`: this worker was made to come here.
+        `is_new`: the worker was just made.
         """
         with self._lock:
-            if sent:
+            if is_new:
                 self._on_the_way = False
             while not self._has_item():
-                self._idle += 1
-                notified = self._not_empty.wait(self.IDLE_SECONDS)
-                self._idle -= 1
-                # Also without a notice: one may have come just as the time was over, and then the
-                # worker that it was meant for is this one.
-                self._on_the_way = False
-                if not notified and not self._has_item():
+                if not self._wait_idle():
                     self._workers -= 1
                     return None
             return self._take()[1]
+
+    def _wait_idle(self) -> bool:
+        """Wait to be notified; return false if there was nothing to do for too long.
+
+        The lock is held.
+        """
+        self._idle += 1
+        notified = self._not_empty.wait(self.IDLE_SECONDS)
+        self._idle -= 1
+        # After a timeout, too: a notify that came just as the time was over was meant for this
+        # worker, and is used up.
+        self._on_the_way = False
+        return notified or self._has_item()
 
 
 class Stopped(Exception):
@@ -1170,7 +1191,7 @@ class CoroutineRun:
     def __init__(self, item: Any) -> None:
         self.item = item
         self.aio_task: Any = None  # the asyncio.Task in which it runs
-        self.timer: Any = None  # of the time limit; once it is interrupted, of the grace
+        self.timer: Any = None  # set to the time limit; after an interrupt, to the end of the grace
         self.reason: Exception | None = None  # why it was interrupted
         self.outcome: tuple[Any, BaseException | None] | None = None  # its value and its error
         self.given_up = False  # it goes on, but its record is final already
@@ -1183,13 +1204,14 @@ class CoroutinePool(BoundedQueue):
     """Coroutines in one event loop, which has a thread of its own; it starts with the first item.
 
     An item goes through three steps. `before(item)` returns a function without arguments and a time
-    limit, or None for either. What the function returns, a coroutine, runs in the event loop.
-    `after(item, value, error)` takes what became of it. The first and the last step may wait for a
-    disk, and decode and encode what may be long, so threads do them; they let no exception out.
+    limit: None for no limit; no function if there is nothing to run. What the function returns, a
+    coroutine, runs in the event loop. `after(item, value, error)` takes what became of it. The
+    first and the last step may wait for a disk, and decode or encode what is long, so threads do
+    them; they let no exception out.
     """
 
-    # For the first and the last step. With a journal, each waits for a commit of the disk, and as
-    # many as there are threads share one: 10,000 starts took 4 to 9 seconds with 8, 1 with 32.
+    # For the first and the last step. With a journal, each thread waits for the disk, and all that
+    # wait share one commit: 10,000 starts took 4 to 9 seconds with 8 threads, 1 with 32.
     THREADS, THREADS_WITH_JOURNAL = 8, 32
 
     def __init__(
@@ -1205,7 +1227,8 @@ class CoroutinePool(BoundedQueue):
         self._threads = WorkerPool("coroutine", lambda step: step(), self.THREADS)
         # For the loop's thread alone:
         self._runs: dict[Hashable, CoroutineRun] = {}  # by key
-        self._is_ending = False  # the loop ends when it stops
+        self._stop_reason: Exception | None = None  # set by shut_down: none may go on from then on
+        self._is_ending = False  # when the loop stops, its thread ends; else a coroutine stopped it
         # Guarded by the lock:
         self._loop: Any = None
         self._on_the_way = False  # a thread was told to begin the next item, and has not taken it
@@ -1245,7 +1268,10 @@ class CoroutinePool(BoundedQueue):
         return super()._has_item() and self._running < self.max_workers
 
     def _call_in_loop(self, function: Callable[..., None], *arguments: Any) -> None:
-        """Have the loop's thread call a function, if there is a loop. Does not block."""
+        """Have the loop's thread call a function. Does not block.
+
+        There is no loop before the first item, and after the stop: then nobody needs the call.
+        """
         with self._lock:
             if self._loop is not None:
                 self._loop.call_soon_threadsafe(function, *arguments)
@@ -1318,14 +1344,16 @@ class CoroutinePool(BoundedQueue):
         self._loop.stop()
 
     def _outlive_exit(self, error: BaseException) -> None:
-        """Go on after an exception that ends the loop: SystemExit, KeyboardInterrupt.
+        """Go on after an exception that has ended the loop: SystemExit, KeyboardInterrupt.
 
-        The task that raised it keeps it for whoever awaits that task. If nobody does, asyncio tells
-        `_log_stray_exception` when the task is deleted. But the traceback begins with frames of the
-        loop, and these refer to the task, which would never be deleted. So drop them, up to the
-        first frame of a coroutine. An exception without one is of no task, and is logged here.
+        asyncio keeps it in the task that raised it, and calls `_log_stray_exception` when that task
+        is deleted and nobody has awaited it. But the frames of the loop in the traceback refer to
+        the task, and would keep it alive. So clear them, down to the first frame of a coroutine. If
+        there is none, no task has raised it, but a callback: log it here.
         """
-        trace = error.__traceback__ and error.__traceback__.tb_next  # without _run_loop
+        trace = error.__traceback__
+        if trace is not None:
+            trace = trace.tb_next  # the first frame is that of _run_loop, which goes on
         while trace is not None and not trace.tb_frame.f_code.co_flags & _ASYNC:
             trace.tb_frame.clear()
             trace = trace.tb_next
@@ -1337,7 +1365,7 @@ class CoroutinePool(BoundedQueue):
         error = context.get("exception")
         if error is not None:
             text = traceback_of(error)
-        else:  # say, a task that waits for nothing that there is
+        else:  # for example "Task was destroyed but it is pending!"
             text = f"{context.get('message')} {context.get('task', '')}"
         log.warning("what a coroutine left behind failed: %s", text)
 
@@ -1351,9 +1379,11 @@ class CoroutinePool(BoundedQueue):
         if seconds is not None:
             reason = TaskError(f"timed out after {seconds} seconds")
             run.timer = self._loop.call_later(seconds, self._interrupt, run, reason)
+        if self._stop_reason is not None:  # its first step has taken longer than the stop
+            self._interrupt(run, self._stop_reason)
 
     async def _catch_all(self, run: CoroutineRun, function: Callable[[], Any]) -> None:
-        """Note what the coroutine returns or raises: SystemExit, too, ends it alone."""
+        """Note what the coroutine returns or raises: even SystemExit ends this one alone."""
         try:
             run.outcome = await function(), None
         except BaseException as error:
@@ -1364,6 +1394,7 @@ class CoroutinePool(BoundedQueue):
             self._interrupt(self._runs[key], reason)
 
     def _interrupt_all(self, reason: Exception) -> None:
+        self._stop_reason = reason
         for run in list(self._runs.values()):
             self._interrupt(run, reason)
 
@@ -1400,7 +1431,7 @@ def _outcome(run: CoroutineRun) -> tuple[Any, BaseException | None]:
 
     The error of one that was interrupted is the reason, unless it raised something else.
     """
-    import asyncio  # it is there, for the loop runs
+    import asyncio  # costs nothing: the loop runs, so it was imported before
 
     value: Any = None
     error: BaseException | None = asyncio.CancelledError()
@@ -1417,6 +1448,12 @@ def _outcome(run: CoroutineRun) -> tuple[Any, BaseException | None]:
 #
 # What a worker's thread and its child process say to each other, through one pipe:
 #
+#     the worker                                    the child
+#                <--  READY: give me a job  --
+#                --  function, payload, default  -->
+#                <--  BEGUN: the function is called  --
+#                <--  PROGRESS: a report, ten a second  --
+#                <--  RESULT, or ERROR  --
 #
 # From the child come bytes and JSON: the server never unpickles what a task made.
 
@@ -1436,14 +1473,14 @@ STOP_SIGNALS = [
 _POSIX = os.name == "posix"  # Windows has neither signal masks nor groups of processes
 _SPAWN = multiprocessing.get_context("spawn")  # never fork: the server has threads
 
-# What a copy of this process, which a task forks, must not have of it. To keep a pipe would hide
-# from its other end that this process has ended.
-_own_handlers: list[Any] = []  # of signals
+# What a copy of this process must give up when a task calls os.fork: the handlers of signals, and
+# the pipes. A copy that kept a pipe open would hide the end of this process from the other end.
+_own_handlers: list[Any] = []
 _own_pipes: weakref.WeakSet[Any] = weakref.WeakSet()
 _starting = threading.Lock()  # held while a pipe to a child is made, and while a task forks
-_forking = threading.local()  # .mask: the signals that this thread blocks when it does not fork
-_setting_handlers: Any = contextlib.nullcontext()  # PyPy lets a copy set them only within its own
-if sys.implementation.name == "pypy":
+_forking = threading.local()  # .mask: the signals that this thread blocked before the fork
+_setting_handlers: Any = contextlib.nullcontext()
+if sys.implementation.name == "pypy":  # there a copy may set handlers only inside this context
     _setting_handlers = importlib.import_module("__pypy__.thread").signals_enabled
 
 Report = Callable[..., None]  # report(fraction, message=None)
@@ -1571,7 +1608,8 @@ class Surroundings:
         if _POSIX:
             for timer in signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF:
                 signal.setitimer(timer, 0)
-            for number in signal.sigpending():  # to ignore a blocked signal discards it
+            # To ignore a signal discards what is pending of it. The next loop restores its handler.
+            for number in signal.sigpending():
                 signal.signal(number, signal.SIG_IGN)
         for number, handler in self._handlers.items():
             if handler is not None and signal.getsignal(number) != handler:
@@ -1585,7 +1623,10 @@ def _outlive(number: int, frame: object) -> None:
 
 
 def _read_nothing() -> None:
-    """Give programs that a task runs an empty stdin: a terminal stops readers of other groups."""
+    """Give programs that a task runs an empty stdin.
+
+    A terminal would stop them, because only its foreground group may read from it (SIGTTIN).
+    """
     with open(os.devnull, "rb") as nothing:
         os.dup2(nothing.fileno(), 0)
 
@@ -1598,18 +1639,19 @@ def _child_main(pipe: Any) -> None:
             os.setpgid(0, 0)  # a group of its own, which ends as a whole
             os.nice(10)  # computing gives way to serving
             _read_nothing()
-            os.set_inheritable(pipe.fileno(), False)  # see _own_pipes: the same with programs
+            os.set_inheritable(pipe.fileno(), False)  # as in _own_pipes, for programs that it runs
         _own_pipes.add(pipe)
         handle_stop_signals(_outlive)  # the server decides what becomes of its tasks
         make_printing_safe()
         surroundings = Surroundings()
         surroundings.restore()  # this unblocks what Child._start has blocked
         while True:
-            pipe.send_bytes(READY)  # only then is a job sent, for to send one to who hangs blocks
+            pipe.send_bytes(READY)  # the server waits for it: sending to a child that hangs blocks
             answer = _run_job(pipe, pipe.recv_bytes())
             if os.getpid() != own:  # a copy that the function has forked must not answer as well
                 return
-            surroundings.restore()  # before the answer, so that nothing comes between two tasks
+            # Before the answer: an alarm that the task has set must not end this child after it.
+            surroundings.restore()
             pipe.send_bytes(answer)
     except (EOFError, OSError):  # the server has ended, or this child's worker
         pass
@@ -1626,9 +1668,10 @@ def _run_job(pipe: Any, job: bytes) -> bytes:
     watcher.start()
     try:
         function, payload, default = pickle.loads(job)  # imports the function's module
-        pipe.send_bytes(BEGUN)  # before this there is no report that the watcher could send
+        # No lock is needed: the function has not begun, so the watcher has nothing to send.
+        pipe.send_bytes(BEGUN)
         return RESULT + b" " + call_here(function, payload, live.report, default)
-    except BaseException as error:  # whatever the function raises ends its task alone
+    except BaseException as error:  # even SystemExit ends this task alone
         details = [describe(error), traceback_of(error)[-20_000:]]
         return ERROR + b" " + json.dumps(details).encode()
     finally:
@@ -1666,13 +1709,13 @@ class Child:
     """
 
     def __init__(self, reaping: threading.Lock) -> None:
-        self._reaping = reaping  # that of all children, see there
+        self._reaping = reaping  # shared by all children, see Children
         self._process: Any = None
         self._pipe: Any = None  # our end
-        # Through this pipe a cancel wakes call(), which then looks whether it was meant. At most
-        # one byte is under way: the lock is held from before it is sent until it is about to be
-        # read.
-        self._woken, self._waker = _SPAWN.Pipe(duplex=False)
+        # Through this pipe a cancel wakes call(), which then looks whether it was meant. wake()
+        # takes the lock before it sends, _receive() releases it just before it reads: so the pipe
+        # never has more than two messages, and sending does not block.
+        self._wake_receiver, self._wake_sender = _SPAWN.Pipe(duplex=False)
         self._wake_under_way = threading.Lock()
 
     def call(
@@ -1685,8 +1728,9 @@ class Child:
     ) -> bytes:
         """Return the encoded result of function(decoded payload, report), called in the child.
 
-        Blocks. `timeout` counts from when the function is called. TaskError: it raised, its process
-        died, was too slow, or could not start. Cancelled: `live` asks for it.
+        Blocks. `timeout` counts from when the function is called. Cancelled: `live` asks for it.
+        TaskError: the function raised (then `trace` tells where), or its process died, was too
+        slow, or could not start.
         """
         try:
             self._hand_over(function, payload, live, default)
@@ -1715,13 +1759,13 @@ class Child:
         """Have call() look whether its task was cancelled. Never blocks; called by any thread."""
         if self._wake_under_way.acquire(blocking=False):  # else there is such a message already
             with contextlib.suppress(OSError):
-                self._waker.send_bytes(b"!")  # Windows may take no notice of an empty message
+                self._wake_sender.send_bytes(b"!")  # Windows may take no notice of an empty message
 
     def kill(self) -> None:
         """End the process at once, if there is one. Waits for no lock."""
         process = self._process
         if process is not None:
-            _end_group(process.pid)  # before it is reaped: until then its number is nobody else's
+            _end_group(process.pid)  # end() reaps it later: until then its number is its own
             process.kill()
 
     def end(self) -> str:
@@ -1741,8 +1785,8 @@ class Child:
     def close(self) -> None:
         """End the process for good."""
         self.end()
-        self._woken.close()
-        self._waker.close()
+        self._wake_receiver.close()
+        self._wake_sender.close()
 
     def _hand_over(
         self, function: Callable[..., Any], payload: bytes, live: Live, default: Default
@@ -1782,15 +1826,15 @@ class Child:
                 raise Cancelled
             seconds = None if deadline is None else max(0.0, deadline - time.monotonic())
             # The pipe alone is not enough: on Windows a process may die and leave it open.
-            sources = [self._pipe, self._process.sentinel, self._woken]
+            sources = [self._pipe, self._process.sentinel, self._wake_receiver]
             ready = multiprocessing.connection.wait(sources, seconds)
             if not ready:
                 raise TimeoutError
-            if self._woken in ready:
-                # In this order: who requests a cancel after the release sends a new wake, and who
-                # did before is seen at the top of this loop.
+            if self._wake_receiver in ready:
+                # In this order: a cancel after the release sends a new message; one before it is
+                # seen at the top of this loop.
                 self._wake_under_way.release()
-                self._woken.recv_bytes()
+                self._wake_receiver.recv_bytes()
             elif self._pipe.poll():
                 message: bytes = self._pipe.recv_bytes()
                 return message
@@ -1804,7 +1848,7 @@ class Child:
         """Start a process."""
         _working_directory()  # without one, `multiprocessing` fails and does not say why
         if _POSIX:
-            _start_tracker()  # first, for it unblocks signals
+            _start_tracker()  # before signals are blocked, because it unblocks them
             # Inherited by the child, so that none reaches it before it can handle it.
             signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         with self._reaping, _starting:
@@ -1859,9 +1903,10 @@ class Children:
             child.wake()
 
     def kill(self) -> None:
-        """End all children, because this process ends; none is started any more.
+        """End all children, because this process ends; no task is begun in one any more.
 
-        Waits for no lock, so that a signal handler may call it.
+        Waits for no lock, so that a signal handler may call it. A child that a worker starts just
+        now ends by itself, when it sees that this process has ended.
         """
         self._closed = True
         for child in list(self._all):
@@ -1874,9 +1919,11 @@ class Children:
     def _add(self) -> None:
         child = Child(self._reaping)
         with self._lock:
-            if not self._all:  # registered after that of `multiprocessing`, so it is called before,
-                atexit.unregister(self.kill)  # once is enough
-                atexit.register(self.kill)  # which would wait for children that outlive SIGTERM
+            # What was registered last is called first. This has to be called before what
+            # `multiprocessing` has registered, which waits for children that outlive SIGTERM.
+            if not self._all:
+                atexit.unregister(self.kill)  # so that it is registered once
+                atexit.register(self.kill)
             self._all.add(child)
         self._mine.child = child
 
@@ -1896,7 +1943,7 @@ class Fields(NamedTuple):
     minor: int = 1  # of the HTTP version: 1 for HTTP/1.1
 
     def has_body(self) -> bool:
-        """Return whether a body follows that is not empty for sure."""
+        """Return whether a body follows; one in chunks may turn out to be empty."""
         return self.chunked or self.length > 0
 
 
@@ -1904,13 +1951,13 @@ class Request(NamedTuple):
     """One request as the application sees it."""
 
     method: str
-    path: str  # percent-encoded, as it was sent
+    path: str  # percent-encoded, as it was sent: unquote it before you compare it
     query: str = ""  # the same
     host: str = ""  # the authority that it is meant for; "" where HTTP/1.0 names none
     fields: Fields = Fields()
     body: bytes = b""
     peer: str = ""  # the address of the client, or of the proxy between
-    trusted: bool = True  # false if it failed a check that its route waives
+    trusted: bool = True  # false if a check has refused it, and its route lets it in all the same
 
     def with_body(self, body: bytes) -> Request:
         """Return the request with a body. Half a microsecond; `_replace` needs two."""
@@ -1932,7 +1979,7 @@ class Request(NamedTuple):
     def parameter(self, name: str, pattern: str, example: str) -> str | None:
         """Return a parameter of the query, None if it is not there.
 
-        HTTPError 400: it is there twice, or does not match the pattern.
+        HTTPError 400: it is there twice, or does not match the pattern; `example` shows what would.
         """
         pairs = urllib.parse.parse_qsl(self.query, keep_blank_values=True)
         values = [value for key, value in pairs if key == name]
@@ -1944,7 +1991,7 @@ class Request(NamedTuple):
 
 
 class Response(NamedTuple):
-    """One answer. The server adds a line feed to the body, for whoever reads it in a terminal."""
+    """One answer. The server adds a line feed to the body, so that it reads well in a terminal."""
 
     status: int
     body: bytes = b""
@@ -1953,12 +2000,12 @@ class Response(NamedTuple):
 
 
 class Later(NamedTuple):
-    """What an endpoint returns whose answer comes later. The connection waits, and no thread does.
+    """Returned by an endpoint that cannot answer yet. The connection waits, and no thread does.
 
-    `watch(wake)` is called once; from then on any thread may call `wake`, once or more.
-    `unwatch(wake)` is called when nobody waits any more. When `wake` was called, or after
-    `seconds`, or when the server stops or the client has stopped sending, `answer()` is called
-    once; it must not block.
+    `watch(wake)` is called once; from then on any thread may call `wake`, once or more. When that
+    has happened, or after `seconds`, or when the server stops or the client has closed its sending
+    side, `unwatch(wake)` is called and then `answer()`, once; it must not block. If the client is
+    gone, only `unwatch(wake)` is called.
     """
 
     seconds: float
@@ -1989,7 +2036,7 @@ _ANYTHING: Schema = {}
 
 
 class Route(NamedTuple):
-    """An endpoint: when it is called, and what clients are told of it."""
+    """An endpoint: when it is called, and what clients are told of it. See `Router.add`."""
 
     method: str
     pattern: str
@@ -2015,7 +2062,7 @@ class Call(NamedTuple):
     route: Route
     arguments: tuple[str, ...] = ()
     refusal: Response | None = None
-    trusted: bool = True  # false if the request failed a check that the route waives
+    trusted: bool = True  # goes into the request
 
 
 _NO_ROUTE = Route("", "", lambda request: Response(404))
@@ -2038,10 +2085,11 @@ class Router:
         all of them by name:
 
         - `blocks(request)`: whether the endpoint may wait or compute for long; then a thread calls
-          it. It is so unless you say otherwise. The rest is called by the server's loop, for which
-          all others wait.
+          it. That is the default. If it is false, the server's loop calls the endpoint itself, and
+          all other connections wait meanwhile.
         - `check(request)`: a rule for the head of a request; may raise HTTPError; must be quick.
-        - `waived`: statuses with which the application's checks do not refuse a request here.
+        - `waived`: statuses. When one of the application's checks refuses a request with one of
+          them, the request is let in all the same, with `trusted` false.
         - `summary`, `details`: what it does, in a line, and more. `tag`: to which group it belongs.
         - `operation`: its name in clients that are made from the description.
         - `statuses`: those that bear its answer, with a sentence for each; `refusals`: those that
@@ -2049,7 +2097,8 @@ class Router:
         - `answer`, `body`: the schemas of the answer and of what is posted, or their names; None
           where there is nothing. One with a title becomes a type of that name in clients.
         - `media_type`: that of the answer.
-        - `parameters`: of query and headers, as OpenAPI describes them; so is {id}, if no UUID.
+        - `parameters`: those of query and headers, as OpenAPI describes them; and {id}, unless it
+          is a UUID.
         """
         route = Route(method, pattern, endpoint, **more)
         segments = [None if segment == "{id}" else segment for segment in pattern.split("/")]
@@ -2102,8 +2151,15 @@ def never_blocks(request: Request) -> bool:
 MAX_DEPTH = 100  # of nested arrays and objects
 MAX_DIGITS = 4300  # of an integer; the bound of newer Pythons
 
-# A bracket, or a string, in which brackets do not count; the last string may be cut short.
-_BRACKET_OR_STRING = re.compile(r'[\[{\]}]|"[^"\\]*(?:\\.[^"\\]*)*(?:"|\\?\Z)', re.DOTALL)
+# A string is matched as a whole, because brackets in it do not count.
+_BRACKET_OR_STRING = re.compile(
+    r"""
+    [\[{\]}]
+    | " [^"\\]* (?: \\. [^"\\]* )*  # characters and escapes
+      (?: " | \\?\Z )               # the end, unless the text is cut short there
+    """,
+    re.DOTALL | re.VERBOSE,
+)
 
 
 def _check_depth(text: str) -> None:
@@ -2198,7 +2254,7 @@ IDEMPOTENCY_KEY = {
     "in": "header",
     "description": "A new UUID for each task; it becomes its id. Who sends a create again with the "
     "same one, because no answer came, gets the record of the first.",
-    # Without "format": "uuid", for some generated clients cannot send their UUIDs in a header.
+    # Without "format": "uuid", because some generated clients cannot send a UUID in a header.
     "schema": {"type": "string"},
 }
 
@@ -2207,7 +2263,8 @@ CANCEL_DETAILS = (
     "came of it. One that is final stays as it is."
 )
 
-_SWAPPED = (staticmethod, classmethod, property)  # they belong above the decorator of a task type
+# Decorators that have to stand above @application.task, not below it.
+_OUTER_DECORATORS = (staticmethod, classmethod, property)
 
 
 def new_id() -> str:
@@ -2218,7 +2275,10 @@ def new_id() -> str:
 
 
 def check_create(request: Request) -> None:
-    """See that a create has a body that it may have. HTTPError 400, 411, 415."""
+    """Check the headers of a create: a length, JSON, and a key that is a UUID.
+
+    HTTPError 411, 415, 400.
+    """
     headers = request.fields.headers
     if "content-length" not in headers and not request.fields.chunked:
         raise HTTPError(411, "Send a Content-Length.")
@@ -2280,17 +2340,17 @@ def _unwrapped(function: Any) -> Any:
 
 
 def _is_a(kind: Callable[[Any], bool], function: Any) -> bool:
-    """Return whether what is called, a function or the `__call__` of an object, is of this kind."""
+    """Return whether a function is of this kind; or if it is an object, whether its __call__ is."""
     function = _unwrapped(function)
     return kind(function) or (callable(function) and kind(type(function).__call__))
 
 
 def is_coroutine_function(function: Any) -> bool:
-    """Return whether calling something gives a coroutine: an `async def`, or an object's."""
+    """Return whether something is an `async def` function, or an object whose __call__ is one."""
     return _is_a(inspect.iscoroutinefunction, function)
 
 
-def _check_options(name: Any, cpu: bool, timeout: Any, unknown: Mapping[str, Any]) -> None:
+def _check_options(name: Any, timeout: Any, unknown: Mapping[str, Any]) -> None:
     """ValueError, TypeError: a task type cannot be registered with these options."""
     if "executor" in unknown:
         raise TypeError(
@@ -2322,7 +2382,7 @@ def _check_function(name: str, function: Any, cpu: bool) -> None:
 
 def _problem_of(function: Any) -> str:
     """Return why something cannot be the function of a task type, "" if it can."""
-    if isinstance(function, _SWAPPED):
+    if isinstance(function, _OUTER_DECORATORS):
         return f"swap the decorators: @{type(function).__name__} above @application.task"
     if isinstance(function, type) or not callable(function):
         return "decorate a function that takes (payload, report)"
@@ -2330,7 +2390,7 @@ def _problem_of(function: Any) -> str:
         if _is_a(kind, function):
             return "a generator cannot be a task: return the result instead of yielding"
     try:
-        # That of the wrapper itself: a decorator may take other arguments than what it wraps.
+        # Of the wrapper itself, because a decorator may take other arguments than what it wraps.
         inspect.signature(function, follow_wrapped=False).bind({}, None)
     except TypeError:
         return "the function must take two arguments, (payload, report)"
@@ -2399,7 +2459,7 @@ class TaskType(NamedTuple):
     pool: WorkerPool | CoroutinePool
     timeout: float | None
     rerun: bool
-    payload: Mapping[str, Any]  # JSON Schemas of members, for the description
+    payload_schemas: Mapping[str, Any]  # of members of the payload, for the description
 
 
 def _create_schema(task_type: TaskType) -> dict[str, Any]:
@@ -2410,14 +2470,14 @@ def _create_schema(task_type: TaskType) -> dict[str, Any]:
         "description": "Any text that tells it from others; not blank.",
         "minLength": 1,
         "maxLength": MAX_NAME,
-        "pattern": r"^[\s\S]*\S",  # from the start, for some tools match it there alone
+        "pattern": r"^[\s\S]*\S",  # begins with ^ because some tools match at the start alone
     }
     return {
         "title": "Create" + "".join(words),
         "type": "object",
         "description": f"The payload of a task of type {task_type.name}.",
         "required": ["name"],
-        "properties": {"name": name, **task_type.payload},
+        "properties": {"name": name, **task_type.payload_schemas},
         "additionalProperties": True,
         "examples": [{"name": "sample"}],
     }
@@ -2431,7 +2491,7 @@ class Application:
     """
 
     # A task that waits for a network costs a thread of some 16 KiB, so hundreds fit into the
-    # smallest machine. More at once would rather overrun what they wait for than be done earlier.
+    # smallest machine. More at once would overload what they wait for, and not be done earlier.
     WORKERS = 256
     MAX_WAITING = 10_000
 
@@ -2457,8 +2517,8 @@ class Application:
             self._begin_coroutine, self._end_coroutine, self.WORKERS, self.MAX_WAITING
         )
         self.pools: list[BoundedQueue] = [self.pool, self.cpu_pool, self.coroutine_pool]
-        # Takes the two lines that the log has for each task. `main` puts something here that costs
-        # a create a quarter of what log.info costs it.
+        # Takes the two lines that the log has for each task. `main` replaces it by LogHandler.put,
+        # which costs a create a quarter of the time.
         self.log_task: Callable[..., None] = log.info
         self._savers = WorkerPool("saver", lambda save: save(), 8)  # for `fail`
         # Guards Live.withdrawn: to set it and to withdraw the task from the pool are one step.
@@ -2485,7 +2545,7 @@ class Application:
         ValueError: a bad or taken name, options that exclude each other, or a function that cannot
         work. What a child cannot import is found when the server starts.
         """
-        _check_options(name, cpu, timeout, unknown)
+        _check_options(name, timeout, unknown)
 
         def register(function: Function) -> Function:
             if name in self.types:
@@ -2544,7 +2604,7 @@ class Application:
             return call.route.endpoint(request, *call.arguments)
         except HTTPError as refusal:
             return refusal.response
-        except BaseException as error:  # SystemExit, too, ends this answer alone
+        except BaseException as error:  # even SystemExit ends this answer alone
             return self._fault(request, error)
 
     def answer_later(self, later: Later, request: Request) -> Response:
@@ -2655,19 +2715,19 @@ class Application:
             repeated = self._repeat(task_type, key, name)
             if repeated is not None:
                 return repeated
-        id = key or new_id()
+        task_id = key or new_id()
         live = Live()
         record = Record(
-            id, name, PENDING, task_type.name, time.time(), payload=request.body, live=live
+            task_id, name, PENDING, task_type.name, time.time(), payload=request.body, live=live
         )
         try:
             self._add(task_type, record, live)
         except Duplicate:  # another client with this key was faster
-            repeated = self._repeat(task_type, id, name)
+            repeated = self._repeat(task_type, task_id, name)
             if repeated is None:  # it was faster, but was refused: try again
                 raise _still_being_stored() from None
             return repeated
-        self.log_task("task %s created: type %s, name %s", id, record.type, ascii(name))
+        self.log_task("task %s created: type %s, name %s", task_id, record.type, ascii(name))
         return Response(201, encode_record(record), (location(record),))
 
     def _add(self, task_type: TaskType, record: Record, live: Live) -> None:
@@ -2675,7 +2735,7 @@ class Application:
         try:
             if self.store.stopping:
                 raise Unavailable("The server is stopping; try again when it is back.", 5)
-            task_type.pool.reserve(live)  # the key: nothing else is there before the record is
+            task_type.pool.reserve(live)  # `live` is the key, because a cancel has it as well
             try:
                 record = self.store.add(record)
             except BaseException:
@@ -2687,13 +2747,13 @@ class Application:
             raise HTTPError(400, f"The journal cannot take this task: {error}.") from None
         task_type.pool.put(live, record)  # does nothing if it was cancelled since it was stored
 
-    def _repeat(self, task_type: TaskType, id: str, name: str) -> Response | None:
+    def _repeat(self, task_type: TaskType, task_id: str, name: str) -> Response | None:
         """Return the answer to a create whose key was used before, None if it was not.
 
         HTTPError 409: the first one is just being stored; 422: the key was used for something else.
         """
         try:
-            record = self.store.find(id)
+            record = self.store.find(task_id)
         except Duplicate:
             raise _still_being_stored() from None
         if record is None:
@@ -2703,21 +2763,21 @@ class Application:
             raise HTTPError(422, sentence)
         return Response(200, encode_cached(record), (location(record),))
 
-    def _find(self, task_type: TaskType, id: str) -> Record:
+    def _find(self, task_type: TaskType, task_id: str) -> Record:
         """Return the record of this type with this id. HTTPError 400: no id; 404: no such task."""
-        id = id.lower()
+        task_id = task_id.lower()
         try:
-            record = self.store.get(id)
+            record = self.store.get(task_id)
             if record.type == task_type.name:
                 return record
         except KeyError:
             pass
-        if not _UUID.fullmatch(id):
+        if not _UUID.fullmatch(task_id):
             raise HTTPError(400, "Send the id that create answered: 36 characters, with hyphens.")
         raise HTTPError(404, "No task of this type has this id; it may have been evicted.")
 
-    def _poll(self, task_type: TaskType, request: Request, id: str) -> Response | Later:
-        record = self._find(task_type, id)
+    def _poll(self, task_type: TaskType, request: Request, task_id: str) -> Response | Later:
+        record = self._find(task_type, task_id)
         if not request.query:
             return Response(200, encode_cached(record))
         seconds = float(request.parameter("wait", r"[0-9]+(\.[0-9]+)?", "30") or 0)
@@ -2726,8 +2786,8 @@ class Application:
         answer = functools.partial(self._answer_poll, task_type, record.id)
         return self._when_final(record, min(seconds, MAX_WAIT), answer)
 
-    def _answer_poll(self, task_type: TaskType, id: str) -> Response:
-        return Response(200, encode_cached(self._find(task_type, id)))
+    def _answer_poll(self, task_type: TaskType, task_id: str) -> Response:
+        return Response(200, encode_cached(self._find(task_type, task_id)))
 
     def _when_final(self, record: Record, seconds: float, answer: Callable[[], Response]) -> Later:
         """Answer when a record is final, or after so many seconds."""
@@ -2735,8 +2795,8 @@ class Application:
         unwatch = functools.partial(self.store.unwatch, record.id)
         return Later(seconds, watch, unwatch, answer)
 
-    def _cancel(self, task_type: TaskType, request: Request, id: str) -> Response | Later:
-        record = self._find(task_type, id)
+    def _cancel(self, task_type: TaskType, request: Request, task_id: str) -> Response | Later:
+        record = self._find(task_type, task_id)
         live = record.live
         if live is None:  # it is final
             return Response(200, encode_cached(record))
@@ -2749,7 +2809,7 @@ class Application:
             self.log_task("task %s is to be cancelled", record.id)
             self._interrupt(task_type, record, live)
         if not live.withdrawn:
-            return Response(200, encode_record(self._find(task_type, id)))
+            return Response(200, encode_record(self._find(task_type, task_id)))
         answer = functools.partial(self._answer_cancel, task_type, record.id)
         return self._when_final(record, CANCEL_SECONDS, answer)
 
@@ -2762,8 +2822,8 @@ class Application:
         elif task_type.pool is self.cpu_pool:
             self.children.wake()
 
-    def _answer_cancel(self, task_type: TaskType, id: str) -> Response:
-        record = self._find(task_type, id)
+    def _answer_cancel(self, task_type: TaskType, task_id: str) -> Response:
+        record = self._find(task_type, task_id)
         if record.status == PENDING:
             sentence = "The task will not begin, but the journal does not say so yet; ask again."
             raise HTTPError(503, sentence, ("Retry-After", "5"))
@@ -2779,14 +2839,17 @@ class Application:
         try:
             live = self._begin(task_type, record)
             result = self._call(task_type, record.payload or b"", live)
-        except BaseException as exception:  # SystemExit, too, ends a task and no worker
+        except BaseException as exception:  # even SystemExit ends this task alone
             error = exception
         if os.getpid() != own:  # a copy that the function has forked: the task is not its own
             os._exit(0)
         self._finish(record, result, error)
 
     def _call(self, task_type: TaskType, payload: bytes, live: Live) -> bytes:
-        """Call the function; return the encoded result."""
+        """Call the function; return the encoded result.
+
+        If the function forks, the copy may come out of this as well, see `_run_task`.
+        """
         if task_type.pool is self.cpu_pool:
             return self.children.call(
                 task_type.function, payload, live, task_type.timeout, self.default
@@ -2794,10 +2857,14 @@ class Application:
         return call_here(task_type.function, payload, live.report, self.default)
 
     def _begin(self, task_type: TaskType, record: Record) -> Live:
-        """Note that a task starts, in the journal, too. Cancelled: do not call its function."""
-        live = record.live or Live()
+        """Note that a task starts, in the journal, too. JournalLost.
+
+        Cancelled: its function is not to be called.
+        """
+        live = record.live
+        assert live is not None  # each pending record has one
         now = live.start()
-        # A type that may run again needs no mark that it had begun.
+        # The next start has to know what had begun, unless it runs all of this type again.
         if self.store.journal is not None and not task_type.rerun:
             self.store.save(record._replace(started_at=now))
         if live.cancel_requested:
@@ -2806,7 +2873,8 @@ class Application:
 
     def _finish(self, record: Record, result: bytes | None, error: BaseException | None) -> None:
         """Make a record final: completed, or failed with an error. Raises nothing."""
-        live = record.live or Live()
+        live = record.live
+        assert live is not None  # each pending record has one
         started_at, fraction, message = live.progress
         status, fraction = (COMPLETED, 1.0) if error is None else (FAILED, fraction)
         if isinstance(error, Cancelled) and live.cancel_requested:
@@ -2832,16 +2900,19 @@ class Application:
             sequence=record.sequence,
         )
         try:
-            self.store.finish(final)
+            final = self.store.finish(final)
         except JournalLost:
             return
-        if error is None:
+        if final.status == COMPLETED:
             self.log_task("task %s completed", record.id)
         else:  # this is said with --quiet, too
-            log.info("task %s failed: %s", record.id, ascii(description))
+            log.info("task %s failed: %s", record.id, ascii(final.error))
 
     def _begin_coroutine(self, record: Record) -> tuple[Callable[[], Any] | None, float | None]:
-        """Return what starts the coroutine of a task, and its time limit; None: it is final."""
+        """Return what starts the coroutine of a task, and its time limit.
+
+        None, if there is nothing to start: the task is final, or the journal is lost.
+        """
         task_type = self.types[record.type]
         try:
             live = self._begin(task_type, record)
@@ -2937,26 +3008,29 @@ def read_head(buffer: bytearray, peer: str = "") -> Generator[str, Any, Request]
     """
     if buffer.startswith(b"\r"):
         yield from _skip_empty_lines(buffer)
-    seen = 0  # bytes that were looked at
-    line_is_checked = False
-    headers_start = 0
+    seen = 0  # bytes that earlier rounds have looked at
+    line_end = -1  # where the request line ends; -1 until that is known
     while True:
+        # Look at new bytes alone, and at those before them that may be the first of a line's end.
         end = buffer.find(b"\r\n\r\n", max(0, seen - 3))
         if end >= 0:
-            return parse_head(take(buffer, end + 4)[:-4], peer)
+            head = bytes(buffer[:end])
+            del buffer[: end + 4]
+            return parse_head(head, peer)
         # Not complete, but wrong already? The sender may be waiting for an answer.
         if _FORBIDDEN.search(buffer, max(0, seen - 1)):
             sentence = "Send HTTP/1.1 without control characters, in lines that end in CR LF."
             raise HTTPError(400, sentence)
-        if not line_is_checked:
+        if line_end < 0:
             line_end = buffer.find(b"\r\n", max(0, seen - 1))
-            if line_end >= 0 or len(buffer) > MAX_LINE + 1:  # a CR may follow the longest line
-                line = bytes(buffer[:line_end]) if line_end >= 0 else bytes(buffer)
-                parse_request_line(line)
-                line_is_checked = True
-                headers_start = line_end + 2
-        if line_is_checked and len(buffer) > headers_start + MAX_HEADERS + 3:
-            raise HTTPError(431, f"Send at most {MAX_HEADERS} bytes of headers.")
+            if line_end >= 0:
+                parse_request_line(bytes(buffer[:line_end]))  # raises if it is wrong
+            elif len(buffer) > MAX_LINE + 1:  # the last byte may be the CR of its end
+                parse_request_line(bytes(buffer))  # raises because it is too long
+        if line_end >= 0:
+            length = len(buffer) - (line_end + 2)
+            if length > MAX_HEADERS + 3:  # three bytes of the end may be here
+                raise HTTPError(431, f"Send at most {MAX_HEADERS} bytes of headers.")
         seen = len(buffer)
         yield HEADER
 
@@ -3076,7 +3150,7 @@ def parse_request_line(line: bytes) -> tuple[str, str, str, str, int]:
 
 
 def _advice_for(line: bytes, otherwise: str) -> str:
-    """Return what to say of a request line that is refused, if it is none of two known kinds."""
+    """Return a sentence for a request line that is refused: `otherwise`, if nothing fits better."""
     if line.startswith(b"CONNECT "):
         return "This server is no proxy: send GET or POST with a path, not CONNECT."
     if _ABSOLUTE_FORM.match(line):
@@ -3200,9 +3274,9 @@ def encode_response(response: Response, request: Request | None, close: bool) ->
     return head + b"\r\n\r\n" + body
 
 
-RECEIVE_SIZE = (
-    16_384  # bytes; a whole record of TLS (RFC 8446, 5.1), for no selector sees a rest of one
-)
+# Bytes that are received at once: a whole record of TLS (RFC 8446, 5.1). Of a part, the rest would
+# be left in the TLS object, where no selector sees it.
+RECEIVE_SIZE = 16_384
 MAX_PIPELINED = 65_536  # bytes that are read ahead while an answer comes later
 
 _WOULD_BLOCK: tuple[type[BaseException], ...] = (BlockingIOError,)
@@ -3213,8 +3287,8 @@ if ssl is not None:
 class Connection:
     """One client's socket, what has arrived on it, and the phase that it waits in.
 
-    It belongs to the server's loop, which alone calls it. Nothing here blocks: what may is done by
-    a thread of `server`. Its story is a generator, `serve`, which yields the phase to wait in, and
+    It belongs to the server's loop, which alone calls it. Nothing here blocks: a thread of `server`
+    does what may. Its story is a generator, `serve`, which yields the phase to wait in, and
     is resumed by
 
         HANDSHAKE, ANSWER    ready(): the socket can be read, or takes more
@@ -3238,12 +3312,14 @@ class Connection:
         "server",
         "socket",
         "story",
+        "unsent",
         "watched",
     )
 
     def __init__(self, sock: Any, peer: str, server: Server) -> None:
         self.socket, self.peer, self.server = sock, peer, server
         self.buffer = bytearray()  # what belongs to no request yet
+        self.unsent = b""  # what the socket has not taken yet of an answer
         self.closing = False  # the answer under way is the last
         self.ended = False  # the client sends no more
         self.watched = 0  # the events that the selector waits for
@@ -3258,7 +3334,7 @@ class Connection:
             )
 
     def enter(self, phase: str) -> None:
-        """Wait in a phase. One that is new begins its deadline."""
+        """Wait in a phase. To enter another one begins its deadline; to stay in one does not."""
         if self.ended and phase in (HEADER, BODY, IDLE, LINGER):
             raise ConnectionError
         if phase == self.phase:
@@ -3281,21 +3357,25 @@ class Connection:
 
     def ready(self) -> None:
         """Go on: the socket can be read, or takes more of an answer."""
-        if self.phase != ANSWER and self.phase != HANDSHAKE:
-            try:
-                data = self.socket.recv(RECEIVE_SIZE)
-            except _WOULD_BLOCK:
-                return
-            if not data and self.phase != WAITING:
-                raise ConnectionError
+        if self.phase == ANSWER or self.phase == HANDSHAKE:
+            self.resume()
+            return
+        try:
+            data = self.socket.recv(RECEIVE_SIZE)
+        except _WOULD_BLOCK:
+            return
+        if data:
             self.buffer += data
-            if data and self.phase == WAITING:  # they belong to the next request
-                return
-            # No data is the end of file: who waits is gone, or has ended its own side only, and
-            # still reads. It gets its answers now; then the connection ends (RFC 9112, 9.5). That
-            # has to be remembered, for TLS reports the end of file only once.
-            self.ended = not data
-        self.resume()
+            if self.phase != WAITING:  # else it belongs to the next request
+                self.resume()
+        elif self.phase == WAITING:
+            # The client is gone, or has closed its sending side only and still reads. It gets its
+            # answers now, then the connection ends (RFC 9112, 9.5). This has to be remembered,
+            # because TLS reports an end of file only once.
+            self.ended = True
+            self.resume()
+        else:
+            raise ConnectionError
 
     def resume(self, answer: Any = None) -> None:
         """Go on until there is something to wait for."""
@@ -3316,10 +3396,10 @@ class Connection:
         if self.server.tls is not None:
             yield from self.shake_hands()
         while not self.closing:
-            # No name for the answer here: it may have a megabyte, and this frame lives as long as
-            # the connection.
-            yield from self.send((yield from self.next_answer()))
-            self.phase = ""  # the next one, even if it is called the same, has its own deadline
+            self.unsent = yield from self.next_answer()
+            while self.send():
+                yield ANSWER
+            self.phase = ""  # so that each answer has a deadline of its own, see enter()
         # A plain close would reset the connection, and a client that is still sending would lose
         # the answer. So end this side only, and drop what still comes (RFC 9112, 9.6).
         self.end_sending()
@@ -3346,7 +3426,8 @@ class Connection:
             if isinstance(answer, Later):
                 yield from self.wait_for(answer)
                 answer = application.answer_later(answer, request)
-            if not request.fields.keep_alive or answer.status == 411:  # a body may follow that one
+            # After 411, a body may follow that nobody has announced.
+            if not request.fields.keep_alive or answer.status == 411:
                 self.closing = True
         except HTTPError as refusal:  # nobody can tell where the next request begins
             self.closing = True
@@ -3357,16 +3438,18 @@ class Connection:
         return encode_response(answer, request, self.closing)
 
     def with_body(self, request: Request, call: Call) -> Generator[str, Any, Request]:
-        """Return a request with its body; first ask a client for it that waits to be asked.
+        """Return a request with its body. A client that waits for 100 Continue is told so first.
 
-        A client that need not send it, for the request is refused, may do so or not: then there is
-        no telling what follows, and the connection ends (RFC 9110, 10.1.1).
+        If the request is refused, such a client may send its body or not. Then there is no telling
+        what follows, and the connection ends (RFC 9110, 10.1.1).
         """
         if request.fields.expects_continue and not self.buffer:
             if call.refusal is not None:
                 self.closing = True
                 return request
-            yield from self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+            self.unsent = b"HTTP/1.1 100 Continue\r\n\r\n"
+            while self.send():
+                yield ANSWER
         body = yield from read_body(request.fields, self.buffer)
         return request.with_body(body)
 
@@ -3385,15 +3468,14 @@ class Connection:
             self.later = None
             later.unwatch(wake)
 
-    def send(self, data: bytes) -> Generator[str, Any, None]:
-        """Send all; wait while the socket takes no more."""
-        while data:
-            try:
-                data = data[self.socket.send(data) :]
-            except _WOULD_BLOCK:
-                pass
-            if data:
-                yield ANSWER
+    def send(self) -> bool:
+        """Send what the socket takes; return whether something is left."""
+        try:
+            sent = self.socket.send(self.unsent)
+        except _WOULD_BLOCK:
+            return True
+        self.unsent = self.unsent[sent:]
+        return bool(self.unsent)
 
     def end_sending(self) -> None:
         """Tell the client that nothing more comes."""
@@ -3403,19 +3485,23 @@ class Connection:
         self.socket.shutdown(socket.SHUT_WR)
 
     def shake_hands(self) -> Generator[str, Any, None]:
-        """Begin TLS. That takes milliseconds of computing, so a thread does it."""
+        """Begin TLS. That takes milliseconds of computing, so a thread does it.
+
+        One deadline holds for the handshake and the first header. RUNNING has none, so it is put
+        back after each step.
+        """
         deadline = self.deadline
-        while True:
+        outcome = ""
+        while outcome != "done":
             self.server.lend(self, self.try_handshake)
             outcome = yield RUNNING
-            if outcome == "done":
-                break
-            if outcome != "more":
+            self.deadline = deadline
+            if outcome == "more":
+                yield HANDSHAKE
+            elif outcome != "done":
                 log.info("no TLS with %s: %s", self.peer, outcome)
                 raise ConnectionError
-            self.deadline = deadline  # one for the whole of it
-            yield HANDSHAKE
-        self.phase, self.deadline = HEADER, deadline  # and of the first header
+        self.phase = HEADER  # not by enter(), which would begin another deadline
         yield HEADER
 
     def try_handshake(self) -> str:
@@ -3440,9 +3526,8 @@ class Server(http.server.ThreadingHTTPServer):
     """
 
     allow_reuse_address = os.name != "nt"  # on Windows it lets two servers share a port
-    request_queue_size = (
-        1024  # the kernel's; with the base class's 5, most of a burst get no answer
-    )
+    # The kernel's queue of new connections. With the base class's 5, most of a burst get no answer.
+    request_queue_size = 1024
 
     MAX_ACCEPTED = 100  # connections at once; then the others have their turn
     MAX_RESUMED = 100  # the same for answers that have become due
@@ -3477,9 +3562,9 @@ class Server(http.server.ThreadingHTTPServer):
         self._stopped.set()
         self._pool = WorkerPool("request", lambda work: work())
         self._selector = selectors.DefaultSelector()
-        self._waker, self._woken = socket.socketpair()
-        self._waker.setblocking(False)
-        self._woken.setblocking(False)
+        self._wake_receiver, self._wake_sender = socket.socketpair()
+        self._wake_sender.setblocking(False)
+        self._wake_receiver.setblocking(False)
         super().__init__(address, http.server.BaseHTTPRequestHandler, bind_and_activate)
         self.socket.setblocking(False)
         _servers.add(self)
@@ -3495,7 +3580,7 @@ class Server(http.server.ThreadingHTTPServer):
         """Serve until `shutdown`. At least every `poll_interval` seconds, do what is due."""
         self._stopped.clear()
         try:
-            self._selector.register(self._woken, selectors.EVENT_READ)
+            self._selector.register(self._wake_receiver, selectors.EVENT_READ)
             self._accept_again()
             while self._end == math.inf or self._drain():
                 self._serve_once(poll_interval)
@@ -3518,7 +3603,7 @@ class Server(http.server.ThreadingHTTPServer):
     def server_close(self) -> None:
         """Close the sockets; to be called after `serve_forever` has ended."""
         super().server_close()
-        for resource in (self._selector, self._waker, self._woken):
+        for resource in (self._selector, self._wake_sender, self._wake_receiver):
             resource.close()
 
     def abandon(self) -> None:
@@ -3568,6 +3653,8 @@ class Server(http.server.ThreadingHTTPServer):
                 self._forget_wakes()
         for _ in range(min(len(self._due), self.MAX_RESUMED)):
             connection, later, answer = self._due.popleft()
+            # A wake that was meant for an earlier wait comes too late. What a thread has answered
+            # has no Later, and neither has the connection that waits for that.
             if later is connection.later:
                 self._act(connection, functools.partial(connection.resume, answer))
 
@@ -3580,11 +3667,11 @@ class Server(http.server.ThreadingHTTPServer):
             self._check_at(deadline)
 
     def _check_at(self, deadline: float) -> None:
-        """Have the next check be as early as this, but not so that checks are all that is done."""
+        """Have the next check be as early as this, but leave some time for other things."""
         self._next_check = max(deadline, time.monotonic() + self.CHECK_SECONDS)
 
     def _evict(self) -> None:
-        """Drop what has outlived its time. A thread does it, for the journal may be slow."""
+        """Drop what has outlived its time. A thread does it, because the journal may be slow."""
         store = self.application.store
         try:
             while store.evict() or store.delete_doomed():
@@ -3600,15 +3687,16 @@ class Server(http.server.ThreadingHTTPServer):
 
     def _wake_loop(self) -> None:
         with contextlib.suppress(OSError):  # full: it is about to wake; closed: it has ended
-            self._waker.send(b"\0")
+            self._wake_sender.send(b"\0")
 
     def _forget_wakes(self) -> None:
         with contextlib.suppress(BlockingIOError):
-            self._woken.recv(4096)
-        self._is_woken = False  # who puts something from now on wakes anew
+            self._wake_receiver.recv(4096)
+        # Who puts something from now on wakes anew. What was put before is seen in this round.
+        self._is_woken = False
 
     def _act(self, connection: Connection, act: Callable[[], None]) -> None:
-        """Have a connection do something; then have the selector wait for what it waits for now."""
+        """Have a connection do something; then tell the selector what it waits for now."""
         if connection not in self._connections:  # it was closed in this round of the loop
             return
         try:
@@ -3634,7 +3722,7 @@ class Server(http.server.ThreadingHTTPServer):
         if connection.watched:
             self._selector.unregister(connection.socket)
         try:
-            connection.story.close()  # undoes what it waited for, and a circle of references
+            connection.story.close()  # calls unwatch(), and breaks a cycle of references
         except Exception as error:
             log.error("a connection failed: %s", traceback_of(error))
         connection.socket.close()
@@ -3708,7 +3796,7 @@ if hasattr(os, "register_at_fork"):  # Windows does not fork
 
 
 def raise_descriptor_limit() -> int:
-    """Raise the limit of descriptors; return how many connections may be open: some fewer."""
+    """Raise the limit of descriptors; return how many of them connections may take."""
     if issubclass(selectors.DefaultSelector, selectors.SelectSelector):  # Windows: it takes 512
         return 480
     import resource  # POSIX only
@@ -3781,7 +3869,7 @@ class LogHandler(logging.Handler):
 
     def _be_writer(self) -> None:
         """Be the thread that writes."""
-        told = 0  # of the lines that were dropped
+        reported = 0  # how many dropped lines the log has told of
         lines: list[tuple[float, str, str, Any] | None] = []
         while None not in lines:
             lines = [self._lines.get()]
@@ -3790,9 +3878,9 @@ class LogHandler(logging.Handler):
                 lines.append(self._lines.get())
             text = "".join(self._compose(*line) for line in lines if line)
             dropped = self._dropped
-            if dropped > told:
-                text += f"{dropped - told} lines of the log did not fit and were dropped\n"
-                told = dropped
+            if dropped > reported:
+                text += f"{dropped - reported} lines of the log did not fit and were dropped\n"
+                reported = dropped
             write_all(self._descriptor, text.encode())
 
     def _compose(self, seconds: float, level: str, text: str, arguments: Any) -> str:
@@ -3820,27 +3908,30 @@ def run_until_stopped(server: Server, grace: float) -> int:
     are no signals. Status 1: the journal was lost.
     """
     application = server.application
-    told = threading.Event()  # set when the stop is to begin
+    # What begins the stop puts the grace in here; None, if somebody has called server.shutdown. Not
+    # an Event, because a signal handler may interrupt put() and call it again.
+    stops: queue.SimpleQueue[float | None] = queue.SimpleQueue()
     signals: list[int] = []
     losses: list[str] = []
 
     def on_signal(number: int, frame: object) -> None:
         signals.append(number)
         if len(signals) > 1:
-            application.store.journal = None  # the next start decides what becomes of the tasks
+            # Nobody may write there that a task has failed because its child was ended here.
+            application.store.journal = None
             application.children.kill()
             os._exit(128 + number)
-        told.set()
+        stops.put(grace)
 
     def on_journal_lost(reason: str) -> None:
         application.stop()  # at once: nothing may begin any more
         losses.append(reason)
-        told.set()
+        stops.put(0.0)
 
     def stop() -> None:
-        told.wait()
-        if signals or losses:  # else somebody has called server.shutdown
-            stop_in_order(server, 0 if losses else grace)
+        seconds = stops.get()
+        if seconds is not None:
+            stop_in_order(server, seconds)
 
     application.store.journal_lost = on_journal_lost
     if application.store.lost:  # since the start
@@ -3853,9 +3944,9 @@ def run_until_stopped(server: Server, grace: float) -> int:
     finally:
         server.server_close()
     application.stop()  # somebody may have called server.shutdown
-    told.set()  # and the thread that waits for this has to end
+    stops.put(None)  # then the thread that waits for this has to end
     if losses:
-        log.error("stopped, for the journal belongs to this server no more: %s", losses[0])
+        log.error("stopped, because the journal belongs to this server no more: %s", losses[0])
     return 1 if losses else 0
 
 
@@ -3868,7 +3959,7 @@ def stop_in_order(server: Server, grace: float) -> None:
     if application.store.journal is not None:
         fate = "stay in the journal for the next start"
     log.info(
-        "stopping: running tasks have %g seconds, a second signal takes them; %d waiting tasks %s",
+        "stopping: running tasks have %g seconds, a second signal ends them; %d waiting tasks %s",
         grace,
         waiting,
         fate,
@@ -3910,9 +4001,9 @@ _TYPE = {
 class Listing:
     """What GET /tasks answers: made by a worker, as a rule, while the connection waits."""
 
-    def __init__(self, store: Store, limit: int, status: str, type: str) -> None:
+    def __init__(self, store: Store, limit: int, status: str, type_name: str) -> None:
         self._store = store
-        self._limit, self._status, self._type = limit, status, type
+        self._limit, self._status, self._type = limit, status, type_name
         self._response: Response | None = None
 
     def make(self, wake: Callable[[], None]) -> None:
@@ -3935,7 +4026,7 @@ class Monitoring:
 
     def __init__(self, application: Application) -> None:
         self._application = application
-        # One makes all listings, for fifty at once would take the interpreter from everybody:
+        # One worker makes all listings. Fifty at once would take the interpreter from everybody:
         # beside them the slowest /healthz needed 0.8 seconds.
         self._lister = WorkerPool("lister", lambda make: make(), max_workers=1)
         application.router.add(
@@ -3965,13 +4056,14 @@ class Monitoring:
 
     def tasks(self, request: Request) -> Later:
         """Answer with the newest tasks, once a worker has put their records together."""
-        limit = int(min(float(request.parameter("limit", "[0-9]+", "50") or 50), MAX_LIMIT))
+        wanted = float(request.parameter("limit", "[0-9]+", "50") or 50)  # of any number of digits
+        limit = int(min(wanted, MAX_LIMIT))
         status = request.parameter("status", f"{PENDING}|{COMPLETED}|{FAILED}", FAILED) or ""
-        type = request.parameter("type", ".*", next(iter(self._application.types), "")) or ""
-        if type and type not in self._known_types():
+        type_name = request.parameter("type", ".*", next(iter(self._application.types), "")) or ""
+        if type_name and type_name not in self._known_types():
             known = ", ".join(sorted(self._known_types()))
             raise HTTPError(400, f"Send a type that there is: {known}.")
-        listing = Listing(self._application.store, limit, status, type)
+        listing = Listing(self._application.store, limit, status, type_name)
         return Later(
             LISTING_SECONDS,
             watch=lambda wake: self._lister.call(functools.partial(listing.make, wake)),
@@ -3993,17 +4085,21 @@ class Monitoring:
 
     def _known_types(self) -> set[str]:
         """Return the types that are registered, and those of records from before this start."""
-        return {*self._application.types, *(type for type, _ in self._application.store.counts())}
+        return {
+            *self._application.types,
+            *(type_name for type_name, _ in self._application.store.counts()),
+        }
 
     def _numbers(self) -> dict[str, Any]:
         application = self._application
         counts = application.store.counts()
         totals = {COMPLETED: 0, FAILED: 0}
         tasks = {
-            type: {PENDING: 0, COMPLETED: 0, FAILED: 0} for type in sorted(self._known_types())
+            type_name: {PENDING: 0, COMPLETED: 0, FAILED: 0}
+            for type_name in sorted(self._known_types())
         }
-        for (type, status), count in counts.items():
-            tasks[type][status] = count
+        for (type_name, status), count in counts.items():
+            tasks[type_name][status] = count
             if status != PENDING:
                 totals[status] += count
         pools = [pool.counts() for pool in application.pools]
@@ -4031,8 +4127,9 @@ class Journal:
     """Where records outlive the process: the contract of `application.store.journal`.
 
     A journal is an object with the three methods below. To write one, nothing else of this file
-    needs to be known. It had better open its database in `load`, not earlier: what goes wrong there
-    is said in one line.
+    needs to be known. `load` is the place to open its database: what goes wrong there is said in
+    one line. (SQLiteJournal opens its file earlier, where `main` says it in the same way.) The
+    server never closes a journal: it is there until the process ends.
 
     What is kept of a record are the fields in JOURNALED, each exactly as it is:
 
@@ -4063,7 +4160,7 @@ class Journal:
     knows, because a connection broke before the commit was confirmed. Then a create is refused with
     503, and deleted later, in case that it is there; what must not be lost is saved again until
     that works. So a call that is repeated must do no harm. An OSError with one sentence that says
-    what to do is best, for the log shows it.
+    what to do is best, because the log shows it.
     """
 
     def load(self) -> Iterable[Record]:
@@ -4082,17 +4179,17 @@ class Journal:
         faster when they share a transaction. Of a task it is called when it is created, when it
         starts (unless its type says `rerun`), and when it is final.
 
-        After a crash the record must be there as the last call that returned wrote it, or as one
-        wrote it that had begun since. Nobody has heard yet of what was not returned.
+        After a crash, what must be there is what the last call that returned has written, or what
+        a later call was about to write.
         """
         raise NotImplementedError
 
     def delete(self, ids: list[str]) -> None:
-        """Delete records, at most a thousand; return when that survives a crash.
+        """Delete some hundred records; return when that survives a crash.
 
-        Called by one thread at a time, a quarter of a second after it became due or later. Some of
-        the ids may not be there: those of creates whose `save` raised. What a crash leaves behind
-        is loaded, and deleted later.
+        Called by one thread at a time, some time after the records were evicted. Some of the ids
+        may not be there: those of creates whose `save` raised. What a crash leaves behind is
+        loaded, and deleted later.
         """
         raise NotImplementedError
 
@@ -4152,7 +4249,7 @@ class SQLiteJournal(Journal):
         """Open or create the file, within a second. OSError says what is wrong and what to do."""
         self._path = os.path.realpath(path)  # SQLite, too, puts its log beside the target of a link
         # What to save or to delete, and where to put the outcome: an exception, or None.
-        # None instead ends the thread.
+        # A job of None ends the thread.
         self._jobs: queue.SimpleQueue[Any] = queue.SimpleQueue()
         try:
             import sqlite3  # not every Python is built with it
@@ -4182,9 +4279,9 @@ class SQLiteJournal(Journal):
         statement = f"SELECT {self._COLUMNS} FROM task ORDER BY seq"
         intern = sys.intern
         try:
-            for id, name, status, type, *rest in self._database.execute(statement):
+            for task_id, name, status, type_name, *rest in self._database.execute(statement):
                 # A million records that share these two texts are smaller by 100 MiB.
-                yield Record(id, name, intern(status), intern(type), *rest)
+                yield Record(task_id, name, intern(status), intern(type_name), *rest)
         except Exception as error:
             raise self._error("read", error) from error
 
@@ -4204,7 +4301,7 @@ class SQLiteJournal(Journal):
             raise error
 
     def _query(self, statement: str) -> list[Any]:
-        """Execute a statement; return all rows, for PyPy needs them fetched."""
+        """Execute a statement; return all rows, because PyPy needs them fetched."""
         return list(self._database.execute(statement))
 
     def _prepare(self) -> None:
@@ -4257,7 +4354,7 @@ class SQLiteJournal(Journal):
     def _write(self, jobs: list[Any]) -> Exception | None:
         """Do jobs in one transaction; return why that did not work."""
         records = [record for record, _, _ in jobs if record is not None]
-        deleted = [id for _, ids, _ in jobs for id in ids]
+        deleted = [task_id for _, ids, _ in jobs for task_id in ids]
         try:
             self._commit(records, deleted)
             return None
@@ -4284,7 +4381,7 @@ class SQLiteJournal(Journal):
         for some in _portions(records, 64):
             rows = ", ".join([self._ROW] * len(some))
             values = [getattr(record, field) for record in some for field in JOURNALED]
-            # REPLACE, for ON CONFLICT needs SQLite 3.24.
+            # REPLACE, because ON CONFLICT needs SQLite 3.24.
             execute(f"INSERT OR REPLACE INTO task ({self._COLUMNS}) VALUES {rows}", values)
         execute("COMMIT")
 
@@ -4325,9 +4422,8 @@ def check_host(names: Iterable[str]) -> Callable[[Request], None]:
         return name in allowed or parse_address(name) is not None
 
     def check(request: Request) -> None:
-        if request.host and not is_meant(
-            request.host
-        ):  # HTTP/1.0 may name none; no browser does so
+        # HTTP/1.0 may name no host; no browser does so.
+        if request.host and not is_meant(request.host):
             sentence = "This server does not go by that name: use its address, or start it with "
             raise HTTPError(421, f"{sentence}--allow-host.")
 
@@ -4516,7 +4612,7 @@ class Description:
         self._routes = application.router.routes
         self._schemas: dict[str, Any] = {}  # those that are used
         self._responses: dict[str, Any] = {}  # the same
-        # By kind: the names that are given, without capitals and punctuation, and to what.
+        # Of each kind, the names in use (lower case, letters and digits alone), and whose they are.
         self._named: dict[str, dict[str, Any]] = {"schema": {}, "operation": {}, "tag": {}}
         for name, schema in SCHEMAS.items():
             self._unique("schema", name, schema)
@@ -4582,7 +4678,11 @@ class Description:
         return self._unique("tag", tag, tag)
 
     def _about(self, tag: str) -> str:
-        return f"Tasks of type {tag}." if tag in self._types else "What is not of one type of task."
+        return (
+            f"Tasks of type {tag}."
+            if tag in self._types
+            else "Endpoints that belong to no single type of task."
+        )
 
     def _unique(self, kind: str, name: str, thing: Any) -> str:
         """Return a name for a thing, changed if another one has it. Types may be a-b and ab."""
@@ -4599,7 +4699,7 @@ class Description:
             response["content"] = {route.media_type: {"schema": {"type": "string"}}}
         elif route.answer is not None:
             response["content"] = self._json(route.answer)
-        if status == 201:
+        if 201 in route.statuses:  # a create, which may have been created before
             response["headers"] = {"Location": _LOCATION}
         return response
 
@@ -4635,7 +4735,7 @@ class Description:
         return {"$ref": f"#/components/schemas/{name}"}
 
     def _take_along(self, part: Any) -> None:
-        """Put those of our schemas to which a part refers where it can find them."""
+        """Add those of SCHEMAS to which this part refers."""
         for name in re.findall('"#/components/schemas/([A-Za-z]+)"', json.dumps(part)):
             if name in SCHEMAS:
                 self._reference(name)
@@ -4665,40 +4765,55 @@ PAGE = r"""<!DOCTYPE html>
 :focus-visible { outline: 3px solid var(--accent); outline-offset: 2px; }
 body { max-width: 76rem; margin: auto; padding: 1.5rem 1rem 3rem; overflow-wrap: anywhere;
   font: 1rem/1.5 system-ui, sans-serif; background: var(--ground); color: var(--text); }
+header { margin-bottom: 1rem; }
+header > div { justify-content: space-between; }
 main { display: grid; grid-template-columns: minmax(0, 1fr); gap: 1.5rem; align-items: start; }
 h2, h3, summary { font-size: 1rem; font-weight: 600; }
-.stack { display: grid; grid-template-columns: minmax(0, 1fr); gap: 1rem; padding: 0;
+.stack { display: grid; grid-template-columns: minmax(0, 1fr); gap: 0.75rem; padding: 0;
   list-style: none; }
 .line { display: flex; flex-wrap: wrap; gap: 0.25rem 0.75rem; align-items: center; }
 .status { min-height: 2.25rem; }  /* so that a button that comes pushes nothing */
-.copy { min-width: 5rem; }  /* nor does its answer */
+#shells button { min-width: 5rem; }  /* nor does its answer */
+.task code { font-size: 0.75rem; }
+.task .copy { margin-left: -0.5rem; padding: 0 0.5rem; min-height: 1.625rem;
+  border-color: transparent; }
 .cancel { margin-left: auto; }
-.card { padding: 1.25rem; border: 1px solid var(--line); border-radius: 0.75rem;
+.note { flex-basis: 100%; text-align: right; }
+#countdown:empty, .note:empty { display: none; }  /* or they would have gaps of their own */
+#shells .line { justify-content: space-between; margin-top: 0.75rem; }
+#access { max-width: 25rem; }
+main:has(#access:not([hidden])):has(#tasks:empty) > :is(section, aside) { display: none; }
+.card { padding: 1rem; border: 1px solid var(--line); border-radius: 0.75rem;
   background: var(--card); }
-.quiet, .wrong { font-size: 0.875rem; color: var(--quiet); }
+.quiet, .wrong, .message, .task a { font-size: 0.875rem; }
+.quiet { color: var(--quiet); }
 .wrong { font-weight: 600; color: var(--bad); }
 .unseen { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
+a { color: var(--accent); }
 ::placeholder { color: var(--quiet); opacity: 1; }
 input, select, textarea, pre { width: 100%; padding: 0.5rem 0.75rem; border-radius: 0.5rem;
   font: inherit; color: inherit; background: var(--ground); border: 1px solid var(--edge); }
+label > * { margin-top: 0.25rem; }
 [aria-invalid=true] { border: 2px solid var(--bad); }
 button, nav a { padding: 0.25rem 0.75rem; border: 1px solid var(--edge); border-radius: 0.5rem;
   font: inherit; font-size: 0.875rem; color: var(--accent); background: var(--card);
   text-decoration: none; cursor: pointer; }
-form button { padding: 0.5rem 1.25rem; border-color: var(--accent);
+form button, #fresh { padding: 0.5rem 1.25rem; border-color: var(--accent);
   background: var(--accent); color: var(--card); }
+#fresh { position: fixed; top: 0.75rem; left: 50%; translate: -50%; }  /* so it pushes nothing */
 button[aria-disabled=true] { cursor: default; color: var(--text); background: var(--line); }
 nav a[aria-current] { font-weight: 600; background: var(--accent); color: var(--card);
   text-decoration: underline; }
 pre, textarea, code { font: 0.8125rem/1.5 ui-monospace, monospace; }
 pre { max-height: 24rem; overflow: auto; margin-top: 0.5rem; border: 0; white-space: pre-wrap; }
-.task { display: grid; grid-template-columns: minmax(0, 1fr) auto; gap: 0.25rem 1rem; }
+.task { display: grid; grid-template-columns: minmax(0, 1fr) auto; gap: 0.25rem 1rem;
+  padding-block: 0.75rem; border-left: 0.375rem solid var(--hue); }
 .task > :nth-child(n + 3) { grid-column: 1 / -1; }
 .pending { --hue: var(--accent); } .completed { --hue: var(--good); } .failed { --hue: var(--bad); }
-.task h3, .message { max-height: 6rem; overflow: auto; scrollbar-width: thin; }
+.limited { max-height: 6rem; overflow: auto; scrollbar-width: thin; }
 .pill { align-self: start; padding: 0 0.75rem; border-radius: 1rem; font-size: 0.875rem;
   color: var(--hue); background: var(--ground); }
-.gone, .old .task { border-style: dashed; border-color: var(--edge); }
+.gone, .old .task { border: 1px dashed var(--edge); border-left: 0.375rem solid var(--line); }
 .gone .pill::after { content: ", no longer listed"; }
 .old .pill::after { content: ", may be old"; }
 progress { appearance: none; display: block; width: 100%; height: 0.5rem;
@@ -4711,6 +4826,7 @@ progress:indeterminate { background: repeating-linear-gradient(
 ::-moz-progress-bar { background: var(--hue); print-color-adjust: exact; }
 :indeterminate::-moz-progress-bar { background: transparent; }
 @media (min-width: 56rem) {
+  .card { padding-inline: 1.25rem; }
   main { grid-template-columns: minmax(0, 1fr) 25rem; }
   #access { grid-column: 1 / -1; }
   #jump { display: none; }
@@ -4721,23 +4837,25 @@ progress:indeterminate { background: repeating-linear-gradient(
 }
 @media print {
   :root { color-scheme: light; }
-  aside, form, button, nav a:not([aria-current]) { display: none !important; }
+  aside, form, button, header .quiet, nav a:not([aria-current]) { display: none !important; }
   main, section, .stack { display: block; }
   nav a[aria-current] { padding: 0; border: 0; color: inherit; text-decoration: none; }
   .task { margin-top: 1rem; break-inside: avoid; }
-  .task h3, .message, pre { max-height: none; }
+  .limited, pre { max-height: none; }
 }
 </style>
 
 <header>
-  <h1>taskserver</h1>
-  <p id="counts"></p>
-  <div class="line status">
-    <p id="connection" class="quiet" role="status"></p>
-    <span id="countdown" class="quiet"></span>
-    <button id="again" hidden>Try now</button>
+  <div class="line">
+    <h1>taskserver</h1>
+    <div class="line status">
+      <p id="connection" class="quiet" role="status"></p>
+      <span id="countdown" class="quiet"></span>
+      <button id="again" hidden>Try now</button>
+    </div>
   </div>
-  <noscript><p class="wrong">This page works by scripts, and they are switched off. Allow them for
+  <p id="counts"></p>
+  <noscript><p class="card">This page works by scripts, and they are switched off. Allow them for
     this address and load it again; or use a terminal: <code>curl ADDRESS/tasks</code> lists the
     tasks, with the address of this page for ADDRESS.</p></noscript>
 </header>
@@ -4748,11 +4866,12 @@ progress:indeterminate { background: repeating-linear-gradient(
     <div><button>Use this token</button></div>
   </form>
   <section class="stack" aria-labelledby="tasks-title">
-    <div class="line"><h2 id="tasks-title">Tasks</h2> <button id="jump">New task</button></div>
+    <div class="line status">
+      <h2 id="tasks-title">Tasks</h2> <p id="amount" class="quiet"></p>
+      <button id="fresh" hidden></button> <button id="jump">New task</button>
+    </div>
     <nav id="statuses" class="line" aria-label="Filter by status"></nav>
     <nav id="types" class="line" aria-label="Filter by type"></nav>
-    <div class="line status">
-      <p id="amount" class="quiet"></p> <button id="fresh" hidden></button></div>
     <p id="empty" class="card quiet" hidden></p>
     <ul id="tasks" class="stack" role="list"></ul>
     <div><button id="more" hidden>Show more</button></div>
@@ -4774,11 +4893,10 @@ progress:indeterminate { background: repeating-linear-gradient(
       <p id="no-command" class="quiet">There is a command as soon as the form is complete.</p>
       <div id="shells" hidden>
         <div class="line"><h3>curl</h3>
-          <button data-of="curl" aria-label="Copy the command of curl">Copy</button></div>
+          <button data-of="curl" data-about="the command of curl"></button></div>
         <pre id="curl" tabindex="0"></pre>
         <div class="line"><h3>PowerShell</h3>
-          <button data-of="powershell" aria-label="Copy the command of PowerShell">Copy</button>
-        </div>
+          <button data-of="powershell" data-about="the command of PowerShell"></button></div>
         <pre id="powershell" tabindex="0"></pre>
       </div>
     </details>
@@ -4786,13 +4904,13 @@ progress:indeterminate { background: repeating-linear-gradient(
   <p id="news" class="unseen" role="status"></p>
 </main>
 <template id="row"><li>
-  <h3 dir="auto"></h3><span class="pill"></span>
+  <h3 class="limited" dir="auto"></h3><span class="pill"></span>
   <p class="about quiet"></p>
   <progress max="1"></progress>
-  <p class="message" dir="auto"></p>
-  <p class="error wrong" dir="auto" hidden></p>
-  <div class="line"><code></code> <button class="copy">Copy</button>
-    <button class="cancel">Cancel</button> <span class="note quiet"></span></div>
+  <p class="message limited" dir="auto"></p>
+  <p class="error wrong limited" dir="auto" hidden></p>
+  <div class="line"><code></code> <button class="copy"></button>
+    <button class="cancel"></button> <span class="note quiet"></span></div>
   <details hidden><summary class="quiet"></summary>
     <pre tabindex="0">Asking the server …</pre> <a hidden></a></details>
 </li></template>
@@ -4800,59 +4918,74 @@ progress:indeterminate { background: repeating-linear-gradient(
 <script>
 const byId = (id) => document.getElementById(id);
 const form = byId("create"), fields = form.elements, list = byId("tasks");
+
 // All requests go below the address of this page, never beside it, where others may live.
 const here = location.origin + location.pathname.replace(/\/?$/, "/");
-const NO_ANSWER = "The server does not answer.";
-const UNHEARD = "No answer came, so nobody knows whether the task was created. "
-  + "Send it again: that makes no second task.";
-const NAMES = [["", "All"], ["pending", "Waiting or running"], ["completed", "Completed"],
-  ["failed", "Failed"]];
-const MOST = 500;     // records that the server lists at once
-const PART = 20000;   // characters of a result that are shown
-const IDLE = 3.4;     // seconds between two requests when nothing runs
-const SLOW = 1.4;     // seconds after which an answer is missed: both together are less than five
 
-let token = "";       // lives in memory only
-let limit = 50;       // how many tasks are asked for
-let records = [];     // as the server listed them last
-let held = {};        // how many tasks it has: {TYPE: {pending: 1, completed: 2, failed: 0}}
-let isBusy = false;   // a task waits or runs
-let serverTime;       // in milliseconds, for our own clock may be wrong
-let newsTimer;
+const NO_ANSWER = "The server does not answer.";
+const FILTERS = [["", "All"], ["pending", "Waiting or running"], ["completed", "Completed"],
+  ["failed", "Failed"]];
+const MOST = 500;    // tasks that the server lists at once
+const PART = 20000;  // characters of a result that are shown
+
+// A server that hangs is called so after both together: less than five seconds.
+const IDLE = 3.6;    // seconds between two requests when no task waits or runs
+const SLOW = 1.3;    // seconds after which an answer is missed
+
+let token = "";      // lives in memory only
+let limit = 50;      // how many tasks are asked for
+let records = [];    // as the server listed them last
+let held = {};       // how many tasks it has: {TYPE: {pending: 1, completed: 2, failed: 0}}
+let isBusy = false;  // a task waits or runs
+let serverTime;      // in milliseconds; our own clock may be wrong
 
 // -- Small things --
 
-function setText(element, text, className = element.className) {
-  if (element.textContent !== text) element.textContent = text;  // else: selections stay
-  element.className = className;
+function setText(element, text) {
+  // Setting the same text again would undo what somebody has selected.
+  if (element.textContent !== text) element.textContent = text;
 }
 
-function setHidden(element, isHidden, refuge = byId("tasks-title")) {  // never loses the focus
+// Hides an element or shows it. If the focus was in it, the refuge gets the focus.
+function setHidden(element, isHidden, refuge = byId("tasks-title")) {
   const hadFocus = element.contains(document.activeElement);
   element.hidden = isHidden;
   if (isHidden && hadFocus) focusOn(refuge);
 }
 
 function focusOn(element) {
-  element.tabIndex = -1;  // else a heading or a row could not have it
+  element.tabIndex = -1;  // without it, a heading or a row takes no focus
   element.focus();
 }
 
-function setBusy(button, text, isBusy = true) {  // not disabled, for that would lose the focus
+// Sets the text of a button. Its label says, too, which of many it is.
+function setButton(button, text) {
+  const {about} = button.dataset;
   setText(button, text);
-  button.setAttribute("aria-disabled", isBusy);
+  if (about) button.setAttribute("aria-label", `${text}: ${about}`);
 }
 
-const isResting = (button) => button.getAttribute("aria-disabled") === "true";
+// Lets a button rest while its request is under way. Disabling it would lose the focus.
+function setResting(button, isResting, text) {
+  button.setAttribute("aria-disabled", isResting);
+  setButton(button, text);
+}
 
-function say(text) {  // to those who hear the page; what was said is not found again later
+function isResting(button) {
+  return button.getAttribute("aria-disabled") === "true";
+}
+
+let newsTimer;
+
+// Says something to screen readers, and takes it away before they come upon it again.
+function say(text) {
   setText(byId("news"), text);
   clearTimeout(newsTimer);
   newsTimer = setTimeout(() => setText(byId("news"), ""), 4000);
 }
 
+// navigator.clipboard is there at https addresses and localhost only, so this does without.
 function copy(text, button) {
-  // Not by navigator.clipboard: it is only there at https addresses and localhost.
   const fill = (event) => {
     event.clipboardData.setData("text/plain", text);
     event.preventDefault();
@@ -4861,48 +4994,47 @@ function copy(text, button) {
   const isDone = document.execCommand("copy");
   document.removeEventListener("copy", fill);
   say(isDone ? "Copied." : "The browser does not let this page copy.");
-  setText(button, isDone ? "Copied" : "Not copied");
-  setTimeout(() => setText(button, "Copy"), 2000);
+  setButton(button, isDone ? "Copied" : "Not copied");
+  setTimeout(() => setButton(button, "Copy"), 2000);
 }
 
-function newKey() {  // a random UUID; crypto.randomUUID is not there at all addresses
+// Returns a random UUID (RFC 9562, version 4). crypto.randomUUID is not there at all addresses.
+function newKey() {
   const bytes = crypto.getRandomValues(new Uint8Array(16));
-  bytes[6] = bytes[6] & 15 | 64;
-  bytes[8] = bytes[8] & 63 | 128;
+  bytes[6] = bytes[6] & 0x0f | 0x40;
+  bytes[8] = bytes[8] & 0x3f | 0x80;
   const digits = Array.from(bytes, (byte) => byte.toString(16).padStart(2, "0")).join("");
   return digits.replace(/(.{8})(.{4})(.{4})(.{4})/, "$1-$2-$3-$4-");
 }
 
 // -- Requests --
 
-// Returns {answer, text, error}: what came as an object and as text, and a sentence if it is a
-// refusal. `unheard` says that nobody knows whether the request was done.
-async function request(path, {body, method = "GET", headers = {}, patience} = {}) {
-  patience = patience || new AbortController();
-  const timer = setTimeout(() => patience.abort(), 10000);
-  const used = token;
+// Returns {answer, text, error}: what came, as an object and as text, and a sentence if it is a
+// refusal. `isUnheard` is there if no answer came: nobody knows whether the request was done.
+async function request(path, {method = "GET", headers = {}, body, signals = []} = {}) {
+  const used = token;  // until the answer comes, another one may be typed
   if (body) headers["Content-Type"] = "application/json";
   if (used) headers.Authorization = "Bearer " + bytesOf(used);
+  const signal = AbortSignal.any([AbortSignal.timeout(10000), ...signals]);
   try {
-    const options = {method, headers, body, signal: patience.signal, redirect: "error"};
-    const response = await fetch(here + path, options);
+    const response = await fetch(here + path, {method, headers, body, signal, redirect: "error"});
     const text = await response.text();
     const answer = JSON.parse(text);
     serverTime = Date.parse(response.headers.get("Date")) || Date.now();
-    if (response.status === 401) return {error: askForToken(used)};
     if (response.ok) return {answer, text, error: ""};
+    if (response.status === 401) return {error: askForToken(used)};
     return {error: answer.error || `The server says: ${answer.status || response.status}.`};
   } catch {
-    return {error: NO_ANSWER, unheard: true};
-  } finally {
-    clearTimeout(timer);
+    return {error: NO_ANSWER, isUnheard: true};
   }
 }
 
-// A header takes bytes, one for each character.
-const bytesOf = (text) => String.fromCharCode(...new TextEncoder().encode(text));
+// Returns the text as a header takes it: a character for each byte.
+function bytesOf(text) {
+  return String.fromCharCode(...new TextEncoder().encode(text));
+}
 
-function askForToken(used) {
+function askForToken(used) {  // returns what is wrong
   const field = byId("access").elements.token;
   byId("access").hidden = false;
   field.setAttribute("aria-invalid", used !== "");
@@ -4912,41 +5044,43 @@ function askForToken(used) {
 
 // -- Following the server --
 
-// One request at a time, the numbers and the listing in turn, with a rest after each. That asks no
-// more often than both together, and a server that hangs is noticed twice as soon.
+// In each round the server is asked for its numbers and then for the tasks, with a rest after each.
+// Both at once, half as often, would be as much work, and notice later that it hangs.
 
-let delay = 1;          // seconds until the next try, when something is wrong
-let isCalm = false;     // the last round went well: there is time for a rest in the middle
-let isHurried = false;  // there is a reason to begin another round at once
-let endPause = () => {};
-let patience = new AbortController();  // of the request that is under way
+let round = new AbortController();  // hurry() ends it: then the next begins without a rest
+let delay = 1;                      // seconds until the next try after one that failed
 
 async function watch() {
+  let isCalm = false;  // the last round went well, and nobody is in a hurry
   for (;;) {
-    isCalm = isCalm && !isHurried;
-    isHurried = false;
-    let problem = await follow("healthz", showHealth);
-    if (isCalm && !problem) await pause(pace());
-    if (!isHurried && problem !== NO_ANSWER) {
-      problem = await follow(listing(), showTasks) || problem;
+    round = new AbortController();
+    const {signal} = round;
+    const problem = await askForBoth(isCalm);
+    if (!signal.aborted) {
+      showConnection(problem);
+      sayWhatEnded();
+      await rest(problem);
     }
-    if (isHurried) continue;
-    isCalm = !problem;
-    showConnection(problem);
-    sayWhatEnded();
-    await (isCalm ? pause(pace()) : waitToTryAgain());
+    isCalm = !problem && !signal.aborted;
   }
 }
 
+async function askForBoth(isCalm) {  // returns what is wrong
+  const problem = await follow("healthz", showHealth);
+  if (problem === NO_ANSWER) return problem;
+  if (isCalm && !problem) await rest("");
+  return await follow(listing(), showTasks) || problem;
+}
+
 async function follow(path, show) {  // returns what is wrong
-  patience = new AbortController();
+  const {signal} = round;
   const watchdog = setTimeout(() => {
     showConnection(NO_ANSWER);
     setText(byId("countdown"), "Still waiting for it.");
   }, 1000 * SLOW);
-  const {answer, error} = await request(path, {patience});
+  const {answer, error} = await request(path, {signals: [signal]});
   clearTimeout(watchdog);
-  if (isHurried) return "";  // it was broken off, or is about what is asked for no more
+  if (signal.aborted) return "";  // the next round tells
   if (error) return error;
   try {
     show(answer);
@@ -4957,107 +5091,116 @@ async function follow(path, show) {  // returns what is wrong
   }
 }
 
-function pace() {  // seconds; a listing that is ten times as long comes not as often
-  return document.hidden ? 20 : isBusy ? Math.min(IDLE, 0.55 * limit / 50) : IDLE;
-}
-
-function pause(seconds) {
-  return new Promise((resolve) => {
-    endPause = resolve;
-    setTimeout(resolve, isHurried ? 0 : 1000 * seconds);
-  });
-}
-
-async function waitToTryAgain() {
-  const needsToken = !byId("access").hidden;
-  const seconds = needsToken ? 30 : document.hidden ? 20 : delay;
-  for (let left = seconds; left > 0 && !isHurried; left -= 1) {
-    setText(byId("countdown"), needsToken ? "" : `Trying again in ${left} s.`);
+async function rest(problem) {
+  if (!problem) return pause(pace());
+  if (isOfToken(problem)) return pause(30);  // a token that is typed ends it
+  for (let left = document.hidden ? 20 : delay; left > 0 && !round.signal.aborted; left -= 1) {
+    setText(byId("countdown"), `Trying again in ${left} s.`);
     await pause(1);
   }
+  setText(byId("countdown"), "Trying …");
   delay = Math.min(2 * delay, 4);
 }
 
+function pace() {  // returns seconds
+  if (document.hidden) return 20;
+  if (!isBusy) return IDLE;
+  return Math.min(IDLE, 0.55 * limit / 50);  // a longer listing comes less often
+}
+
+function pause(seconds) {
+  const {signal} = round;
+  return new Promise((resolve) => {
+    setTimeout(resolve, signal.aborted ? 0 : 1000 * seconds);
+    signal.addEventListener("abort", resolve);
+  });
+}
+
 function hurry() {
-  isHurried = true;
-  patience.abort();
-  endPause();
+  round.abort();
 }
 
 function showConnection(problem) {
-  const text = problem || "Connected to the server.";
-  setText(byId("connection"), text, problem ? "wrong" : "quiet");
-  document.body.classList.toggle("old", problem !== "");
-  setHidden(byId("again"), !problem || !byId("access").hidden);
-  if (problem) return;
-  delay = 1;
+  setText(byId("connection"), problem || "Connected to the server.");
   setText(byId("countdown"), "");
+  byId("connection").className = problem ? "wrong" : "quiet";
+  document.body.classList.toggle("old", problem !== "");
+  setHidden(byId("again"), !problem || isOfToken(problem));
+  if (!problem) delay = 1;
+}
+
+function isOfToken(problem) {
+  return !byId("access").hidden && problem !== NO_ANSWER;
 }
 
 // -- Filters: they stand in the address, so that it can be sent --
 
 function chosen() {  // what the server would refuse is not chosen
-  const wanted = new URLSearchParams(location.hash.slice(1));
-  const known = (names, name) => names.includes(name) ? name : "";
-  return {status: known(NAMES.map(([status]) => status), wanted.get("status")),
-    type: known(Object.keys(held), wanted.get("type"))};
+  const {status, type} = Object.fromEntries(new URLSearchParams(location.hash.slice(1)));
+  const isStatus = FILTERS.some(([known]) => known === status);
+  return {status: isStatus ? status : "", type: Object.hasOwn(held, type) ? type : ""};
 }
 
-function query(members) {  // such as status=failed&type=task
+function query(members) {  // returns what is not empty, such as status=failed&type=task
   return String(new URLSearchParams(Object.entries(members).filter(([, value]) => value)));
 }
 
-const listing = () => `tasks?${query({limit, ...chosen()})}`;
+function listing() {
+  return `tasks?${query({limit, ...chosen()})}`;
+}
 
-function count({status, type}) {
+function count({status, type}) {  // "" stands for any
   let sum = 0;
-  for (const [name, counts] of Object.entries(held)) {
-    if (type && type !== name) continue;
-    for (const key in counts) if (!status || status === key) sum += counts[key];
+  for (const [heldType, counts] of Object.entries(held)) {
+    for (const [heldStatus, number] of Object.entries(counts)) {
+      if ((!type || type === heldType) && (!status || status === heldStatus)) sum += number;
+    }
   }
   return sum;
 }
 
 function showFilters() {
   const types = Object.keys(held).map((type) => [type, type]);
-  showChoices(byId("statuses"), "status", NAMES);
+  showChoices(byId("statuses"), "status", FILTERS);
   showChoices(byId("types"), "type", [["", "All types"], ...types]);
   byId("types").hidden = types.length < 2;
 }
 
-function showChoices(nav, key, names) {
-  for (const [value, name] of names) {
-    const choice = {...chosen(), [key]: value};
+function showChoices(nav, key, choices) {
+  const now = chosen();
+  for (const [value, name] of choices) {
     let link = nav.querySelector(`[data-value="${value}"]`);
     if (!link) {
       link = nav.appendChild(document.createElement("a"));
       link.dataset.value = value;
     }
-    link.href = "#" + (query(choice) || "all");
-    setText(link, `${name} ${count(choice)}`);
-    const isChosen = chosen()[key] === value;
-    isChosen ? link.setAttribute("aria-current", "true") : link.removeAttribute("aria-current");
+    const then = {...now, [key]: value};  // what will be chosen
+    link.href = "#" + (query(then) || "all");
+    setText(link, `${name} ${count(then)}`);
+    if (now[key] === value) link.setAttribute("aria-current", "true");
+    else link.removeAttribute("aria-current");
   }
 }
 
 function showAmount() {
-  const shown = list.children.length, all = Math.max(shown, count(chosen()));
+  const {status, type} = chosen();
+  const shown = list.children.length;
+  const all = Math.max(shown, count({status, type}));
   const hint = limit === MOST && all > shown ? " The filters find the others." : "";
   setText(byId("amount"), shown ? `${shown} of ${all}, the newest first.${hint}` : "");
   setHidden(byId("more"), all <= records.length || limit >= MOST, list.lastElementChild);
-  const isFiltered = chosen().status || chosen().type;
-  setText(byId("empty"), isFiltered ? "There is no such task now. All shows the others."
+  setText(byId("empty"), status || type ? "There is no such task now. All shows the others."
     : "No tasks yet. Create one with the form or in a terminal.");
   byId("empty").hidden = shown > 0;
 }
 
 function showHealth(health) {
-  if (!health.tasks) return;  // who has no token is told the status alone
+  if (!health.tasks) return;  // without the token, the server tells its status alone
   const seconds = health.oldest_waiting;
-  const oldest = seconds === null ? "" : `, the oldest for ${duration(seconds, 0)}`;
+  const oldest = seconds === null ? "" : `, the oldest for ${duration(seconds)}`;
+  setText(byId("counts"), `${health.running} running · ${health.waiting} waiting${oldest}`);
   held = health.tasks;
   isBusy = health.waiting + health.running > 0;
-  setText(byId("counts"), `${health.running} running · ${health.waiting} waiting${oldest}`);
   for (const type of health.types) {
     if (!fields.type.querySelector(`[value="${type}"]`)) fields.type.add(new Option(type, type));
   }
@@ -5073,7 +5216,7 @@ function showTasks({tasks}) {
   placeRows();
   setHidden(byId("access"), true);
   const made = intention && tasks.find(({id}) => id === intention.key);
-  if (made) showCreated(made);  // whose answer was lost
+  if (made) showCreated(made);  // the answer was lost
 }
 
 // Rows never move. What is under the pointer stays there: new rows wait until it has gone, so that
@@ -5086,16 +5229,21 @@ function placeRows() {
     row.classList.toggle("gone", isGone);
     if (isGone && !isHeld && !row.querySelector("[open]")) removeRow(row);
   }
-  let newer = null, waiting = 0;
+  let newer = null;  // the row before the next one
+  let waiting = 0;
   for (const record of records) {
     let row = byId(record.id);
-    if (!row && isHeld && newer !== list.lastElementChild) {
-      waiting += 1;
-      continue;
+    if (!row) {
+      const wouldPush = newer !== list.lastElementChild;  // the rows that follow it
+      if (isHeld && wouldPush) {
+        waiting += 1;
+        continue;
+      }
+      row = newRow(record);
+      if (newer) newer.after(row);
+      else list.prepend(row);
     }
-    row = row || newRow(record);
     showTask(record, row);
-    if (!row.isConnected) newer ? newer.after(row) : list.prepend(row);
     newer = row;
   }
   setHidden(byId("fresh"), waiting === 0);
@@ -5106,13 +5254,15 @@ function placeRows() {
 
 function newRow({id, name}) {
   const row = byId("row").content.firstElementChild.cloneNode(true);
-  const label = (selector, text) => row.querySelector(selector).setAttribute("aria-label", text);
+  const part = (selector) => row.querySelector(selector);
   row.id = id;
-  setText(row.querySelector("h3"), name);
-  setText(row.querySelector("code"), id);
-  label("progress", `Progress of ${name}`);
-  label(".copy", `Copy the id of ${name}`);
-  label(".cancel", `Cancel ${name}`);
+  setText(part("h3"), name);
+  setText(part("code"), id);
+  part("progress").setAttribute("aria-label", `Progress of ${name}`);
+  part(".copy").dataset.about = `the id of ${name}`;
+  part(".cancel").dataset.about = name;
+  setButton(part(".copy"), "Copy");
+  setButton(part(".cancel"), "Cancel");
   return row;
 }
 
@@ -5125,77 +5275,106 @@ function removeRow(row) {
 }
 
 function makeScrollable() {  // by keyboard: what is higher than its box can have the focus
-  for (const box of list.querySelectorAll("h3, .message")) {
+  for (const box of list.querySelectorAll(".limited")) {
     if (box.scrollHeight > box.clientHeight) box.tabIndex = 0;
     else box.removeAttribute("tabindex");
   }
 }
 
 function showTask(record, row) {
-  const {status, started_at, finished_at, progress, message, error} = record;
-  if (row.record && row.record.finished_at && !finished_at) return;  // an older answer comes late
-  if (row.record && !row.record.finished_at && finished_at) ended.push(record);
+  const {finished_at, message} = record;
+  const before = row.record;
+  if (before && before.finished_at && !finished_at) return;  // an older answer that comes late
+  if (before && !before.finished_at && finished_at) ended.push(record);
   row.record = record;
-  row.className = `task card ${status}`;
+  row.className = `task card ${record.status}`;
   const part = (selector) => row.querySelector(selector);
-  setText(part(".pill"), finished_at ? status : started_at ? "running" : "waiting");
+  setText(part(".pill"), stateOf(record));
   setText(part(".about"), about(record));
-  if (progress !== null || !started_at || finished_at) part("progress").value = progress || 0;
+  showProgress(record, part("progress"));
   setText(part(".message"), message || "");
-  const [firstLine, ...others] = (error || "").split("\n");
-  setText(part(".error"), firstLine);
-  part(".error").hidden = !error;
-  setText(part("summary"), error ? "Whole error" : "Result");
-  part("summary").setAttribute("aria-label", `${part("summary").textContent} of ${record.name}`);
-  part("details").hidden = !finished_at || error && !others.length;
-  if (!isResting(part(".cancel"))) setText(part(".note"), "");
+  showEnd(record, part);
   if (finished_at) setText(part(".note"), "");
-  setHidden(part(".cancel"), !!finished_at, row);
+  setHidden(part(".cancel"), finished_at !== null, row);
 }
 
-function about({type, created_at, started_at, finished_at, progress}) {
+function showProgress(record, bar) {
+  const {finished_at, progress} = record;
+  const isUnknown = progress === null && stateOf(record) === "running";
+  if (isUnknown) bar.removeAttribute("value");  // it is striped
+  else bar.value = progress || 0;
+  bar.hidden = progress === null && finished_at !== null;
+}
+
+function showEnd({name, finished_at, error}, part) {
+  const [firstLine, ...others] = (error || "").split("\n");
+  setText(part(".error"), firstLine);
+  part(".error").hidden = error === null;
+  const outcome = error === null ? "Result" : "Whole error";
+  setText(part("summary"), outcome);
+  part("summary").setAttribute("aria-label", `${outcome} of ${name}`);
+  const isAllSeen = error !== null && others.length === 0;
+  part("details").hidden = finished_at === null || isAllSeen;
+}
+
+function stateOf({status, started_at}) {
+  if (status !== "pending") return status;
+  return started_at ? "running" : "waiting";
+}
+
+function about(record) {
+  const {type, finished_at, progress} = record;
   const percent = progress === null || finished_at ? "" : ` · ${Math.floor(100 * progress)} %`;
-  const until = finished_at ? Date.parse(finished_at) : serverTime;
-  const seconds = (until - Date.parse(started_at || created_at)) / 1000;
-  const lasted = finished_at ? duration(seconds) : duration(Math.floor(seconds), 0);
-  const words = started_at ? `began ${clock(started_at)}, ${finished_at ? "took" : "for"} ${lasted}`
-    : finished_at ? `created ${clock(created_at)}, never begun` : `waiting for ${lasted}`;
-  return `${type}${percent} · ${words}`;
+  return `${type}${percent} · ${times(record)}`;
+}
+
+function times({created_at, started_at, finished_at}) {
+  const end = finished_at ? Date.parse(finished_at) : serverTime;
+  const seconds = (end - Date.parse(started_at || created_at)) / 1000;
+  if (!started_at) {
+    if (finished_at) return `created ${clock(created_at)}, never begun`;
+    return `waiting for ${duration(seconds)}`;
+  }
+  if (!finished_at) return `began ${clock(started_at)}, for ${duration(seconds)}`;
+  const lasted = seconds < 10 ? `${seconds} s` : duration(seconds);  // 0.012 s, to be exact
+  return `began ${clock(started_at)}, took ${lasted}`;
 }
 
 const swedish = new Intl.DateTimeFormat("sv", {dateStyle: "short", timeStyle: "medium"});
 
-function clock(moment) {  // 14:03:22, or 2026-11-27 14:03:22 if it was on another day
-  const [day, time] = swedish.format(new Date(moment)).split(" ");
-  return swedish.format(new Date(serverTime)).startsWith(day) ? time : `${day} ${time}`;
+// Returns 14:03:22, or 2026-11-27 14:03:22 if it was on another day: so it is written in Sweden.
+function clock(moment) {
+  const [day, time] = swedish.format(Date.parse(moment)).split(" ");
+  const [today] = swedish.format(serverTime).split(" ");
+  return day === today ? time : `${day} ${time}`;
 }
 
-function duration(seconds, digits = 1) {  // 0.3 s, 12 s, 3 min 20 s, 2 h 5 min, 3 d 4 h
-  if (seconds < 10) return `${Math.max(0, seconds).toFixed(digits)} s`;
-  if (seconds < 60) return `${Math.floor(seconds)} s`;
+function duration(seconds) {  // 12 s, 3 min 20 s, 2 h 5 min, 3 d 4 h
+  if (seconds < 60) return `${Math.floor(Math.max(0, seconds))} s`;
   const units = [[86400, "d", 3600, "h"], [3600, "h", 60, "min"], [60, "min", 1, "s"]];
   const [big, bigName, small, smallName] = units.find(([size]) => size <= seconds);
   const rest = Math.floor(seconds % big / small);
   return `${Math.floor(seconds / big)} ${bigName} ${rest} ${smallName}`;
 }
 
-// -- What ended is said, politely, and eighty at once in one sentence --
+// -- What has ended is said politely, and of eighty at once in one sentence --
 
 let ended = [];     // records
 let quietUntil = 0;
 
 function sayWhatEnded() {
-  if (!ended.length || performance.now() < quietUntil) return;
-  const some = (status) => ended.filter((record) => record.status === status);
-  say(sentence("Completed", some("completed")) + sentence("Failed", some("failed")));
+  if (ended.length === 0 || performance.now() < quietUntil) return;
+  const those = (status) => ended.filter((record) => record.status === status);
+  say(sentence("Completed", those("completed")) + sentence("Failed", those("failed")));
   ended = [];
   quietUntil = performance.now() + 5000;
 }
 
 function sentence(verb, tasks) {
+  if (tasks.length === 0) return "";
   const names = tasks.slice(0, 3).map(({name}) => name.slice(0, 60)).join(", ");
   const others = tasks.length > 3 ? ` and ${tasks.length - 3} more` : "";
-  return tasks.length ? `${verb}: ${names}${others}. ` : "";
+  return `${verb}: ${names}${others}. `;
 }
 
 // -- A row's buttons --
@@ -5203,18 +5382,19 @@ function sentence(verb, tasks) {
 async function cancel(row) {
   const button = row.querySelector(".cancel"), note = row.querySelector(".note");
   if (isResting(button)) return;
-  setBusy(button, "Cancelling …");
+  setResting(button, true, "Cancelling …");
+  setText(note, "");
   const path = `cancel-${row.record.type}/${row.id}`;
-  const {answer, error, unheard} = await request(path, {method: "POST"});
+  const {answer, error, isUnheard} = await request(path, {method: "POST"});
   if (error) {
-    setBusy(button, "Cancel", false);
-    setText(note, unheard ? `${error} Perhaps it was cancelled.` : error);
+    setResting(button, false, "Cancel");
+    setText(note, isUnheard ? "No answer came. Perhaps it was cancelled; press again." : error);
     say(note.textContent);
     return;
   }
   showTask(answer, row);
   if (!answer.finished_at) {
-    setBusy(button, "Cancel asked for");
+    setResting(button, true, "Cancel asked for");
     setText(note, "It ends when its function next reports.");
     say(note.textContent);
   }
@@ -5222,15 +5402,25 @@ async function cancel(row) {
 }
 
 async function showOutcome(row) {
-  const pre = row.querySelector("pre"), link = row.querySelector("a");
-  if (row.record.error) return setText(pre, row.record.error);
+  const pre = row.querySelector("pre");
+  if (row.record.error) {
+    setText(pre, row.record.error);
+    return;
+  }
   if (row.isLoaded) return;
   const {text, error} = await request(`poll-${row.record.type}/${row.id}`);
-  if (error) return setText(pre, error);
+  if (error) {
+    setText(pre, error);
+    return;
+  }
   row.isLoaded = true;
   const {shown, isWhole} = resultIn(text);
   setText(pre, isWhole ? shown : `${shown} …`);
-  if (isWhole) return;
+  if (!isWhole) offer(text, row);
+}
+
+function offer(text, row) {  // as a file
+  const link = row.querySelector("a");
   link.href = URL.createObjectURL(new Blob([text], {type: "application/json"}));
   link.download = `${row.id}.json`;
   const size = (text.length / 1048576).toFixed(1);
@@ -5238,24 +5428,26 @@ async function showOutcome(row) {
   link.hidden = false;
 }
 
-// The pieces of a JSON text. Numbers stay as they were sent: JavaScript would round long ones.
-const TOKEN = /"(?:[^"\\]|\\.)*"?|[[\]{},:]|[^\s"[\]{},:]+/g;
+// The pieces of a JSON text: strings, brackets and punctuation, numbers and words.
+const PIECES = /"(?:[^"\\]|\\.)*"?|[[\]{},:]|[^\s"[\]{},:]+/g;
+const OPENING = ["[", "{"], CLOSING = ["]", "}"];
 
-function resultIn(text) {  // the first part of a record's result, indented
-  const tokens = text.slice(0, 2 * PART).match(TOKEN);
-  const start = tokens.findIndex((token, i) => token === '"result"' && tokens[i + 1] === ":");
+// Returns {shown, isWhole}: the result in the text of a record, indented, or its first part. It is
+// not parsed and written again, because JavaScript would change numbers that are long or like 1.0.
+function resultIn(text) {
+  const pieces = text.slice(0, 2 * PART).match(PIECES);
+  const key = pieces.findIndex((piece, i) => piece === '"result"' && pieces[i + 1] === ":");
   let shown = "", depth = 0, last = "";
-  for (const token of tokens.slice(start + 2)) {
-    const opens = "[{".includes(token), closes = "]}".includes(token);
+  for (const piece of pieces.slice(key + 2)) {
+    const closes = CLOSING.includes(piece);
     if (closes) depth -= 1;
-    if (depth < 0 || depth === 0 && token === ",") return {shown, isWhole: true};
-    if (closes ? !"[{".includes(last) : last && "[{,".includes(last)) {
-      shown += "\n" + "  ".repeat(depth);
-    }
-    shown += token === ":" ? ": " : token;
-    if (opens) depth += 1;
-    last = token;
+    if (depth < 0 || depth === 0 && piece === ",") return {shown, isWhole: true};
+    const wasOpened = OPENING.includes(last);  // an empty [] or {} stays on its line
+    if (closes ? !wasOpened : wasOpened || last === ",") shown += "\n" + "  ".repeat(depth);
+    shown += piece === ":" ? ": " : piece;
+    if (OPENING.includes(piece)) depth += 1;
     if (shown.length > PART) break;
+    last = piece;
   }
   return {shown: shown.slice(0, PART), isWhole: false};
 }
@@ -5264,7 +5456,7 @@ function resultIn(text) {  // the first part of a record's result, indented
 
 let intention = null;  // what was sent, until it is known to be created
 
-function payload() {  // {body} as it is to be sent, or {problem}
+function payload() {  // returns {body} as it is to be sent, or {problem}
   const rest = fields.rest.value.trim() || "{}";
   try {
     const typed = JSON.parse(rest);
@@ -5273,62 +5465,83 @@ function payload() {  // {body} as it is to be sent, or {problem}
   } catch (error) {
     return {problem: `Write JSON like {"seconds": 10}. ${error.message}`};
   }
-  const members = rest.slice(1, -1).trim();  // as typed: JavaScript would round long numbers
+  const members = rest.slice(1, -1).trim();  // as typed: JavaScript would change long numbers
   return {body: `{"name": ${JSON.stringify(fields.name.value)}${members && ", " + members}}`};
 }
 
 async function create() {
   const button = form.querySelector("button");
-  const {body} = payload(), path = `create-${fields.type.value}`;
   if (isResting(button)) return;
-  if (!body) return fields.rest.focus();
-  // The same thing sent again bears the same key, and so makes no second task.
-  if (!intention || intention.path !== path || intention.body !== body) {
-    intention = {path, body, key: newKey()};
+  const {body} = payload();
+  if (!body) {
+    fields.rest.focus();
+    return;
   }
-  setBusy(button, "Sending …");
+  // The same thing sent again bears the same key, and so makes no second task.
+  const path = `create-${fields.type.value}`;
+  const isSame = intention && intention.path === path && intention.body === body;
+  if (!isSame) intention = {path, body, key: newKey()};
+  setResting(button, true, "Sending …");
   setText(byId("answer"), "");
   const headers = {"Idempotency-Key": intention.key};
-  const {answer, error, unheard} = await request(path, {method: "POST", body, headers});
+  const {answer, error, isUnheard} = await request(path, {method: "POST", body, headers});
   if (!error) showCreated(answer);
-  else if (intention) setText(byId("answer"), unheard ? UNHEARD : error, "wrong");
+  else if (intention) showNotCreated(error, isUnheard);  // otherwise the list has shown the task
   hurry();
-  setTimeout(() => setBusy(button, "Create task", false), 1000);  // a double click is one
+  setTimeout(() => setResting(button, false, "Create task"), 1000);  // a double click is one
 }
 
 function showCreated({type, id}) {
   intention = null;
-  setText(byId("answer"), `Created. Poll it at ${here}poll-${type}/${id}`, "quiet");
+  setText(byId("answer"), `Created. Poll it at ${here}poll-${type}/${id}`);
+  byId("answer").className = "quiet";
+}
+
+function showNotCreated(error, isUnheard) {
+  setText(byId("answer"), !isUnheard ? error : "No answer came, so nobody knows whether the task "
+    + "was created. Send it again: that makes no second task.");
+  byId("answer").className = "wrong";
 }
 
 function showCommands() {
-  const {body, problem} = payload(), type = fields.type.value;
+  const {body, problem} = payload();
+  const type = fields.type.value;
   setText(byId("problem"), problem || "");
   byId("problem").hidden = !problem;
-  fields.rest.setAttribute("aria-invalid", !!problem);
-  const isReady = type && body && form.checkValidity();
+  fields.rest.setAttribute("aria-invalid", Boolean(problem));
+  const isReady = Boolean(type && body) && form.checkValidity();
   byId("shells").hidden = !isReady;
-  byId("no-command").hidden = !!isReady;
+  byId("no-command").hidden = isReady;
   if (!isReady) return;
-  const [create, poll] = [`create-${type}`, `poll-${type}/ID`].map((path) => `'${here}${path}'`);
-  const shell = body.replaceAll("'", "'\\''");
-  const powershell = body.replace(/['\u2018-\u201b]/g, "$&$&");  // curly quotes end a string, too
-  const curl = token ? 'curl -H "Authorization: Bearer $TASKSERVER_TOKEN"' : "curl";
-  const invoke = "Invoke-RestMethod"
-    + (token && ' -Headers @{Authorization = "Bearer $env:TASKSERVER_TOKEN"}');
-  setText(byId("curl"), `${curl} -H 'Content-Type: application/json' \\
-  -d '${shell}' \\
-  ${create}\n\n${curl} ${poll}`);
-  setText(byId("powershell"), `${invoke} -Method Post \`
-  -ContentType 'application/json; charset=utf-8' \`
-  -Body '${powershell}' \`
-  ${create}\n\n${invoke} ${poll}`);
+  setText(byId("curl"), curlCommands(type, body));
+  setText(byId("powershell"), powershellCommands(type, body));
 }
 
-// What is typed outlives a reload: browsers forget it, because the page is not to be stored.
+function curlCommands(type, body) {
+  const quoted = (text) => `'${text.replaceAll("'", "'\\''")}'`;
+  const [create, poll] = [quoted(`${here}create-${type}`), quoted(`${here}poll-${type}/ID`)];
+  const program = token ? 'curl -H "Authorization: Bearer $TASKSERVER_TOKEN"' : "curl";
+  return `${program} -H 'Content-Type: application/json' \\
+  -d ${quoted(body)} \\
+  ${create}\n\n${program} ${poll}`;
+}
+
+function powershellCommands(type, body) {
+  // PowerShell takes curly quotes for quotes, so they are doubled, too.
+  const quoted = (text) => `'${text.replace(/['\u2018-\u201b]/g, "$&$&")}'`;
+  const [create, poll] = [quoted(`${here}create-${type}`), quoted(`${here}poll-${type}/ID`)];
+  const headers = token && ' -Headers @{Authorization = "Bearer $env:TASKSERVER_TOKEN"}';
+  const program = `Invoke-RestMethod${headers}`;
+  return `${program} -Method Post \`
+  -ContentType 'application/json; charset=utf-8' \`
+  -Body ${quoted(body)} \`
+  ${create}\n\n${program} ${poll}`;
+}
+
+// Keeps what is typed over a reload. The browser does not, because the page must not be stored.
 function keepDraft() {
   const draft = JSON.stringify([fields.name.value, fields.rest.value]);
-  try { sessionStorage.setItem(here, draft); } catch {}  // where a browser forbids it: not kept
+  try { sessionStorage.setItem(here, draft); } catch {}  // it may be forbidden: then it is not kept
 }
 
 function bringDraft() {
@@ -5361,7 +5574,7 @@ list.onclick = ({target}) => {
 };
 list.addEventListener("toggle", ({target}) => {
   if (target.open) showOutcome(target.closest("li"));
-}, true);
+}, true);  // in the capturing phase, because this event does not bubble
 list.onpointerleave = placeRows;
 byId("fresh").onclick = placeRows;
 byId("more").onclick = () => {
@@ -5369,19 +5582,23 @@ byId("more").onclick = () => {
   hurry();
 };
 for (const button of document.querySelectorAll("[data-of]")) {
+  setButton(button, "Copy");
   button.onclick = () => copy(byId(button.dataset.of).textContent, button);
 }
 byId("again").onclick = hurry;
 byId("jump").onclick = () => fields.name.focus();
 onhashchange = () => {
   limit = 50;
-  if (list.contains(document.activeElement)) focusOn(byId("tasks-title"));
   records = [];
+  if (list.contains(document.activeElement)) focusOn(byId("tasks-title"));
   list.replaceChildren();
   showFilters();
   hurry();
 };
-document.onvisibilitychange = () => document.hidden || hurry();
+document.onvisibilitychange = () => {
+  if (!document.hidden) hurry();
+};
+
 bringDraft();
 byId("commands").open = innerWidth > 900;
 setText(byId("connection"), "Connecting …");
@@ -5476,7 +5693,7 @@ def primes(payload: dict[str, Any], report: Report) -> dict[str, int]:
 def demo() -> Application:
     """Return an application with the two task types that this file brings along."""
     application = Application()
-    # Without "default", for what has one is demanded by some generated clients.
+    # Without "default", because some generated clients demand what has one.
     seconds = {"type": "number", "minimum": 0, "maximum": 3600}
     limit = {"type": "integer", "minimum": 0, "maximum": 100_000_000}
     application.task("task", payload={"seconds": seconds})(wait_for_seconds)
@@ -5559,7 +5776,7 @@ def _serving(tls: ssl.SSLContext | None = None) -> Generator[int, None, None]:
         application.children.kill()
 
 
-def _check_task(type: str, payload: dict[str, Any]) -> str:
+def _check_task(type_name: str, payload: dict[str, Any]) -> str:
     """Create a task, poll it to its end, and return what became of it."""
     with _serving() as port:
         client = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
@@ -5569,9 +5786,9 @@ def _check_task(type: str, payload: dict[str, Any]) -> str:
             return json.loads(client.getresponse().read())
 
         body = json.dumps({"name": "self-check", **payload})
-        record = ask("POST", f"/create-{type}", body, {"Content-Type": "application/json"})
+        record = ask("POST", f"/create-{type_name}", body, {"Content-Type": "application/json"})
         while record.get("status") == PENDING:
-            record = ask("GET", f"/poll-{type}/{record['id']}?wait=30")
+            record = ask("GET", f"/poll-{type_name}/{record['id']}?wait=30")
         client.close()
     if record.get("status") != COMPLETED:
         raise ValueError(record.get("error"))
@@ -5625,7 +5842,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _whole_number(low: int, high: float = 1e9) -> Callable[[str], int]:
     def convert(text: str) -> int:
-        if not re.fullmatch("[0-9]+", text) or not low <= int(text[:20]) <= high:
+        if not re.fullmatch("[0-9]{1,20}", text) or not low <= int(text) <= high:
             sentence = f"{text} is no whole number from {low} to {high:g}"
             raise argparse.ArgumentTypeError(sentence)
         return int(text)
@@ -5688,19 +5905,31 @@ def _parse_options(argv: list[str] | None, application: Application) -> argparse
 
 def _prepare_process(workers: int) -> None:
     """Set what holds for the process as a whole, in which so many tasks may run at once."""
-    # For so many seconds a thread that computes keeps the others waiting. With the usual 5 ms, some
-    # clients starve. But each one that waits wakes that often; so thousands of tasks that end
-    # together would have no time for anything else.
-    sys.setswitchinterval(min(max(0.0005, 5e-6 * workers), 0.05))
-    # What is closed must not become a socket to which something prints, here or in a child.
-    descriptor = 0
-    while descriptor < 2:
-        descriptor = os.open(os.devnull, os.O_RDWR)
-        if descriptor <= 2:
-            os.set_inheritable(descriptor, True)
-    if descriptor > 2:
-        os.close(descriptor)
+    sys.setswitchinterval(_switch_interval(workers))
+    _fill_standard_descriptors()
     make_printing_safe()
+
+
+def _switch_interval(workers: int) -> float:
+    """Return for how many seconds a thread that computes keeps the interpreter.
+
+    With the 5 ms of Python, some clients starve. But all threads that wait for the interpreter wake
+    once in that time; so if it is short, thousands of them do nothing else.
+    """
+    return min(max(0.0005, 5e-6 * workers), 0.05)
+
+
+def _fill_standard_descriptors() -> None:
+    """Open the null device where stdin, stdout or stderr is closed.
+
+    Else a socket would get that number, and what something prints would go to a client.
+    """
+    while True:
+        descriptor = os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free
+        if descriptor > 2:
+            os.close(descriptor)
+            return
+        os.set_inheritable(descriptor, True)  # for children
 
 
 def _set_access(application: Application, options: argparse.Namespace) -> None:
@@ -5715,7 +5944,7 @@ def _set_access(application: Application, options: argparse.Namespace) -> None:
             f"other machines can reach {options.host}: set a token in TASKSERVER_TOKEN, or allow "
             "everybody in with --allow-anonymous"
         )
-    if token:
+    if token:  # then a page under a foreign name gets nowhere, because it does not know the token
         check = check_token(token)
     else:
         check = check_host([options.host, *options.allow_host])
@@ -5779,12 +6008,12 @@ def _first_lines(application: Application, options: argparse.Namespace, address:
     kept = "in memory and end with this process; --db FILE keeps them"
     if application.store.journal is not None:
         kept = f"in {options.db or 'a journal'}"
-    type = next(iter(application.types), "TYPE")
+    type_name = next(iter(application.types), "TYPE")
     return (
         f"taskserver {__version__} on {address}\n"
         f"Open it in a browser, or create a task:  curl {token}"
         f"-H 'Content-Type: application/json' -d '{{\"name\": \"sample\"}}' "
-        f"{address}/create-{type}\n"
+        f"{address}/create-{type_name}\n"
         f"Tasks are kept {kept}.\n"
     )
 
@@ -5817,7 +6046,7 @@ def main(application: Application | None = None, argv: list[str] | None = None) 
             'call it under `if __name__ == "__main__":` alone'
         )
     is_main_thread = threading.current_thread() is threading.main_thread()
-    if is_main_thread:  # a Ctrl-C ends a long start; run_until_stopped knows a better one
+    if is_main_thread:  # so that Ctrl-C ends a long start at once; later it begins the stop
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     application = application or demo()
     options = _parse_options(argv, application)
@@ -5836,7 +6065,7 @@ def main(application: Application | None = None, argv: list[str] | None = None) 
     if is_running:
         log.warning("some tasks were still running and are cut off")
     handler.finish(1)
-    application.store.journal = None  # what ends now is interrupted
+    application.store.journal = None  # what ends from now on was interrupted, see recover()
     application.children.kill()
     if is_main_thread:
         _leave(status, at_once=is_running)
@@ -5847,7 +6076,7 @@ def main(application: Application | None = None, argv: list[str] | None = None) 
 def _start(application: Application, options: argparse.Namespace) -> tuple[Server, str]:
     """Put the parts together; return a server that listens, and its address.
 
-    ValueError, OSError: what is wrong.
+    ValueError, OSError, JournalLost, RuntimeError (no thread to be had): it cannot serve.
     """
     _set_access(application, options)
     add_monitoring(application)
@@ -5861,7 +6090,7 @@ def _start(application: Application, options: argparse.Namespace) -> tuple[Serve
         raise _cannot_listen(options, error) from None
     address = _address(options, server.server_port)
     lines = _first_lines(application, options, address)
-    # A thread writes them, for stdout may be a full pipe.
+    # A thread writes them, because stdout may be a full pipe.
     threading.Thread(target=write_all, args=(1, lines.encode()), daemon=True).start()
     return server, address
 

@@ -868,9 +868,9 @@ def test_newest_may_be_those_of_a_status_and_a_type(store):
     finish(store, a), finish(store, c), finish(store, d, status="failed"), finish(store, e)
     assert newest(store, status="completed") == [e, c, a]
     assert newest(store, 2, status="completed") == [e, c]
-    assert newest(store, type="echo") == [d, c, b, a]
-    assert newest(store, type="echo", status="pending") == [b]
-    assert newest(store, type="nothing") == []
+    assert newest(store, type_name="echo") == [d, c, b, a]
+    assert newest(store, type_name="echo", status="pending") == [b]
+    assert newest(store, type_name="nothing") == []
 
 
 def test_records_are_counted_by_type_and_status_until_they_are_evicted(store):
@@ -1775,6 +1775,28 @@ def test_the_end_of_a_pool_interrupts_all_its_coroutines_and_ends_its_loop():
     assert pool.counts() == (0, 0)
     loop.join(LONG)
     assert not loop.is_alive()
+
+
+def test_a_coroutine_whose_first_step_is_slower_than_the_stop_is_interrupted_as_it_begins():
+    pool, running, late = Coroutines(), AsyncGate(), AsyncGate()
+    may_begin = threading.Event()
+    first_steps = threading.Semaphore(0)
+
+    def first_step(item):
+        first_steps.release()
+        assert item is running or may_begin.wait(LONG)
+
+    pool.first_step = first_step
+    submit(pool, running, late)
+    running.wait()
+    assert all(first_steps.acquire(timeout=LONG) for _ in range(2))
+    stop = threading.Thread(target=pool.shut_down, args=(LONG,))
+    stop.start()
+    assert isinstance(pool.next_end()[1], taskserver.Stopped)  # so the stop has reached the loop
+    may_begin.set()
+    assert isinstance(pool.next_end()[1], taskserver.Stopped)
+    stop.join(LONG)
+    assert pool.counts() == (0, 0)
 
 
 def test_coroutines_that_wait_when_their_pool_stops_do_not_begin():
@@ -6740,11 +6762,23 @@ def test_more_than_is_read_ahead_behind_one_that_waits_is_answered_too(either, b
     with either.connect() as client:
         client.send(raw("GET", "/bell"))
         bell.await_waiting()
-        sender = threading.Thread(target=client.send, args=(sent * 3,), daemon=True)
-        sender.start()
-        bell.wakes[0]()
+
+        is_sent = threading.Event()
+
+        def takes_more():
+            return select.select([], [client.socket], [], 0)[1]
+
+        def ring_when_no_more_is_taken():
+            eventually(lambda: is_sent.is_set() or not takes_more())
+            bell.wakes[0]()
+
+        # One thread sends and receives, for a TLS session is not for two.
+        ringer = threading.Thread(target=ring_when_no_more_is_taken, daemon=True)
+        ringer.start()
+        client.send(sent * 3)
+        is_sent.set()
+        ringer.join(LONG)
         assert [client.answer().status for _ in range(4)] == [200, 201, 201, 201]
-        sender.join(LONG)
 
 
 @pytest.mark.parametrize("how", ["closes", "vanishes"])
@@ -8520,7 +8554,10 @@ def test_an_outcome_that_the_journal_can_never_take_becomes_a_failure_that_says_
     application, journal
 ):
     journal.refuse = lambda record: record.result == b'"bad"'
+    lines = []
+    application.log_task = lambda text, *arguments: lines.append(text % arguments)
     record = final(application, create(application, "echo", result="bad"))
+    assert application.pool.join(LONG) and "completed" not in "".join(lines)
     consistent(record)
     assert record["status"] == "failed"
     assert "this disk takes no such thing" in record["error"]
@@ -10048,6 +10085,51 @@ def test_the_refusals_that_are_answered_are_described(application):
         refusal = resolved(document, responses[str(answer.status)])
         schema = resolved(document, refusal["content"]["application/json"]["schema"])
         assert list(schema["properties"]) == list(answer.json) == schema["required"] == ["error"]
+
+
+def in_lines(payload, report):
+    """Do it.
+
+    This is said in two lines,
+    and this is the second.
+    """
+
+
+def test_what_is_said_of_a_function_in_several_lines_is_not_indented(application):
+    application.task("lines")(in_lines)
+    application.task("silent")(lambda payload, report: None)
+    paths = taskserver.openapi(application)["paths"]
+    text = "Do it.\n\nThis is said in two lines,\nand this is the second."
+    assert paths["/create-lines"]["post"]["description"] == text
+    assert paths["/create-silent"]["post"]["description"] == "Create a task of type silent."
+
+
+def test_refusals_are_described_by_sentences(application):
+    responses = taskserver.openapi(application)["components"]["responses"]
+    assert len(responses) > 10
+    for response in responses.values():
+        assert response["description"].endswith(".") and response["description"].count(" ") > 3
+
+
+def test_parameters_and_headers_are_described_with_their_types_and_bounds(application):
+    document = taskserver.openapi(application)
+    create = document["paths"]["/create-echo"]["post"]
+    parameters = {
+        parameter["name"]: parameter
+        for _, _, operation in operations(document)
+        for parameter in operation.get("parameters", ())
+    }
+    assert set(parameters) == {"Idempotency-Key", "id", "limit", "status", "type", "wait"}
+    assert all(parameter["description"] for parameter in parameters.values())
+    assert parameters["wait"]["schema"]["type"] == "number"
+    assert parameters["limit"]["schema"]["maximum"] == 500
+    assert parameters["Idempotency-Key"]["in"] == "header"
+    for status in ("200", "201"):
+        assert create["responses"][status]["headers"]["Location"]["description"]
+    for status in ("409", "503"):
+        refusal = resolved(document, create["responses"][status])
+        assert refusal["headers"]["Retry-After"]["schema"]["type"] == "integer"
+    assert document["info"]["description"] and document["info"]["license"]["identifier"] == "MIT"
 
 
 @pytest.mark.parametrize("secured", [False, True])
