@@ -4,9 +4,10 @@
 # ///
 """Tests of taskserver.py: python -m pytest
 
-The sections are those of the program. Within them the cheap tests come first: plain objects, then an application
-without sockets, then real sockets and real processes. Tests assert on what a client sees. Nothing sleeps in the hope
-that something happens meanwhile: tasks wait for events that a test owns, and every wait has a deadline.
+The sections are those of the program. Within them the cheap tests come first: plain objects, then
+an application without sockets, then real sockets and real processes. Tests assert on what a client
+sees. Nothing sleeps in the hope that something happens meanwhile: tasks wait for events that a test
+owns, and every wait has a deadline.
 """
 
 from __future__ import annotations
@@ -169,7 +170,7 @@ def gate():
 
 @pytest.fixture
 def application(gate):
-    """An application with a task type that waits at the gate and one that returns its payload's "result"."""
+    """An application with a type that waits at the gate, and one that returns "result"."""
     application = Application()
     application.task("gate")(gate)
     application.task("echo")(echo)
@@ -3125,7 +3126,8 @@ def test_create_answers_201_with_the_record_and_its_location(application):
     assert str(uuid.UUID(record["id"])) == record["id"] and uuid.UUID(record["id"]).version == 4
     assert list(record) == KEYS
     assert {key: record[key] for key in KEYS[5:]} == dict.fromkeys(KEYS[5:])
-    assert (record["name"], record["status"], record["type"]) == ("ü \U0001f600", "pending", "gate")
+    seen = (record["name"], record["status"], record["type"])
+    assert seen == ("ü \U0001f600", "pending", "gate")
     created = time.strptime(record["created_at"], "%Y-%m-%dT%H:%M:%S.%fZ")
     assert abs(calendar.timegm(created) - begun) < 5
 
@@ -7286,7 +7288,8 @@ def test_more_clients_than_descriptors_make_no_busy_loop_and_it_recovers():
 @contextlib.contextmanager
 def logging_to(descriptor):
     """Have a logger write to a descriptor."""
-    handler, logger = taskserver.LogHandler(descriptor), logging.Logger("test")  # noqa: LOG001 -- pytest is not to know it
+    handler = taskserver.LogHandler(descriptor)
+    logger = logging.Logger("test")  # noqa: LOG001 -- pytest is not to know it
     logger.addHandler(handler)
     try:
         yield logger, handler
@@ -10180,7 +10183,8 @@ def test_the_page_needs_nothing_from_outside_and_makes_no_html_of_text():
     assert re.findall(r"\b(?:src|href)=\"([^\"]*)\"", markup) == ["data:,"]
     assert not re.search(r"\son\w+=|\sstyle=", markup)
     assert not re.search(
-        r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(|new Function|localStorage|cookie",
+        r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(|new Function"
+        r"|localStorage|cookie",
         script,
     )
 
@@ -10204,23 +10208,48 @@ def test_the_page_says_what_to_do_without_scripts():
 CHROMIUM = (
     shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 )
-CHROMIUM_FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
-         "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage", "--remote-debugging-pipe"]  # fmt: skip
-# Chromium reads commands from descriptor 3 and writes answers to 4; the two arrive here under other numbers.
-WIRE = ("import fcntl, os, sys; ends = [fcntl.fcntl(int(n), fcntl.F_DUPFD, 10) for n in sys.argv[1:3]];"
-        "os.dup2(ends[0], 3); os.dup2(ends[1], 4); os.execv(sys.argv[3], sys.argv[3:])")  # fmt: skip
+CHROMIUM_FLAGS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--disable-dev-shm-usage",
+    "--remote-debugging-pipe",
+]
+# Chromium reads commands from descriptor 3 and writes answers to 4; the two arrive here under other
+# numbers.
+WIRE = """
+import fcntl, os, sys
+ends = [fcntl.fcntl(int(number), fcntl.F_DUPFD, 10) for number in sys.argv[1:3]]
+os.dup2(ends[0], 3)
+os.dup2(ends[1], 4)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
 
 
 class Browser:
-    """One page in Chromium, driven over a DevTools pipe; `events` holds what it told without being asked."""
+    """One page in Chromium, driven over a DevTools pipe.
+
+    `events` holds what it has told without being asked.
+    """
 
     def __init__(self, home):
         commands, self.commands = os.pipe()
         self.answers, answers = os.pipe()
         self.process = subprocess.Popen(
-            [sys.executable, "-c", WIRE, str(commands), str(answers), CHROMIUM, "--user-data-dir=" + home, *CHROMIUM_FLAGS],
-            pass_fds=(commands, answers), env=dict(os.environ, HOME=home), start_new_session=True,
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+            [
+                *(sys.executable, "-c", WIRE, str(commands), str(answers)),
+                *(CHROMIUM, "--user-data-dir=" + home, *CHROMIUM_FLAGS),
+            ],
+            pass_fds=(commands, answers),
+            env=dict(os.environ, HOME=home),
+            start_new_session=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
         os.close(commands), os.close(answers)
         self.buffer, self.id, self.session, self.events = b"", 0, {}, []
 
@@ -10272,9 +10301,11 @@ def test_in_a_browser_a_task_is_created_moves_completes_and_its_name_stays_text(
         browser.open(f"http://127.0.0.1:{server.server_port}/")
         browser.until("!!document.querySelector('option[value=gate]')")
         values = json.dumps(["gate", name, '{"result": "<b>done</b>"}'])
-        browser.js(f"[fields.type.value, fields.name.value, fields.rest.value] = {values}; "
-                   "fields.rest.dispatchEvent(new Event('input', {bubbles: true})); "
-                   "document.querySelector('#create button').click()")  # fmt: skip
+        browser.js(
+            f"[fields.type.value, fields.name.value, fields.rest.value] = {values}; "
+            "fields.rest.dispatchEvent(new Event('input', {bubbles: true})); "
+            "document.querySelector('#create button').click()"
+        )
         gate.wait_for()
         browser.until(
             f"(document.querySelector('#tasks h3') || {{}}).textContent === {json.dumps(name)}"
