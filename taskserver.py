@@ -4875,7 +4875,7 @@ const PART = 20000;  // characters of a result that are shown
 
 // A server that hangs is called so after both together: less than five seconds.
 const IDLE = 3.6;    // seconds between two requests when no task waits or runs
-const SLOW = 1.3;    // seconds after which an answer is missed
+const SLOW = 1.1;    // seconds after which an answer is missed
 
 let token = "";      // lives in memory only
 let limit = 50;      // how many tasks are asked for
