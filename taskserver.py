@@ -4930,14 +4930,15 @@ const PART = 20000;  // characters of a result that are shown
 
 // A server that hangs is called so after both together: less than five seconds.
 const IDLE = 3.6;    // seconds between two requests when no task waits or runs
-const SLOW = 1.3;    // seconds after which an answer is missed
+const SLOW = 1.1;    // seconds after which an answer is missed
 
-let token = "";      // lives in memory only
-let limit = 50;      // how many tasks are asked for
-let records = [];    // as the server listed them last
-let held = {};       // how many tasks it has: {TYPE: {pending: 1, completed: 2, failed: 0}}
-let isBusy = false;  // a task waits or runs
-let serverTime;      // in milliseconds; our own clock may be wrong
+let token = "";        // lives in memory only
+let limit = 50;        // how many tasks are asked for
+let records = [];      // as the server listed them last
+let isListed = false;  // they are those of the filters that are chosen
+let held = {};         // how many tasks it has: {TYPE: {pending: 1, completed: 2, failed: 0}}
+let isBusy = false;    // a task waits or runs
+let serverTime;        // in milliseconds; our own clock may be wrong
 
 // -- Small things --
 
@@ -4947,10 +4948,10 @@ function setText(element, text) {
 }
 
 // Hides an element or shows it. If the focus was in it, the refuge gets the focus.
-function setHidden(element, isHidden, refuge = byId("tasks-title")) {
+function setHidden(element, isHidden, refuge) {
   const hadFocus = element.contains(document.activeElement);
   element.hidden = isHidden;
-  if (isHidden && hadFocus) focusOn(refuge);
+  if (isHidden && hadFocus) focusOn(refuge || byId("tasks-title"));
 }
 
 function focusOn(element) {
@@ -5188,10 +5189,11 @@ function showAmount() {
   const all = Math.max(shown, count({status, type}));
   const hint = limit === MOST && all > shown ? " The filters find the others." : "";
   setText(byId("amount"), shown ? `${shown} of ${all}, the newest first.${hint}` : "");
-  setHidden(byId("more"), all <= records.length || limit >= MOST, list.lastElementChild);
+  const isAll = all <= records.length || limit >= MOST;
+  setHidden(byId("more"), !isListed || isAll, list.lastElementChild);
   setText(byId("empty"), status || type ? "There is no such task now. All shows the others."
     : "No tasks yet. Create one with the form or in a terminal.");
-  byId("empty").hidden = shown > 0;
+  byId("empty").hidden = !isListed || shown > 0;
 }
 
 function showHealth(health) {
@@ -5213,6 +5215,7 @@ function showHealth(health) {
 
 function showTasks({tasks}) {
   records = tasks;
+  isListed = true;
   placeRows();
   setHidden(byId("access"), true);
   const made = intention && tasks.find(({id}) => id === intention.key);
@@ -5590,9 +5593,11 @@ byId("jump").onclick = () => fields.name.focus();
 onhashchange = () => {
   limit = 50;
   records = [];
+  isListed = false;
   if (list.contains(document.activeElement)) focusOn(byId("tasks-title"));
   list.replaceChildren();
   showFilters();
+  showAmount();
   hurry();
 };
 document.onvisibilitychange = () => {
