@@ -4465,7 +4465,8 @@ def tls_context(certificate: str, key: str) -> ssl.SSLContext:
 # -- 12. OpenAPI -----------------------------------------------------------------------------------
 
 
-# What each refusal means, whatever the endpoint.
+# What each refusal means, whatever the endpoint: an endpoint with another reason for a status
+# changes its sentence here.
 REFUSALS = {
     400: "The request is malformed, or says something that cannot be; `error` says what to send.",
     401: "The server asks for a token: send `Authorization: Bearer TOKEN`.",
