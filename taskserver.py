@@ -342,10 +342,13 @@ def _encode_time(seconds: float | None) -> str:
     return f'"{_whole_second(second)}.{millisecond:03d}Z"'
 
 
+_ENCODER = json.JSONEncoder(allow_nan=False)
+
+
 def _encode_json(value: object) -> str:
     if value is None:
-        return "null"  # json.dumps needs a surprising time for it
-    return json.dumps(value)
+        return "null"  # the encoder needs a surprising time for it
+    return _ENCODER.encode(value)  # json.dumps needs twice the time for a short text
 
 
 def encode_record(record: Record, with_result: bool = True) -> bytes:
@@ -354,7 +357,7 @@ def encode_record(record: Record, with_result: bool = True) -> bytes:
     if record.live is not None:
         started_at, fraction, message = record.live.progress
     text = (
-        f'{{"id": "{record.id}", "name": {json.dumps(record.name)}, '
+        f'{{"id": "{record.id}", "name": {_encode_json(record.name)}, '
         f'"status": "{record.status}", "type": "{record.type}", '
         f'"created_at": {_encode_time(record.created_at)}, '
         f'"started_at": {_encode_time(started_at)}, '
@@ -382,9 +385,6 @@ def encode_cached(record: Record, with_result: bool = True) -> bytes:
 
 # Each escape in a text of JSON: a pair of surrogates, a lone surrogate, or another escape.
 _JSON_ESCAPE = re.compile(r"\\u[dD][89abAB]..\\u[dD][c-fC-F]..|\\(u[dD][89a-fA-F]..)|\\.")
-
-
-_ENCODER = json.JSONEncoder(allow_nan=False)
 
 
 def encode_result(value: object, default: Callable[[Any], Any] | None = None) -> bytes:
