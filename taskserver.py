@@ -150,7 +150,9 @@ log = logging.getLogger("taskserver")
 
 
 class ReadersWriterLock:
-    """Many readers at once, or one writer alone; a waiting writer goes before later readers.
+    """Many readers at once, or one writer alone.
+
+    A writer that waits for readers goes before those that come later.
 
     `with lock.read:` and `with lock.write:` hold one side. A thread that holds a side must ask for
     neither: a writer that comes in between waits for the first to be given back, and the second
@@ -163,11 +165,11 @@ class ReadersWriterLock:
     """
 
     def __init__(self) -> None:
-        self.mutex = threading.Lock()  # guards the three below; held for a few instructions
+        # Guards the two below. Readers hold it for a few instructions; a writer, while it writes.
+        self.mutex = threading.Lock()
         self.readers = 0  # threads that read
-        self.writers = 0  # threads that write or wait to
-        self.writing = False
-        # Notified when the last writer leaves; and when a writer or the last reader does.
+        self.writers = 0  # threads that write or wait for readers to leave
+        # Notified when there is no writer any more; and when a writer or the last reader leaves.
         self.may_read = threading.Condition(self.mutex)
         self.may_write = threading.Condition(self.mutex)
         self.read = _ReadSide(self)
@@ -199,21 +201,19 @@ class _WriteSide:
 
     def __enter__(self) -> None:
         lock = self._lock
-        with lock.mutex:
-            lock.writers += 1
-            while lock.readers or lock.writing:
-                lock.may_write.wait()
-            lock.writing = True
+        lock.mutex.acquire()
+        lock.writers += 1
+        while lock.readers:
+            lock.may_write.wait()
 
     def __exit__(self, *exception: object) -> None:
         lock = self._lock
-        with lock.mutex:
-            lock.writing = False
-            lock.writers -= 1
-            if lock.writers:
-                lock.may_write.notify()
-            else:
-                lock.may_read.notify_all()
+        lock.writers -= 1
+        if lock.writers:
+            lock.may_write.notify()
+        else:
+            lock.may_read.notify_all()
+        lock.mutex.release()
 
 
 # -- 2. Records and store --------------------------------------------------------------------------
