@@ -425,7 +425,7 @@ def _check_keys(value: object) -> None:
         elif isinstance(value, (list, tuple)):
             members = value
         # Of numbers and texts there may be a hundred thousand.
-        containers.extend(m for m in members if isinstance(m, (dict, list, tuple)))
+        containers += [m for m in members if isinstance(m, (dict, list, tuple))]
 
 
 def _json_key(key: object) -> str:
@@ -1450,7 +1450,8 @@ def call_here(
     function: Callable[..., Any], payload: bytes, report: Report, default: Default
 ) -> bytes:
     """Call a function in this thread; return the encoded result."""
-    result = function(json.loads(payload), report)
+    # Of bytes, json.loads would first have to find out that they are UTF-8.
+    result = function(json.loads(payload.decode()), report)
     if hasattr(result, "__await__"):
         if inspect.iscoroutine(result):
             result.close()
@@ -3782,8 +3783,10 @@ class LogHandler(logging.Handler):
     def _compose(self, seconds: float, level: str, text: str, arguments: Any) -> str:
         """Return a line in ASCII; a traceback makes more lines, which are indented."""
         if arguments:
-            with contextlib.suppress(Exception):  # arguments that do not fit
+            try:  # contextlib.suppress would take as long as all the rest
                 text %= arguments
+            except Exception:  # arguments that do not fit
+                pass
         if not text.isprintable() or not text.isascii():
             text = text.translate(self.ESCAPES).encode("ascii", "backslashreplace").decode()
         return f"{_whole_second(int(seconds))}Z {level} {text}\n"
