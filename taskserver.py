@@ -204,7 +204,7 @@ class _WriteSide:
 
     def __enter__(self) -> None:
         lock = self._lock
-        lock.mutex.acquire()
+        lock.mutex.acquire()  # and keep it until __exit__; only wait() gives it back meanwhile
         lock.writers += 1
         while lock.readers:
             lock.may_write.wait()
