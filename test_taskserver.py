@@ -3258,7 +3258,7 @@ def test_a_bad_report_fails_the_task_unless_it_is_caught(application):
         report("half")
 
     record = outcome(application, task)
-    assert record["error"].startswith("ValueError: report() takes a number from 0 to 1")
+    assert record["error"].startswith("ValueError: the first argument of report() must be a number")
     assert (record["progress"], record["message"]) == (0.5, "m" * 500)
 
 
