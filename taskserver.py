@@ -41,9 +41,9 @@ Here the core ends. The rest attaches to it:
 The way of a create:
 
  1. The server's loop hears that a connection has received bytes (7 HTTP, `Server.serve_forever`).
- 2. The connection takes a request out of them (7, `read_head` and `read_body`).
- 3. The application finds its endpoint, and checks by the head alone whether it may be answered (6,
-    `judge`).
+ 2. The connection takes the head of a request out of them (7, `read_head`).
+ 3. The application finds its endpoint, and checks by the head alone whether the request is let in
+    (6, `judge`). Then the connection takes the body (7, `read_body`).
  4. The endpoint reserves a place in a pool of workers (3) and adds a pending record to the store
     (2), which holds it in a dict behind a lock (1); with a journal (10), only after it is on disk.
  5. The connection sends the answer, status 201, and waits for the next request (7).
@@ -399,9 +399,9 @@ def encode_cached(record: Record, with_result: bool = True) -> bytes:
     return _encode_final_record(record, with_result)
 
 
-# The three kinds of escapes in a text of JSON: a pair of surrogates, a lone surrogate (which is
-# group 1), any other escape. The pair is tried first, else its halves would be taken for lone ones. The
-# last kind is matched so that the second backslash of an escaped one does not begin an escape.
+# The three kinds of escapes in a text of JSON: a pair of surrogates, a lone surrogate (which sets
+# group 1), any other. The pair is tried first, else its halves would be taken for lone ones. The
+# last kind is there so that an escaped backslash before the text "ud800" is left alone.
 _JSON_ESCAPE = re.compile(r"\\ud[89ab]..\\ud[c-f]..|\\(ud[89a-f]..)|\\.")
 
 
@@ -555,8 +555,9 @@ class Duplicate(Exception):
 class Store:
     """The records by id: a dict behind a readers-writer lock, bounded in number, bytes and time.
 
-    A final record stays for `keep` seconds; then `evict` drops it. At most `max_tasks` records are
-    held, and payloads and results of at most `max_memory` bytes. With a `journal` (its contract
+    A final record stays for `keep` seconds; then `evict` drops it. A new record is refused when
+    `max_tasks` are held, or payloads and results of `max_memory` bytes; of tasks that were taken
+    before, the results may still come on top. With a `journal` (its contract
     stands in section 10), a record is written there before anybody sees it: `add`, `save` and
     `finish` block until it is. `delete_doomed` deletes there what was evicted here.
     """
@@ -1148,7 +1149,7 @@ class WorkerPool(BoundedQueue):
                 self._on_the_way = False
 
     def call(self, function: Callable[[], None]) -> None:
-        """Put an item that needs neither a name nor a place, and have a worker come for it."""
+        """Queue a function that nobody withdraws, whatever the bounds, and wake a worker for it."""
         key = object()
         self.reserve(key, bounded=False)
         self.put(key, function)
@@ -1241,7 +1242,9 @@ class CoroutinePool(BoundedQueue):
         # For the loop's thread alone:
         self._runs: dict[Hashable, CoroutineRun] = {}  # by key
         self._stop_reason: Exception | None = None  # set by shut_down: none may go on from then on
-        self._is_ending = False  # whether the thread ends when the loop stops, or runs it again
+        self._is_ending = (
+            False  # false: when the loop stops, a coroutine has done that: run it again
+        )
         # Guarded by the lock:
         self._loop: Any = None
         self._on_the_way = False  # a thread was told to begin the next item, and has not taken it
@@ -1359,12 +1362,12 @@ class CoroutinePool(BoundedQueue):
     def _outlive_exit(self, error: BaseException) -> None:
         """Go on after an exception that has ended the loop: SystemExit, KeyboardInterrupt.
 
-        It comes out of a task or a callback that a coroutine has made; its own go to `_catch_all`.
-        asyncio keeps the exception in the task that raised it, and calls `_log_stray_exception`
-        when that task is deleted and nobody has awaited it. But the traceback holds frames of the
-        loop, and these hold the task, so it would never be deleted. So clear those frames, down to
-        the first frame of a coroutine. If there is none, not a task has raised the exception but a
-        callback: log it here.
+        What a coroutine of ours raises goes to `_catch_all`. This one comes out of another task, or
+        a callback, that a coroutine has made. asyncio keeps the exception of a task in that task,
+        and calls `_log_stray_exception` when it is deleted and nobody has awaited it. But the
+        traceback holds frames of the loop, and these hold the task: it would never be deleted. So
+        clear those frames, down to the first frame of a coroutine. If there is none, a callback has
+        raised the exception: log it here.
         """
         trace = error.__traceback__
         if trace is not None:
@@ -1730,9 +1733,10 @@ class Child:
         self._reaping = reaping  # shared by all children, see Children
         self._process: Any = None
         self._pipe: Any = None  # our end
-        # Through this pipe a cancel wakes call(), which then looks whether it was meant. wake()
-        # sends only if it gets the lock. _receive() releases that before it reads; then one more
-        # wake() may send. So the pipe never has more than two messages, and sending does not block.
+        # Through this pipe a cancel wakes call(), which then looks whether it was meant. The lock
+        # is a flag: it is held while a message is on its way. wake() sends only if it gets it, and
+        # _receive() gives it back before it reads. So there are never more than two messages, the
+        # one that is about to be read and a new one, and to send does not block.
         self._wake_receiver, self._wake_sender = _SPAWN.Pipe(duplex=False)
         self._wake_under_way = threading.Lock()
 
@@ -1783,7 +1787,9 @@ class Child:
         """End the process at once, if there is one. Waits for no lock."""
         process = self._process
         if process is not None:
-            _end_group(process.pid)  # until it is reaped, no other process can get its number
+            _end_group(
+                process.pid
+            )  # if it has ended, then just now: its number is not in use again
             process.kill()
 
     def end(self) -> str:
@@ -2022,8 +2028,8 @@ class Later(NamedTuple):
 
     `watch(wake)` is called once; from then on any thread may call `wake`, once or more. When that
     has happened, or after `seconds`, or when the server stops or the client has closed its sending
-    side, `unwatch(wake)` is called and then, once, `answer()`, which must not block. If the client
-    is gone, only `unwatch(wake)` is called.
+    side, `unwatch(wake)` is called and then, once, `answer()`; it is called by the server's loop,
+    and so must not block. If the client is gone, only `unwatch(wake)` is called.
     """
 
     seconds: float
@@ -2538,7 +2544,7 @@ class Application:
         )
         self.pools: list[BoundedQueue] = [self.pool, self.cpu_pool, self.coroutine_pool]
         # Takes the two lines that the log has for each task. `main` replaces it by LogHandler.put,
-        # which costs a create a quarter of the time.
+        # which takes a fifth of the time.
         self.log_task: Callable[..., None] = log.info
         self._savers = WorkerPool("saver", lambda save: save(), 8)  # for `fail`
         # Guards Live.withdrawn: to set it and to withdraw the task from the pool are one step.
@@ -2666,6 +2672,12 @@ class Application:
             finish()
         else:
             self._savers.call(finish)
+
+    def join(self, seconds: float) -> None:
+        """Wait until no task runs and what was cancelled is saved, but at most so many seconds."""
+        deadline = time.monotonic() + seconds
+        for pool in (*self.pools, self._savers):
+            pool.join(max(0.0, deadline - time.monotonic()))
 
     def _fault(self, request: Request, error: BaseException) -> Response:
         path = ascii(request.path)
@@ -2845,7 +2857,7 @@ class Application:
     def _answer_cancel(self, task_type: TaskType, task_id: str) -> Response:
         record = self._find(task_type, task_id)
         if record.status == PENDING:
-            sentence = "The task will not begin, but the journal does not say so yet; ask again."
+            sentence = "The journal does not say yet that the task is cancelled; ask again."
             raise HTTPError(503, sentence, ("Retry-After", "5"))
         return Response(200, encode_cached(record))
 
@@ -3314,12 +3326,13 @@ class Connection:
     is done by a thread of `server`. Its story is a generator, `serve`, which yields the phase to
     wait in, and is resumed by
 
-        HANDSHAKE, ANSWER    ready(): the socket can be read, or takes more
-        HEADER, BODY, IDLE   ready(): more has arrived, and is in the buffer
+        HANDSHAKE            ready(), when the socket can be read
+        HEADER, BODY, IDLE   ready(), when more has arrived and is in the buffer; HEADER and BODY
+                             also by expire(), which throws an HTTPError into it
         RUNNING              resume(answer), when a thread has it
-        WAITING              resume(), when the answer is due; end of file, too, makes it due
+        WAITING              resume(), when the answer is due, as it is at an end of file
+        ANSWER               ready(), when the socket takes more
         LINGER               ready(), to no purpose but to see the end
-        HEADER, BODY         expire(), by an HTTPError that comes out of the yield
 
     An OSError, whoever raises it, means that the connection is over.
     """
@@ -3797,9 +3810,12 @@ class Server(http.server.ThreadingHTTPServer):
             self._is_accepting = True
 
     def _drain(self) -> bool:
-        """Close what is at rest, let others end with their answer; return whether there are any."""
+        """Close what has no answer to come, let others end with theirs; return if there are any.
+
+        Who lingers may still be sending, and would lose the last answer, see `Connection.serve`.
+        """
         for connection in list(self._connections):
-            if connection.phase not in (RUNNING, WAITING, ANSWER):
+            if connection.phase not in (RUNNING, WAITING, ANSWER, LINGER):
                 self._close(connection)
                 continue
             connection.closing = True
@@ -3988,8 +4004,7 @@ def stop_in_order(server: Server, grace: float) -> None:
         waiting,
         fate,
     )
-    for pool in application.pools:  # 2. running tasks go on for a while, and polls are answered
-        pool.join(max(0.0, deadline - time.monotonic()))
+    application.join(grace)  # 2. running tasks go on for a while, and polls are answered
     application.coroutine_pool.shut_down(1)  # 3. coroutines are told, the rest ends with us
     server.shutdown(max(2.0, deadline - time.monotonic()))  # 4. answers under way are sent
 
@@ -4177,8 +4192,8 @@ class Journal:
     method and from then on: the server begins nothing more, and ends with status 1.
 
     *Order.* For one id the calls follow each other: the next one begins after the last one has
-    returned or raised. What has raised must not have an effect later. Calls for different ids come
-    from many threads at once.
+    returned or raised. A call that has raised has had its effect by then, or never has one. Calls
+    for different ids come from many threads at once.
 
     *Errors.* RecordRefused from `save` says that this record can never be written: a create is
     refused with 400; if the record is the outcome of a task, that task becomes failed. Other
@@ -4206,8 +4221,8 @@ class Journal:
         faster when they share a transaction. Of a task it is called when it is created, when it
         starts (unless its type says `rerun`), and when it is final.
 
-        After a crash the record must be there as the last call that has returned wrote it, or as a
-        call that had not returned yet was to write it.
+        After a crash, each record must be as the last call that has returned left it, or as a call
+        that the crash has interrupted would have left it.
         """
         raise NotImplementedError
 
@@ -4727,7 +4742,7 @@ class Description:
             response["content"] = {route.media_type: {"schema": {"type": "string"}}}
         elif route.answer is not None:
             response["content"] = self._json(route.answer)
-        if 201 in route.statuses:  # a create, which may have been created before
+        if 201 in route.statuses:  # a create: all its answers name where to poll
             response["headers"] = {"Location": _LOCATION}
         return response
 
@@ -5734,8 +5749,8 @@ def demo() -> Application:
     return application
 
 
-# A certificate of localhost and its key, for --self-check alone. Everybody has them: no secret. It is
-# valid from 1980 on, because a machine without a network may have a clock that is wrong.
+# A certificate of localhost and its key, for --self-check alone. Everybody has them: no secret. It
+# is valid from 1980 on, because a machine without a network may have a clock that is wrong.
 SELF_CHECK_PEM = """\
 -----BEGIN CERTIFICATE-----
 MIIBrjCCAVSgAwIBAgIUBXkMOeloCu1Wwms9zrJEpk1MeD8wCgYIKoZIzj0EAwIw
