@@ -8946,6 +8946,20 @@ def test_the_garbage_collector_overlooks_many_records_and_only_many(monkeypatch)
 
 
 @needs_freeze
+def test_the_garbage_collector_looks_at_few_records_of_many_that_came_and_went(monkeypatch):
+    store = taskserver.Store(keep=0)
+    monkeypatch.setattr(store, "MANY", 300)
+    for _ in range(300):
+        store.evict()
+        store.add(*many(1))
+    try:
+        store.spare_collector()
+        assert collected("many") == 1
+    finally:
+        gc.unfreeze()
+
+
+@needs_freeze
 def test_a_cycle_that_was_frozen_is_freed_when_there_are_few_records_again(monkeypatch):
     now = 0.0
     store = taskserver.Store(keep=60, clock=lambda: now)
