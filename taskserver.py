@@ -568,8 +568,7 @@ class Store:
     EVICTED_AT_ONCE = 1000  # records; so many take a millisecond of the lock
     DELETED_AT_ONCE = 250  # records; a disk needs some 15 ms for them, and creates wait that long
 
-    # `spare_collector` acts when more than MANY records are held, and at least MANY_NEW are new.
-    MANY, MANY_NEW = 100_000, 50_000
+    MANY = 25_000  # records; `spare_collector` acts when so many are held, and so many are new
 
     def __init__(
         self,
@@ -598,7 +597,8 @@ class Store:
         self._finished: collections.deque[str] = collections.deque()
         self._finished_at: collections.deque[float] = collections.deque()
         self._watchers: dict[str, set[Callable[[], None]]] = {}
-        self._new = 0  # records that were put in since the collector was told to overlook them
+        self._new = 0  # records that were put in since the collector was told to overlook all
+        self._is_frozen = False  # whether it was told so; for the server's loop alone
         self._deleted = threading.Condition()  # guards all below; notified when a delete has ended
         self._doomed: set[str] = set()  # ids that the journal may hold and is to delete
         self._deleting: set[str] = set()  # ids that a thread has the journal delete just now
@@ -815,19 +815,38 @@ class Store:
         return len(ids)
 
     def spare_collector(self) -> None:
-        """Have Python's garbage collector overlook the records, if there are many new ones.
+        """Have Python's garbage collector overlook the records while there are many.
 
         Now and then it looks at everything, while everybody waits: 0.5 s for a million records.
-        What is frozen it never looks at again. Frozen objects are still freed when nothing refers
-        to them any more; only those that become part of a reference cycle later are never freed.
-        So this is done seldom, and never while --max-tasks has its default, which is MANY. CPython
-        has it from 3.7 on; in free-threaded builds the pause is shorter, but not gone; PyPy needs
+        What is frozen it never looks at. So with each 25,000 new records, it looks at these once
+        more, for 5 to 20 ms, and freezes them.
+
+        Frozen objects are still freed when nothing refers to them any more. The cost: those in a
+        reference cycle are not, until there are few records again and all is unfrozen. CPython can
+        do this from 3.7 on; in free-threaded builds the pause is shorter, but not gone; PyPy needs
         none of it.
         """
-        if self._new >= self.MANY_NEW and len(self._records) > self.MANY:
-            self._new = 0
-            gc.collect()  # garbage would be frozen, too; takes 30 ms, because the rest is frozen
-            _freeze()
+        if not hasattr(gc, "freeze"):
+            return
+        held = len(self._records)
+        if held >= self.MANY and self._new >= self.MANY:
+            gc.collect()  # garbage would be frozen, too
+            self._freeze()
+        elif held < self.MANY and self._is_frozen:
+            gc.unfreeze()
+            self._is_frozen = False
+            self._count_new(held)
+
+    def _freeze(self) -> None:
+        if hasattr(gc, "freeze"):
+            gc.freeze()
+            self._is_frozen = True
+            self._count_new(0)
+
+    def _count_new(self, count: int) -> None:
+        """Say how many records are new to the collector."""
+        with self._lock.write:
+            self._new = count
 
     def recover(self) -> list[Record]:
         """Take in what the journal holds; return those records that are pending. Blocks.
@@ -843,7 +862,7 @@ class Store:
         finally:
             if was_enabled:
                 gc.enable()
-        _freeze()  # as in spare_collector
+        self._freeze()  # as in spare_collector
         return pending
 
     def _load(self) -> list[Record]:
@@ -980,11 +999,6 @@ class Store:
         """Leave the journal alone from now on, and say so."""
         self.lost = str(loss) or describe(loss)
         self.journal_lost(self.lost)
-
-
-def _freeze() -> None:
-    if hasattr(gc, "freeze"):
-        gc.freeze()
 
 
 # -- 3. Workers ------------------------------------------------------------------------------------

@@ -8938,20 +8938,68 @@ def test_the_garbage_collector_overlooks_what_was_loaded(application):
         gc.unfreeze()
 
 
+def many(n):
+    """Return so many final records."""
+    record = RECORD._replace(status="failed", type="many")
+    return [record._replace(id=str(uuid.uuid4())) for _ in range(n)]
+
+
 @needs_freeze
 def test_the_garbage_collector_overlooks_many_records_and_only_many(monkeypatch):
     store = taskserver.Store()
-    monkeypatch.setattr(store, "MANY", 299)
-    monkeypatch.setattr(store, "MANY_NEW", 200)
+    monkeypatch.setattr(store, "MANY", 300)
 
     def add(n):
-        for _ in range(n):
-            store.add(RECORD._replace(id=str(uuid.uuid4()), status="failed", type="many"))
+        for record in many(n):
+            store.add(record)
         store.spare_collector()
         return collected("many")
 
     try:
-        assert [add(n) for n in (200, 99, 1, 199, 1, 50)] == [200, 299, 0, 199, 0, 50]
+        assert [add(n) for n in (200, 99, 1, 299, 1, 50)] == [200, 299, 0, 299, 0, 50]
+    finally:
+        gc.unfreeze()
+
+
+@needs_freeze
+def test_the_garbage_collector_looks_at_few_records_of_many_that_came_and_went(monkeypatch):
+    store = taskserver.Store(keep=0)
+    monkeypatch.setattr(store, "MANY", 300)
+    for _ in range(300):
+        store.evict()
+        store.add(*many(1))
+    try:
+        store.spare_collector()
+        assert collected("many") == 1
+    finally:
+        gc.unfreeze()
+
+
+@needs_freeze
+def test_a_cycle_that_was_frozen_is_freed_when_there_are_few_records_again(monkeypatch):
+    now = 0.0
+    store = taskserver.Store(keep=60, clock=lambda: now)
+    monkeypatch.setattr(store, "MANY", 300)
+
+    class Cycle:
+        def __init__(self):
+            self.itself = self
+
+    cycle = Cycle()
+    is_freed = threading.Event()
+    weakref.finalize(cycle, is_freed.set)
+    try:
+        for record in many(300):
+            store.add(record)
+        store.spare_collector()
+        assert collected("many") == 0
+        del cycle
+        now = 61.0
+        while store.evict():
+            pass
+        store.spare_collector()
+        gc.collect()
+        assert is_freed.is_set()
     finally:
         gc.unfreeze()
 
