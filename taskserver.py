@@ -73,8 +73,8 @@ serves all connections, because a thread for each would cost 16 KiB while it is 
 be woken for every answer. And its request parser: it ignores Transfer-Encoding, accepts malformed
 requests, and takes most of the time of an answer.
 
-Why not asyncio's streams? They would serve just as many idle connections. But there, to read a
-head and to send a fixed answer alone would take four fifths of the time of a complete poll here.
+Why not asyncio's streams? They would serve just as many idle connections. But there, just
+reading a head and sending a fixed answer takes four fifths of the time of a complete poll here.
 And buffers, limits, deadlines and wake-ups would be handled inside asyncio, where the reader of
 this file cannot see them.
 
@@ -556,8 +556,8 @@ class Store:
     """The records by id: a dict behind a readers-writer lock, bounded in number, bytes and time.
 
     A final record stays for `keep` seconds; then `evict` drops it. A new record is refused when
-    `max_tasks` are held, or payloads and results of `max_memory` bytes; of tasks that were taken
-    before, the results may still come on top. With a `journal` (its contract
+    `max_tasks` are held, or payloads and results of `max_memory` bytes; the results of tasks that
+    were accepted before are stored all the same. With a `journal` (its contract
     stands in section 10), a record is written there before anybody sees it: `add`, `save` and
     `finish` block until it is. `delete_doomed` deletes there what was evicted here.
     """
@@ -597,8 +597,8 @@ class Store:
         self._finished: collections.deque[str] = collections.deque()
         self._finished_at: collections.deque[float] = collections.deque()
         self._watchers: dict[str, set[Callable[[], None]]] = {}
-        self._new = 0  # records that were put in since the collector was told to overlook all
-        self._is_frozen = False  # whether it was told so; for the server's loop alone
+        self._new = 0  # records that were put in since the last gc.freeze(), see spare_collector
+        self._is_frozen = False  # whether that was called; for the server's loop alone
         self._deleted = threading.Condition()  # guards all below; notified when a delete has ended
         self._doomed: set[str] = set()  # ids that the journal may hold and is to delete
         self._deleting: set[str] = set()  # ids that a thread has the journal delete just now
@@ -1201,8 +1201,8 @@ class WorkerPool(BoundedQueue):
         self._idle += 1
         notified = self._not_empty.wait(self.IDLE_SECONDS)
         self._idle -= 1
-        # After a timeout, too: a notify may have chosen this worker just as its time was over. That
-        # is used up, and nobody else is on the way.
+        # After a timeout, too: a notify may have gone to this worker just as its time was over.
+        # That notify is spent, and no other worker is coming for the item.
         self._on_the_way = False
         return notified or self._has_item()
 
@@ -1256,9 +1256,8 @@ class CoroutinePool(BoundedQueue):
         # For the loop's thread alone:
         self._runs: dict[Hashable, CoroutineRun] = {}  # by key
         self._stop_reason: Exception | None = None  # set by shut_down: none may go on from then on
-        self._is_ending = (
-            False  # false: when the loop stops, a coroutine has done that: run it again
-        )
+        # While this is false, only a coroutine can have stopped the loop; then it is run again.
+        self._is_ending = False
         # Guarded by the lock:
         self._loop: Any = None
         self._on_the_way = False  # a thread was told to begin the next item, and has not taken it
@@ -1389,7 +1388,7 @@ class CoroutinePool(BoundedQueue):
         while trace is not None and not trace.tb_frame.f_code.co_flags & _ASYNC:
             trace.tb_frame.clear()
             trace = trace.tb_next
-        if trace is None:
+        if trace is None:  # there was no frame of a coroutine
             log.warning("what a coroutine left behind failed: %s", traceback_of(error))
 
     def _log_stray_exception(self, loop: Any, context: dict[str, Any]) -> None:
@@ -1747,10 +1746,10 @@ class Child:
         self._reaping = reaping  # shared by all children, see Children
         self._process: Any = None
         self._pipe: Any = None  # our end
-        # Through this pipe a cancel wakes call(), which then looks whether it was meant. The lock
-        # is a flag: it is held while a message is on its way. wake() sends only if it gets it, and
-        # _receive() gives it back before it reads. So there are never more than two messages, the
-        # one that is about to be read and a new one, and to send does not block.
+        # Through this pipe a cancel wakes call(), which then looks whether it was meant. wake()
+        # sends a message only if it can acquire the lock; _receive() releases the lock and then
+        # reads the message. Before it reads, only one more can be sent. So there are never more
+        # than two, and sending does not block.
         self._wake_receiver, self._wake_sender = _SPAWN.Pipe(duplex=False)
         self._wake_under_way = threading.Lock()
 
@@ -1801,9 +1800,8 @@ class Child:
         """End the process at once, if there is one. Waits for no lock."""
         process = self._process
         if process is not None:
-            _end_group(
-                process.pid
-            )  # if it has ended, then just now: its number is not in use again
+            # If the process has been reaped, then just now: nobody else has its number yet.
+            _end_group(process.pid)
             process.kill()
 
     def end(self) -> str:
@@ -2487,7 +2485,7 @@ def _is_importable(module: str) -> bool:
         find_spec = getattr(finder, "find_spec", None)  # which some of Python 3.7 do not have
         if find_spec is None or find_spec(module, path) is not None:
             return True
-    return not module  # some functions that are written in C name none
+    return module == ""  # some functions that are written in C have no __module__: let them pass
 
 
 class TaskType(NamedTuple):
@@ -2526,8 +2524,8 @@ class Application:
     """The task types, their endpoints, and the life of a task. It knows no sockets.
 
     Building one starts no thread, process or socket. Public attributes may be set until the first
-    request. The bounds of the store and of `pool`, and the workers of `cpu_pool`, are the defaults
-    of the options of `main`, which then hold for all pools.
+    request. The bounds of the store and of `pool` are the defaults of `main`'s options, which then
+    hold for every pool; for the workers of `cpu_pool` there is an option of its own.
     """
 
     # A task that waits for a network costs a thread of some 16 KiB, so hundreds fit into the
@@ -3449,7 +3447,9 @@ class Connection:
             self.unsent = yield from self.next_answer()
             while self.send():
                 yield ANSWER
-            self.phase = ""  # else enter(ANSWER) would keep this deadline for the next answer
+            # The next answer may follow without another phase between, and is to have a deadline of
+            # its own: see enter().
+            self.phase = ""
         # A plain close would reset the connection, and a client that is still sending would lose
         # the answer. So end this side only, and drop what still comes (RFC 9112, 9.6).
         self.end_sending()
@@ -4521,8 +4521,8 @@ def tls_context(certificate: str, key: str) -> ssl.SSLContext:
 # -- 12. OpenAPI -----------------------------------------------------------------------------------
 
 
-# What each refusal means, whatever the endpoint: an endpoint with another reason for a status
-# changes its sentence here.
+# What each refusal means. All endpoints share these sentences: whoever adds one that refuses for
+# another reason widens the sentence here.
 REFUSALS = {
     400: "The request is malformed, or says something that cannot be; `error` says what to send.",
     401: "The server asks for a token: send `Authorization: Bearer TOKEN`.",
@@ -4732,7 +4732,7 @@ class Description:
     def _tag(self, route: Route) -> str:
         """Return the name of the group of a route."""
         tag = route.tag or "server"
-        return self._unique("tag", tag, tag)
+        return self._unique("tag", tag, route.tag)
 
     def _about(self, tag: str) -> str:
         return (
@@ -6128,7 +6128,7 @@ def main(application: Application | None = None, argv: list[str] | None = None) 
     if is_running:
         log.warning("some tasks were still running and are cut off")
     handler.finish(1)
-    application.store.journal = None  # the next start shall find what runs now interrupted
+    application.store.journal = None  # nothing is saved any more: what runs was interrupted
     application.children.kill()
     if is_main_thread:
         _leave(status, at_once=is_running)
