@@ -1560,6 +1560,8 @@ def make_printing_safe() -> None:
         stream = getattr(sys, name)
         # Somebody may have put a stream of their own there.
         if isinstance(stream, io.TextIOWrapper):
+            if stream.closed:
+                stream = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 -- stays open
             setattr(sys, name, SafeStream(stream))
 
 
@@ -5966,15 +5968,8 @@ def _parse_options(argv: list[str] | None, application: Application) -> argparse
     return options
 
 
-def _prepare_process(workers: int) -> None:
-    """Set what holds for the process as a whole, in which so many tasks may run at once."""
-    sys.setswitchinterval(_switch_interval(workers))
-    _fill_standard_descriptors()
-    make_printing_safe()
-
-
 def _switch_interval(workers: int) -> float:
-    """Return for how many seconds a thread that computes keeps the interpreter.
+    """Return for how many seconds a thread that computes may keep the interpreter.
 
     With the 5 ms of Python, some clients starve. But each thread that waits for the interpreter
     wakes once in such an interval; if it is short, thousands of threads do nothing else.
@@ -6112,8 +6107,10 @@ def main(application: Application | None = None, argv: list[str] | None = None) 
     if is_main_thread:  # so that Ctrl-C ends a long start at once; later it begins the stop
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     application = application or demo()
+    _fill_standard_descriptors()
+    make_printing_safe()
     options = _parse_options(argv, application)
-    _prepare_process(options.workers)
+    sys.setswitchinterval(_switch_interval(options.workers))
     if options.self_check:
         sys.exit(self_check())
     try:
