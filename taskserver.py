@@ -70,8 +70,8 @@ outlive the process. Durations are in seconds, sizes in bytes.
 What is used of `http.server.ThreadingHTTPServer`: its socket and its address; how it is bound,
 closed and shut down; the names of its hooks. Two things are replaced. Its threads: here, one loop
 serves all connections, because a thread for each would cost 16 KiB while it is idle, and time to
-be woken for every answer. And its request parser: it ignores Transfer-Encoding, accepts malformed
-requests, and takes most of the time of an answer.
+be woken for every answer. And its request parser, because that one ignores Transfer-Encoding,
+accepts malformed requests, and takes most of the time of an answer.
 
 Why not asyncio's streams? They would serve just as many idle connections. But there, just
 reading a head and sending a fixed answer takes four fifths of the time of a complete poll here.
@@ -227,7 +227,7 @@ PENDING, COMPLETED, FAILED = "pending", "completed", "failed"
 MAX_MESSAGE = 500  # characters of a reported message that are kept
 MAX_ERROR = 2000  # characters of an error that are kept
 MAX_RESULT = 1 << 20  # bytes of a result, encoded
-ROUNDING = 1e-4  # a reported fraction may be outside by this much, as sums of float32 are
+ROUNDING = 1e-4  # a reported fraction may be below 0 or above 1 by this much: sums of float32 are
 
 
 class Cancelled(BaseException):
@@ -400,8 +400,8 @@ def encode_cached(record: Record, with_result: bool = True) -> bytes:
 
 
 # The three kinds of escapes in a text of JSON: a pair of surrogates, a lone surrogate (which sets
-# group 1), any other. The pair is tried first, else its halves would be taken for lone ones. The
-# last kind is there so that an escaped backslash before the text "ud800" is left alone.
+# group 1), any other. The pair is tried first, or its halves would be taken for lone ones. The last
+# kind takes an escaped backslash as a whole, or a text "ud800" behind it would look like an escape.
 _JSON_ESCAPE = re.compile(r"\\ud[89ab]..\\ud[c-f]..|\\(ud[89a-f]..)|\\.")
 
 
@@ -692,13 +692,15 @@ class Store:
         Blocks, and tries until that has worked. RecordRefused: it never will. JournalLost.
         """
         attempts = 0
-        while self.journal is not None:  # it is None once the process is ending: give up then
+        while self.journal is not None:  # it becomes None when the process is ending
             try:
                 self._save_once(record)
                 return
             except JournalError:  # nothing tells when a disk has room again
                 time.sleep(self.PAUSES[min(attempts, len(self.PAUSES) - 1)])
                 attempts += 1
+        if attempts:
+            raise JournalLost("the server has ended")
 
     def finish(self, record: Record) -> Record:
         """Replace a record by its final successor, once that is saved; wake who waits for it.
@@ -817,9 +819,9 @@ class Store:
     def spare_collector(self) -> None:
         """Have Python's garbage collector overlook the records while there are many.
 
-        Now and then it looks at everything, while everybody waits: 0.5 s for a million records.
-        What is frozen it never looks at. So with each 25,000 new records, it looks at these once
-        more, for 5 to 20 ms, and freezes them.
+        Now and then it looks at everything, while everybody waits: 0.5 s for a million records. It
+        never looks at frozen objects. So after every MANY new records it is made to look at those
+        one last time, for 5 to 20 ms, and then they are frozen.
 
         Frozen objects are still freed when nothing refers to them any more. The cost: those in a
         reference cycle are not, until there are few records again and all is unfrozen. CPython can
@@ -1113,9 +1115,9 @@ class WorkerPool(BoundedQueue):
     """Threads that are made when there is work, and end when there has been none for a while.
 
     Each takes one item after the other out of the queue and calls `work` with it, which lets no
-    exception out. At most one worker at a time is being woken or made; a worker that takes an item
-    and sees more wakes the next. So a burst of short items wakes few threads, and long ones get a
-    thread each.
+    exception out. As a rule one worker at a time is being woken or made; a worker that takes an
+    item and sees more wakes the next. So a burst of short items wakes few threads, and long ones
+    get a thread each.
     """
 
     IDLE_SECONDS = 10.0  # without work, after which a worker ends
@@ -1202,7 +1204,7 @@ class WorkerPool(BoundedQueue):
         notified = self._not_empty.wait(self.IDLE_SECONDS)
         self._idle -= 1
         # After a timeout, too: a notify may have gone to this worker just as its time was over.
-        # That notify is spent, and no other worker is coming for the item.
+        # It is consumed then; if nobody comes for the item now, this worker has to.
         self._on_the_way = False
         return notified or self._has_item()
 
@@ -1267,7 +1269,7 @@ class CoroutinePool(BoundedQueue):
 
         The system may have no thread or descriptor to give: call it again later.
         """
-        self._threads.wake()
+        self._threads.wake()  # for a step that could not get a thread the last time
         if not self._queue:  # a glance without the lock, as in WorkerPool
             return
         with self._lock:
@@ -1375,17 +1377,15 @@ class CoroutinePool(BoundedQueue):
     def _outlive_exit(self, error: BaseException) -> None:
         """Go on after an exception that has ended the loop: SystemExit, KeyboardInterrupt.
 
-        What a coroutine of ours raises goes to `_catch_all`. This one comes out of another task, or
-        a callback, that a coroutine has made. asyncio keeps the exception of a task in that task,
-        and calls `_log_stray_exception` when it is deleted and nobody has awaited it. But the
-        traceback holds frames of the loop, and these hold the task: it would never be deleted. So
-        clear those frames, down to the first frame of a coroutine. If there is none, a callback has
-        raised the exception: log it here.
+        It comes out of a task or a callback that a coroutine has made; what a coroutine of ours
+        raises goes to `_catch_all`. Of a task, asyncio logs it when the task is deleted. But the
+        traceback keeps the task alive, through the frames of the loop. So clear these. If there is
+        no frame of a coroutine, a callback has raised it, and nobody else logs it: log it here.
         """
         trace = error.__traceback__
         if trace is not None:
             trace = trace.tb_next  # the first frame is that of _run_loop, which goes on
-        while trace is not None and not trace.tb_frame.f_code.co_flags & _ASYNC:
+        while trace is not None and (trace.tb_frame.f_code.co_flags & _ASYNC) == 0:
             trace.tb_frame.clear()
             trace = trace.tb_next
         if trace is None:  # there was no frame of a coroutine
@@ -1466,7 +1466,7 @@ def _outcome(run: CoroutineRun) -> tuple[Any, BaseException | None]:
 
     value: Any = None
     error: BaseException | None = asyncio.CancelledError()
-    if run.outcome is not None:  # it is, unless asyncio cancelled it before it began
+    if run.outcome is not None:  # it is None only if the task was cancelled before its first step
         value, error = run.outcome
     if error is not None and isinstance(run.reason, Stopped):
         return None, run.reason  # whatever it raised, it did so because of the stop
@@ -1722,7 +1722,7 @@ def _send_reports(pipe: Any, live: Live, done: threading.Event) -> None:
     """Send reports until the task is done. When the server is gone, end this process at once."""
     sent = live.progress
     with contextlib.suppress(OSError):
-        while not pipe.poll():  # nothing is sent meanwhile, so what can be read is the end of file
+        while not pipe.poll():  # the server sends nothing meanwhile: what can be read is the end
             is_over = done.wait(REPORT_SECONDS)
             if live.progress is not sent:
                 sent = live.progress
@@ -1740,18 +1740,18 @@ class Child:
     The process starts with the first call(), serves the later ones, too, and is replaced when it
     has ended. On Windows, what a task has started itself may outlive it.
 
-    A worker that has a child blocks the stop signals in its thread for good: the child inherits
-    that, and lets them through when its handlers stand. So call() is not for the main thread.
+    A worker that has a child blocks the stop signals in its thread for good. The child starts with
+    them blocked, and unblocks them once its handlers are set. So call() is not for the main thread.
     """
 
     def __init__(self, reaping: threading.Lock) -> None:
         self._reaping = reaping  # shared by all children, see Children
         self._process: Any = None
         self._pipe: Any = None  # our end
-        # Through this pipe a cancel wakes call(), which then looks whether it was meant. wake()
-        # sends a message only if it can acquire the lock; _receive() releases the lock and then
-        # reads the message. Before it reads, only one more can be sent. So there are never more
-        # than two, and sending does not block.
+        # Through this pipe a cancel wakes call(), which then looks whether it was meant. The lock
+        # is a flag: wake() sends a message only if it can acquire it, and _receive() releases it
+        # just before it reads. So the pipe never has more than two messages, and sending does not
+        # block.
         self._wake_receiver, self._wake_sender = _SPAWN.Pipe(duplex=False)
         self._wake_under_way = threading.Lock()
 
@@ -1869,8 +1869,8 @@ class Child:
             if not ready:
                 raise TimeoutError
             if self._wake_receiver in ready:
-                # In this order: a cancel after the release sends a new message, and a cancel before
-                # it is seen at the top of this loop.
+                # Release first: a wake() after it sends a new message; one before it has come after
+                # `cancel_requested` was set, which is seen at the top of this loop.
                 self._wake_under_way.release()
                 self._wake_receiver.recv_bytes()
             elif self._pipe.poll():
@@ -1957,7 +1957,7 @@ class Children:
     def _add(self) -> None:
         child = Child(self._reaping)
         with self._lock:
-            # When it was imported, `multiprocessing` has registered a function that waits for
+            # This has to be called before the function of `multiprocessing` that waits for
             # children that outlive SIGTERM. What was registered last is called first.
             if not self._all:
                 atexit.unregister(self.kill)  # so that it is registered once
@@ -2113,7 +2113,7 @@ class Router:
         self.routes: list[Route] = []
         # By the segments of the pattern, None for {id}, then by method.
         self._routes: dict[tuple[str | None, ...], dict[str, Route]] = {}
-        # Who polls asks for one path again and again.
+        # A client that polls asks for the same path again and again.
         self.match = functools.lru_cache(maxsize=1024)(self._match)
 
     def add(self, method: str, pattern: str, endpoint: Endpoint, **more: Any) -> None:
@@ -2135,8 +2135,8 @@ class Router:
         - `answer`, `body`: the schemas of the answer and of what is posted, or their names; None
           where there is nothing. One with a title becomes a type of that name in clients.
         - `media_type`: that of the answer.
-        - `parameters`: those of query and headers, as OpenAPI describes them; and {id}, unless it
-          is a UUID.
+        - `parameters`: those of query and headers, as OpenAPI describes them. {id} is among them
+          only if it is no UUID.
         """
         route = Route(method, pattern, endpoint, **more)
         segments = [None if segment == "{id}" else segment for segment in pattern.split("/")]
@@ -2454,6 +2454,7 @@ def _check_import(name: str, function: Any, default: Default) -> None:
     module = getattr(_unwrapped(function), "__module__", None) or ""
     if module == "__main__":
         spec = getattr(main_module, "__spec__", None)
+        # `python -m package` runs its __main__, which a child does not import.
         is_package = spec is not None and spec.name.rpartition(".")[2] == "__main__"
         file = getattr(main_module, "__file__", "<none>")
         has_file = not file.startswith("<") or hasattr(sys, "frozen")  # it may be <stdin>
@@ -2478,13 +2479,16 @@ def _check_import(name: str, function: Any, default: Default) -> None:
 
 
 def _is_importable(module: str) -> bool:
-    """Return whether a new process finds a module by its name; this one may have it otherwise."""
+    """Return whether a new process finds a module by its name.
+
+    This process may have loaded the module in some other way.
+    """
     package, _, _ = module.rpartition(".")
     if package and not _is_importable(package):
         return False
     path = getattr(sys.modules.get(package), "__path__", None)
     for finder in sys.meta_path:
-        find_spec = getattr(finder, "find_spec", None)  # which some of Python 3.7 do not have
+        find_spec = getattr(finder, "find_spec", None)  # some finders of Python 3.7 lack it
         if find_spec is None or find_spec(module, path) is not None:
             return True
     return module == ""  # some functions that are written in C have no __module__: let them pass
@@ -2526,8 +2530,8 @@ class Application:
     """The task types, their endpoints, and the life of a task. It knows no sockets.
 
     Building one starts no thread, process or socket. Public attributes may be set until the first
-    request. The bounds of the store and of `pool` are the defaults of `main`'s options, which then
-    hold for every pool; for the workers of `cpu_pool` there is an option of its own.
+    request. The options of `main` have the bounds of the store, of `pool`, and the workers of
+    `cpu_pool` as their defaults. Then `main` sets the bounds of all pools.
     """
 
     # A task that waits for a network costs a thread of some 16 KiB, so hundreds fit into the
@@ -2770,7 +2774,7 @@ class Application:
             self._add(task_type, record, live)
         except Duplicate:  # another client with this key was faster
             repeated = self._repeat(task_type, task_id, name)
-            if repeated is None:  # it was faster, but was refused: try again
+            if repeated is None:  # that one has been refused meanwhile
                 raise _still_being_stored() from None
             return repeated
         self.log_task("task %s created: type %s, name %s", task_id, record.type, ascii(name))
@@ -2919,6 +2923,8 @@ class Application:
 
     def _finish(self, record: Record, result: bytes | None, error: BaseException | None) -> None:
         """Make a record final: completed, or failed with an error. Raises nothing."""
+        if isinstance(error, JournalLost):  # the next owner decides what becomes of the task
+            return
         live = record.live
         assert live is not None  # each pending record has one
         started_at, fraction, message = live.progress
@@ -3054,7 +3060,7 @@ def read_head(buffer: bytearray, peer: str = "") -> Generator[str, Any, Request]
 
     HTTPError: it is refused, and nobody can tell where the next one begins.
     """
-    if buffer.startswith(b"\r"):
+    if buffer.startswith(b"\r"):  # there is a byte at least
         yield from _skip_empty_lines(buffer)
     seen = 0  # bytes that earlier rounds have looked at
     line_end = -1  # where the request line ends; -1 until that is known
@@ -3078,7 +3084,7 @@ def read_head(buffer: bytearray, peer: str = "") -> Generator[str, Any, Request]
                 parse_request_line(bytes(buffer))  # raises because it is too long
         if line_end >= 0:
             length = len(buffer) - (line_end + 2)
-            if length > MAX_HEADERS + 3:  # three bytes of the end may be here
+            if length > MAX_HEADERS + 3:  # three bytes of their end may be counted in
                 raise HTTPError(431, f"Send at most {MAX_HEADERS} bytes of headers.")
         seen = len(buffer)
         yield HEADER
@@ -3156,7 +3162,7 @@ def _read_line(buffer: bytearray, limit: int, status: int) -> Generator[str, Any
         yield BODY
 
 
-@functools.lru_cache(maxsize=512)  # who polls sends the same bytes again and again
+@functools.lru_cache(maxsize=512)  # a client that polls sends the same bytes again and again
 def parse_head(head: bytes, peer: str = "") -> Request:
     """Return a request without its body. HTTPError."""
     line, _, block = head.partition(b"\r\n")
@@ -3207,7 +3213,7 @@ def _advice_for(line: bytes, otherwise: str) -> str:
     return otherwise
 
 
-@functools.lru_cache(maxsize=512)  # who polls other tasks sends the same headers
+@functools.lru_cache(maxsize=512)  # a client that polls several tasks sends the same headers
 def parse_headers(block: bytes, minor: int) -> Fields:
     """Return the headers of a request and what RFC 9110 and 9112 make of them.
 
@@ -3344,7 +3350,7 @@ class Connection:
         HEADER, BODY, IDLE   ready(), when more has arrived and is in the buffer; HEADER and BODY
                              also by expire(), which throws an HTTPError into it
         RUNNING              resume(answer), when a thread has it
-        WAITING              resume(), when the answer is due, as it is at an end of file
+        WAITING              resume(), when the answer is due, or nothing more will come
         ANSWER               ready(), when the socket takes more
         LINGER               ready(), to no purpose but to see the end
 
@@ -3506,7 +3512,7 @@ class Connection:
         return request.with_body(body)
 
     def wait_for(self, later: Later) -> Generator[str, Any, None]:
-        """Wait until an answer is due."""
+        """Wait until an answer is due; if the client sends no more, it is due at once."""
         if self.ended:
             return
         wake = functools.partial(self.server.wake, self, later)
@@ -3539,8 +3545,8 @@ class Connection:
     def shake_hands(self) -> Generator[str, Any, None]:
         """Begin TLS. That takes milliseconds of computing, so a thread does it.
 
-        One deadline holds for the handshake and the first header. To enter RUNNING replaces it by
-        none, so it is put back after each step.
+        One deadline holds for the handshake and the first header. Entering RUNNING sets the
+        deadline to infinity, so it is restored after each step.
         """
         deadline = self.deadline
         outcome = ""
@@ -3705,8 +3711,8 @@ class Server(http.server.ThreadingHTTPServer):
                 self._forget_wakes()
         for _ in range(min(len(self._due), self.MAX_RESUMED)):
             connection, later, answer = self._due.popleft()
-            # Equal in two cases: a wake for the wait that still lasts, and the answer of a thread
-            # (None on both sides). A wake for an earlier wait is dropped.
+            # With the answer of a thread, `later` is None, as is connection.later then. With a wake
+            # it is what the connection waited for; if that wait is over, the wake is dropped.
             if later is connection.later:
                 self._act(connection, functools.partial(connection.resume, answer))
 
@@ -3744,7 +3750,7 @@ class Server(http.server.ThreadingHTTPServer):
     def _forget_wakes(self) -> None:
         with contextlib.suppress(BlockingIOError):
             self._wake_receiver.recv(4096)
-        # Who puts something from now on wakes anew. What was put before is seen in this round.
+        # From now on _put_due() sends a new byte. What was put before is seen in this round.
         self._is_woken = False
 
     def _act(self, connection: Connection, act: Callable[[], None]) -> None:
@@ -3784,6 +3790,7 @@ class Server(http.server.ThreadingHTTPServer):
         room = self._max_connections - len(self._connections)
         if room <= 0:
             self._refuse("all connections are in use")
+            return
         for _ in range(min(room, self.MAX_ACCEPTED)):
             try:
                 sock, address = self.get_request()
@@ -3817,8 +3824,10 @@ class Server(http.server.ThreadingHTTPServer):
             log.warning("new connections have to wait: %s", reason)
         idle = [connection for connection in self._connections if connection.phase == IDLE]
         oldest = min(idle, key=lambda connection: connection.deadline, default=None)
-        if oldest is not None and oldest.deadline - now < PHASE_SECONDS[IDLE] - 5:
-            self._close(oldest)
+        if oldest is not None:
+            seconds = PHASE_SECONDS[IDLE] - (oldest.deadline - now)
+            if seconds > 5:
+                self._close(oldest)
 
     def _accept_again(self) -> None:
         if not self._is_accepting:
@@ -3965,8 +3974,9 @@ def run_until_stopped(server: Server, grace: float) -> int:
     are no signals. Status 1: the journal was lost.
     """
     application = server.application
-    # What begins the stop puts the grace in here; None, if somebody has called server.shutdown. A
-    # signal handler may interrupt put() and call it again; Event.set() would deadlock then.
+    # Gets how many seconds running tasks have when the stop begins; None, if somebody has called
+    # server.shutdown. A signal handler may interrupt put() and call it again; Event.set() would
+    # deadlock then.
     stops: queue.SimpleQueue[float | None] = queue.SimpleQueue()
     signals: list[int] = []
     losses: list[str] = []
@@ -4184,8 +4194,8 @@ class Journal:
 
     A journal is an object with the three methods below. To write one, nothing else of this file
     needs to be known. `load` is the place to open its database: what goes wrong there is said in
-    one line. (SQLiteJournal opens its file earlier, where `main` says it in the same way.) The
-    server never closes a journal: it is there until the process ends.
+    one line. (SQLiteJournal opens its file when it is made; `main` says in one line, too, what
+    goes wrong there.) The server never closes a journal: it is there until the process ends.
 
     What is kept of a record are the fields in JOURNALED, each exactly as it is:
 
@@ -4208,8 +4218,8 @@ class Journal:
     method and from then on: the server begins nothing more, and ends with status 1.
 
     *Order.* For one id the calls follow each other: the next one begins after the last one has
-    returned or raised. A call that has raised has had its effect by then, or never has one. Calls
-    for different ids come from many threads at once.
+    returned or raised. Once a call has raised, it must not take effect later. Calls for different
+    ids come from many threads at once.
 
     *Errors.* RecordRefused from `save` says that this record can never be written: a create is
     refused with 400; if the record is the outcome of a task, that task becomes failed. Other
@@ -4237,8 +4247,8 @@ class Journal:
         faster when they share a transaction. Of a task it is called when it is created, when it
         starts (unless its type says `rerun`), and when it is final.
 
-        After a crash, each record must be as the last call that has returned left it, or as a call
-        that the crash has interrupted would have left it.
+        After a crash, each record must be in the state of the last call that has returned, or of
+        the one that was under way.
         """
         raise NotImplementedError
 
@@ -4246,8 +4256,8 @@ class Journal:
         """Delete some hundred records; return when that survives a crash.
 
         Called by one thread at a time, some time after the records were evicted. Some of the ids
-        may not be there: those of creates whose `save` raised. What a crash leaves behind is
-        loaded, and deleted later.
+        may not be there: those of creates whose `save` raised. What a crash leaves behind is loaded
+        at the next start; so a task may run whose create was refused because nobody knew.
         """
         raise NotImplementedError
 
@@ -4417,7 +4427,7 @@ class SQLiteJournal(Journal):
             self._commit(records, deleted)
             return None
         except Exception as exception:  # whatever it is: nobody may be left waiting
-            with contextlib.suppress(Exception):  # else the next transaction fails and says so
+            with contextlib.suppress(Exception):  # if this fails, the next BEGIN does, and says so
                 self._database.rollback()
             if isinstance(exception, (UnicodeError, OverflowError)):
                 return RecordRefused(describe(exception))
@@ -4515,7 +4525,7 @@ def tls_context(certificate: str, key: str) -> ssl.SSLContext:
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     # A client that negotiates anew would have the loop compute. OpenSSL 3 refuses it by itself.
     context.options |= getattr(ssl, "OP_NO_RENEGOTIATION", 0)
-    context.set_ciphers("ECDHE+AESGCM:ECDHE+CHACHA20")  # of TLS 1.2; all suites of TLS 1.3 are so
+    context.set_ciphers("ECDHE+AESGCM:ECDHE+CHACHA20")  # of TLS 1.2; each of TLS 1.3 has both
     context.load_cert_chain(certificate, key)
     return context
 
@@ -4987,7 +4997,7 @@ const FILTERS = [["", "All"], ["pending", "Waiting or running"], ["completed", "
 const MOST = 500;    // tasks that the server lists at once
 const PART = 20000;  // characters of a result that are shown
 
-// A server that hangs is called so after both together: less than five seconds.
+// A server that hangs is reported after IDLE + SLOW seconds: less than five.
 const IDLE = 3.6;    // seconds between two requests when no task waits or runs
 const SLOW = 1.1;    // seconds after which an answer is missed
 
@@ -5757,7 +5767,7 @@ def primes(payload: dict[str, Any], report: Report) -> dict[str, int]:
 def demo() -> Application:
     """Return an application with the two task types that this file brings along."""
     application = Application()
-    # Without "default", because some generated clients demand what has one.
+    # Without "default", because with one some generated clients make the member mandatory.
     seconds = {"type": "number", "minimum": 0, "maximum": 3600}
     limit = {"type": "integer", "minimum": 0, "maximum": 100_000_000}
     application.task("task", payload={"seconds": seconds})(wait_for_seconds)
@@ -6125,11 +6135,12 @@ def main(application: Application | None = None, argv: list[str] | None = None) 
     if is_running:
         log.warning("some tasks were still running and are cut off")
     handler.finish(1)
-    application.store.journal = None  # nothing is saved any more: what runs was interrupted
+    application.store.journal = None  # so the next start finds what still runs interrupted
     application.children.kill()
     if is_main_thread:
         _leave(status, at_once=is_running)
-    log.removeHandler(handler)  # for this process goes on
+    application.log_task = log.info  # this process goes on
+    log.removeHandler(handler)
     sys.exit(status)
 
 
