@@ -555,7 +555,7 @@ class Store:
     EVICTED_AT_ONCE = 1000  # records; so many take a millisecond of the lock
     DELETED_AT_ONCE = 250  # records; so many take a disk some 15 ms, for which creates may wait
 
-    MANY = 25_000  # records; `spare_collector` acts when so many are held, and so many are new
+    MANY = 25_000  # records; when so many are held, and so many are new, see `spare_collector`
 
     def __init__(
         self,
@@ -805,8 +805,9 @@ class Store:
         """Have Python's garbage collector overlook the records while there are many.
 
         Now and then it looks at everything, while everybody waits: 0.5 s for a million records.
-        What is frozen it never looks at. So with each 25,000 new records, it looks at these once
-        more, for 5 to 20 ms, and freezes them.
+        What is frozen it never looks at. So whenever there are 25,000 new records, have it look at
+        what is new, for 5 to 30 ms (the first time also at all that the program has loaded), and
+        freeze that.
 
         Frozen objects are still freed when nothing refers to them any more. The cost: those in a
         reference cycle are not, until there are few records again and all is unfrozen. CPython can
@@ -819,7 +820,7 @@ class Store:
         if held >= self.MANY and self._new >= self.MANY:
             gc.collect()  # garbage would be frozen, too
             self._freeze()
-        elif held < self.MANY and self._is_frozen:
+        elif held < self.MANY / 2 and self._is_frozen:
             gc.unfreeze()
             self._is_frozen = False
             self._new = held
