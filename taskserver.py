@@ -41,8 +41,9 @@ Here the core ends. The rest attaches to it:
 The way of a create:
 
  1. The server's loop hears that a connection has received bytes (7 HTTP, `Server.serve_forever`).
- 2. The connection takes a request out of them (7, `read_head` and `read_body`).
- 3. The application finds what answers it, and checks by its head whether it may (6, `judge`).
+ 2. The connection takes the head of a request out of them (7, `read_head`).
+ 3. The application finds its endpoint, and checks by the head alone whether the request is let in
+    (6, `judge`). Then the connection takes the body (7, `read_body`).
  4. The endpoint reserves a place in a pool of workers (3) and adds a pending record to the store
     (2), which holds it in a dict behind a lock (1); with a journal (10), only after it is on disk.
  5. The connection sends the answer, status 201, and waits for the next request (7).
@@ -72,10 +73,10 @@ serves all connections, because a thread for each would cost 16 KiB while it is 
 be woken for every answer. And its request parser: it ignores Transfer-Encoding, accepts malformed
 requests, and takes most of the time of an answer.
 
-Why not asyncio's streams? They would serve as many idle connections. But reading a head through
-them and sending fixed bytes takes four fifths of the time of a whole poll here. And buffers,
-limits, deadlines and wake-ups would be handled inside asyncio, where the reader of this file
-cannot see them.
+Why not asyncio's streams? They would serve just as many idle connections. But there, to read a
+head and to send a fixed answer alone would take four fifths of the time of a complete poll here.
+And buffers, limits, deadlines and wake-ups would be handled inside asyncio, where the reader of
+this file cannot see them.
 
 Docstrings name the exceptions that a caller has to expect, each with its reason:
 "KeyError: there is no such record."
@@ -161,8 +162,8 @@ class ReadersWriterLock:
     holds a side and asks for one again may wait for ever.
     Nothing slow may be done while holding a side. A stream of writers keeps readers out.
 
-    To read costs three times what a plain lock costs (1.6 and 0.5 microseconds). The gain: who
-    polls does not wait for who lists 500 records; without a global interpreter lock, polls do not
+    To read costs three times what a plain lock costs (1.6 and 0.5 microseconds). The gain: a
+    poll does not wait for a listing of 500 records; without a global interpreter lock, polls do not
     even wait for each other.
     """
 
@@ -226,7 +227,7 @@ PENDING, COMPLETED, FAILED = "pending", "completed", "failed"
 MAX_MESSAGE = 500  # characters of a reported message that are kept
 MAX_ERROR = 2000  # characters of an error that are kept
 MAX_RESULT = 1 << 20  # bytes of a result, encoded
-ROUNDING = 1e-4  # by so much a reported fraction may miss 0 or 1: sums of float32 miss by that
+ROUNDING = 1e-4  # a reported fraction may be outside by this much, as sums of float32 are
 
 
 class Cancelled(BaseException):
@@ -280,7 +281,9 @@ class Live:
         elif isinstance(message, str):
             message = escape_surrogates(message[:MAX_MESSAGE])[:MAX_MESSAGE]
         else:
-            raise ValueError(f"report() takes a text or None second, not {message!r:.100}")
+            raise ValueError(
+                f"the second argument of report() must be a text or None, not {message!r:.100}"
+            )
         self.progress = Progress(self.progress.started_at, fraction, message)
 
 
@@ -295,7 +298,9 @@ def _to_float(number: Any) -> float:
             return float(number)
     except (TypeError, ValueError, OverflowError):
         pass
-    raise ValueError(f"report() takes a number from 0 to 1 first, not {number!r:.100}")
+    raise ValueError(
+        f"the first argument of report() must be a number from 0 to 1, not {number!r:.100}"
+    )
 
 
 def _cut_rounding(fraction: float) -> float:
@@ -307,7 +312,9 @@ def _cut_rounding(fraction: float) -> float:
         return 0.0
     if 1.0 < fraction <= 1.0 + ROUNDING:
         return 1.0
-    raise ValueError(f"report() takes a number from 0 to 1 first, not {fraction!r}")
+    raise ValueError(
+        f"the first argument of report() must be a number from 0 to 1, not {fraction!r}"
+    )
 
 
 def escape_surrogates(text: str) -> str:
@@ -392,8 +399,9 @@ def encode_cached(record: Record, with_result: bool = True) -> bytes:
     return _encode_final_record(record, with_result)
 
 
-# An escape in a text of JSON: a pair of surrogates, a lone surrogate, or another one. The pair is
-# tried first, else its halves would be taken for lone ones. Group 1 matches a lone surrogate alone.
+# The three kinds of escapes in a text of JSON: a pair of surrogates, a lone surrogate (which sets
+# group 1), any other. The pair is tried first, else its halves would be taken for lone ones. The
+# last kind is there so that an escaped backslash before the text "ud800" is left alone.
 _JSON_ESCAPE = re.compile(r"\\ud[89ab]..\\ud[c-f]..|\\(ud[89a-f]..)|\\.")
 
 
@@ -449,11 +457,12 @@ def _json_key(key: object) -> str:
     """Return what a key of a dict becomes in JSON, as `json` itself writes it."""
     if isinstance(key, str):
         return key
-    return str(next(iter(json.loads(json.dumps({key: None})))))
+    (written,) = json.loads(json.dumps({key: None}))
+    return str(written)
 
 
 def _place_of_fault(value: object, encoder: json.JSONEncoder) -> str:
-    """Return where in a value the part stands that cannot be encoded, such as " at ['a'][0]"."""
+    """Return where the part that cannot be encoded stands in a value, such as " at ['a'][0]"."""
     place = ""
     while len(place) < 200:  # a value that contains itself would go on for ever
         members: Iterable[tuple[Any, Any]] = ()
@@ -477,7 +486,10 @@ def _place_of_fault(value: object, encoder: json.JSONEncoder) -> str:
 
 
 def _escape_lone_surrogate(escape: re.Match[str]) -> str:
-    """Return an escape as it is; of a lone surrogate, what JSON reads as the text \\udc80."""
+    """Return an escape unchanged; that of a lone surrogate with its backslash escaped.
+
+    So clients get the six characters of it, and no surrogate.
+    """
     lone = escape.group(1)
     if lone:
         return f"\\\\{lone}"
@@ -543,8 +555,9 @@ class Duplicate(Exception):
 class Store:
     """The records by id: a dict behind a readers-writer lock, bounded in number, bytes and time.
 
-    A final record stays for `keep` seconds; then `evict` drops it. At most `max_tasks` records are
-    held, and payloads and results of at most `max_memory` bytes. With a `journal` (its contract
+    A final record stays for `keep` seconds; then `evict` drops it. A new record is refused when
+    `max_tasks` are held, or payloads and results of `max_memory` bytes; of tasks that were taken
+    before, the results may still come on top. With a `journal` (its contract
     stands in section 10), a record is written there before anybody sees it: `add`, `save` and
     `finish` block until it is. `delete_doomed` deletes there what was evicted here.
     """
@@ -553,7 +566,7 @@ class Store:
     PAUSES = (0.1, 0.3, 1.0, 3.0, 10.0)  # seconds between attempts to save; then always the last
     DELETE_AGAIN_SECONDS = 10.0  # so long after a failed delete, the next one is tried
     EVICTED_AT_ONCE = 1000  # records; so many take a millisecond of the lock
-    DELETED_AT_ONCE = 250  # records; so many take a disk some 15 ms, for which creates may wait
+    DELETED_AT_ONCE = 250  # records; a disk needs some 15 ms for them, and creates wait that long
 
     MANY = 25_000  # records; when so many are held, and so many are new, see `spare_collector`
 
@@ -571,7 +584,7 @@ class Store:
         self.lost = ""  # why the journal belongs to this server no more; set once, by any thread
         self._clock = clock
         self._failed_at = -math.inf  # when the journal failed, by the monotonic clock
-        self._lock = ReadersWriterLock()  # guards all below but `_doomed` and `_deleting`
+        self._lock = ReadersWriterLock()  # guards all from here to `_new`
         # In the order of creation. None keeps the place of a record that is just being saved.
         self._records: dict[str, Record | None] = collections.OrderedDict()
         if sys.version_info >= (3, 8):
@@ -585,11 +598,11 @@ class Store:
         self._finished_at: collections.deque[float] = collections.deque()
         self._watchers: dict[str, set[Callable[[], None]]] = {}
         self._new = 0  # records that were put in since the collector was told to overlook all
-        self._is_frozen = False  # whether it was told so
-        self._deleted = threading.Condition()  # guards the next; notified when a delete has ended
+        self._is_frozen = False  # whether it was told so; for the server's loop alone
+        self._deleted = threading.Condition()  # guards all below; notified when a delete has ended
         self._doomed: set[str] = set()  # ids that the journal may hold and is to delete
         self._deleting: set[str] = set()  # ids that a thread has the journal delete just now
-        self._delete_at = -math.inf  # when that may be tried again, by the monotonic clock
+        self._delete_at = -math.inf  # when a failed delete may be tried again (monotonic)
 
     @property
     def failing(self) -> bool:
@@ -647,9 +660,9 @@ class Store:
             if record.id in self._records:
                 raise Duplicate(record.id)
             if len(self._records) >= self.max_tasks:
-                raise self._is_full("tasks", "--max-tasks")
+                raise self._refusal("tasks", "--max-tasks")
             if self._bytes + size > self.max_memory:
-                raise self._is_full("bytes of payloads and results", "--max-memory")
+                raise self._refusal("bytes of payloads and results", "--max-memory")
             if self.journal is None:
                 self._insert(record)
                 return record
@@ -823,13 +836,18 @@ class Store:
         elif held < self.MANY / 2 and self._is_frozen:
             gc.unfreeze()
             self._is_frozen = False
-            self._new = held
+            self._count_new(held)
 
     def _freeze(self) -> None:
         if hasattr(gc, "freeze"):
             gc.freeze()
             self._is_frozen = True
-            self._new = 0
+            self._count_new(0)
+
+    def _count_new(self, count: int) -> None:
+        """Say how many records are new to the collector."""
+        with self._lock.write:
+            self._new = count
 
     def recover(self) -> list[Record]:
         """Take in what the journal holds; return those records that are pending. Blocks.
@@ -909,7 +927,7 @@ class Store:
         """Return whether a record of so many bytes would be one too many."""
         return len(self._records) >= self.max_tasks or self._bytes + size > self.max_memory
 
-    def _is_full(self, what: str, flag: str) -> Unavailable:
+    def _refusal(self, what: str, flag: str) -> Unavailable:
         """Return the refusal of one record too many. The write side is held."""
         seconds = self.keep
         if self._finished:
@@ -945,8 +963,8 @@ class Store:
     def _doom(self, ids: list[str]) -> None:
         """Note what the journal is to delete. The write side is held."""
         with self._deleted:
-            # A journal that never deletes must not fill memory. The next start loads the rest, and
-            # evicts it once more.
+            # A journal that never deletes must not fill memory. What is not noted here stays in the
+            # journal; the next start loads it, and evicts it again.
             if len(self._doomed) < self.max_tasks:
                 self._doomed.update(ids)
 
@@ -994,7 +1012,7 @@ class BoundedQueue:
 
         reserve(key)     keeps a place; refuses when all are taken
         put(key, item)   queues the item in that place, or release(key) gives the place back
-        wake()           has a worker come for it; once after any number of puts
+        wake()           has a worker come for it; one call is enough after several puts
 
     Then a worker calls `_take` and, when the work is done, `_done`. Until it is taken, anybody may
     call withdraw(key), even between `reserve` and `put`; then nobody gets it. So a key goes
@@ -1146,7 +1164,7 @@ class WorkerPool(BoundedQueue):
                 self._on_the_way = False
 
     def call(self, function: Callable[[], None]) -> None:
-        """Put an item that needs neither a name nor a place, and have a worker come for it."""
+        """Queue a function that nobody withdraws, whatever the bounds, and wake a worker for it."""
         key = object()
         self.reserve(key, bounded=False)
         self.put(key, function)
@@ -1184,8 +1202,8 @@ class WorkerPool(BoundedQueue):
         self._idle += 1
         notified = self._not_empty.wait(self.IDLE_SECONDS)
         self._idle -= 1
-        # After a timeout, too: a notify that came just as the time was over was meant for this
-        # worker, and is used up.
+        # After a timeout, too: a notify may have chosen this worker just as its time was over. That
+        # is used up, and nobody else is on the way.
         self._on_the_way = False
         return notified or self._has_item()
 
@@ -1214,11 +1232,11 @@ _ASYNC = inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR  # of the code of a f
 class CoroutinePool(BoundedQueue):
     """Coroutines in one event loop, which has a thread of its own; it starts with the first item.
 
-    An item goes through three steps. `before(item)` returns a function without arguments and a time
-    limit: None for no limit; no function if there is nothing to run. What the function returns, a
-    coroutine, runs in the event loop. `after(item, value, error)` takes what became of it. The
-    first and the last step may wait for a disk, and decode or encode what is long, so threads do
-    them; they let no exception out.
+    An item goes through three steps. `before(item)` returns a pair: a function that takes no
+    arguments, or None if there is nothing to run; and a time limit, or None. What the function
+    returns, a coroutine, runs in the event loop. `after(item, value, error)` takes what became of
+    it. The first and the last step may wait for a disk, and decode or encode what is long, so
+    threads do them; they let no exception out.
     """
 
     # For the first and the last step. With a journal, each thread waits for the disk, and all that
@@ -1239,7 +1257,9 @@ class CoroutinePool(BoundedQueue):
         # For the loop's thread alone:
         self._runs: dict[Hashable, CoroutineRun] = {}  # by key
         self._stop_reason: Exception | None = None  # set by shut_down: none may go on from then on
-        self._is_ending = False  # when the loop stops, its thread ends; else a coroutine stopped it
+        self._is_ending = (
+            False  # false: when the loop stops, a coroutine has done that: run it again
+        )
         # Guarded by the lock:
         self._loop: Any = None
         self._on_the_way = False  # a thread was told to begin the next item, and has not taken it
@@ -1357,10 +1377,12 @@ class CoroutinePool(BoundedQueue):
     def _outlive_exit(self, error: BaseException) -> None:
         """Go on after an exception that has ended the loop: SystemExit, KeyboardInterrupt.
 
-        asyncio keeps it in the task that raised it, and calls `_log_stray_exception` when that task
-        is deleted and nobody has awaited it. But the frames of the loop in the traceback refer to
-        the task, and would keep it alive. So clear them, down to the first frame of a coroutine. If
-        there is none, no task has raised it, but a callback: log it here.
+        What a coroutine of ours raises goes to `_catch_all`. This one comes out of another task, or
+        a callback, that a coroutine has made. asyncio keeps the exception of a task in that task,
+        and calls `_log_stray_exception` when it is deleted and nobody has awaited it. But the
+        traceback holds frames of the loop, and these hold the task: it would never be deleted. So
+        clear those frames, down to the first frame of a coroutine. If there is none, a callback has
+        raised the exception: log it here.
         """
         trace = error.__traceback__
         if trace is not None:
@@ -1390,7 +1412,7 @@ class CoroutinePool(BoundedQueue):
         if seconds is not None:
             reason = TaskError(f"timed out after {seconds} seconds")
             run.timer = self._loop.call_later(seconds, self._interrupt, run, reason)
-        if self._stop_reason is not None:  # its first step has taken longer than the stop
+        if self._stop_reason is not None:  # the stop began during its first step
             self._interrupt(run, self._stop_reason)
 
     async def _catch_all(self, run: CoroutineRun, function: Callable[[], Any]) -> None:
@@ -1485,7 +1507,7 @@ _POSIX = os.name == "posix"  # Windows has neither signal masks nor groups of pr
 _SPAWN = multiprocessing.get_context("spawn")  # never fork: the server has threads
 
 # What a copy of this process must give up when a task calls os.fork: the handlers of signals, and
-# the pipes. A copy that kept a pipe open would hide the end of this process from the other end.
+# the pipes. While a copy keeps a pipe open, its other end does not see that this process has ended.
 _own_handlers: list[Any] = []
 _own_pipes: weakref.WeakSet[Any] = weakref.WeakSet()
 _starting = threading.Lock()  # held while a pipe to a child is made, and while a task forks
@@ -1502,7 +1524,7 @@ def call_here(
     function: Callable[..., Any], payload: bytes, report: Report, default: Default
 ) -> bytes:
     """Call a function in this thread; return the encoded result."""
-    # Of bytes, json.loads would first have to find out that they are UTF-8.
+    # Decoded here, because json.loads would first have to find out the encoding of bytes.
     result = function(json.loads(payload.decode()), report)
     if hasattr(result, "__await__"):
         if inspect.iscoroutine(result):
@@ -1651,18 +1673,20 @@ def _child_main(pipe: Any) -> None:
             os.setpgid(0, 0)  # a group of its own, which ends as a whole
             os.nice(10)  # computing gives way to serving
             _read_nothing()
-            os.set_inheritable(pipe.fileno(), False)  # as in _own_pipes, for programs that it runs
+            # Programs that a task runs must not keep the pipe open either, see _own_pipes.
+            os.set_inheritable(pipe.fileno(), False)
         _own_pipes.add(pipe)
         handle_stop_signals(_outlive)  # the server decides what becomes of its tasks
         make_printing_safe()
         surroundings = Surroundings()
         surroundings.restore()  # this unblocks what Child._start has blocked
         while True:
-            pipe.send_bytes(READY)  # the server waits for it: sending to a child that hangs blocks
+            # The server waits for this before it sends: to send to a child that hangs would block.
+            pipe.send_bytes(READY)
             answer = _run_job(pipe, pipe.recv_bytes())
             if os.getpid() != own:  # a copy that the function has forked must not answer as well
                 return
-            # Before the answer: an alarm that the task has set must not end this child after it.
+            # Before the answer: once that is sent, no alarm of this task may end the child.
             surroundings.restore()
             pipe.send_bytes(answer)
     except (EOFError, OSError):  # the server has ended, or this child's worker
@@ -1724,9 +1748,10 @@ class Child:
         self._reaping = reaping  # shared by all children, see Children
         self._process: Any = None
         self._pipe: Any = None  # our end
-        # Through this pipe a cancel wakes call(), which then looks whether it was meant. wake()
-        # takes the lock before it sends, _receive() releases it just before it reads: so the pipe
-        # never has more than two messages, and sending does not block.
+        # Through this pipe a cancel wakes call(), which then looks whether it was meant. The lock
+        # is a flag: it is held while a message is on its way. wake() sends only if it gets it, and
+        # _receive() gives it back before it reads. So there are never more than two messages, the
+        # one that is about to be read and a new one, and to send does not block.
         self._wake_receiver, self._wake_sender = _SPAWN.Pipe(duplex=False)
         self._wake_under_way = threading.Lock()
 
@@ -1777,7 +1802,9 @@ class Child:
         """End the process at once, if there is one. Waits for no lock."""
         process = self._process
         if process is not None:
-            _end_group(process.pid)  # end() reaps it later: until then its number is its own
+            _end_group(
+                process.pid
+            )  # if it has ended, then just now: its number is not in use again
             process.kill()
 
     def end(self) -> str:
@@ -1843,8 +1870,8 @@ class Child:
             if not ready:
                 raise TimeoutError
             if self._wake_receiver in ready:
-                # In this order: a cancel after the release sends a new message; one before it is
-                # seen at the top of this loop.
+                # In this order: a cancel after the release sends a new message, and a cancel before
+                # it is seen at the top of this loop.
                 self._wake_under_way.release()
                 self._wake_receiver.recv_bytes()
             elif self._pipe.poll():
@@ -1931,8 +1958,8 @@ class Children:
     def _add(self) -> None:
         child = Child(self._reaping)
         with self._lock:
-            # What was registered last is called first. This has to be called before what
-            # `multiprocessing` has registered, which waits for children that outlive SIGTERM.
+            # When it was imported, `multiprocessing` has registered a function that waits for
+            # children that outlive SIGTERM. What was registered last is called first.
             if not self._all:
                 atexit.unregister(self.kill)  # so that it is registered once
                 atexit.register(self.kill)
@@ -2016,8 +2043,8 @@ class Later(NamedTuple):
 
     `watch(wake)` is called once; from then on any thread may call `wake`, once or more. When that
     has happened, or after `seconds`, or when the server stops or the client has closed its sending
-    side, `unwatch(wake)` is called and then `answer()`, once; it must not block. If the client is
-    gone, only `unwatch(wake)` is called.
+    side, `unwatch(wake)` is called and then, once, `answer()`; it is called by the server's loop,
+    and so must not block. If the client is gone, only `unwatch(wake)` is called.
     """
 
     seconds: float
@@ -2163,12 +2190,12 @@ def never_blocks(request: Request) -> bool:
 MAX_DEPTH = 100  # of nested arrays and objects
 MAX_DIGITS = 4300  # of an integer; the bound of newer Pythons
 
-# A string is matched as a whole, because brackets in it do not count.
+# A string is matched as a whole, even one that is cut short, because brackets in it do not count.
 _BRACKET_OR_STRING = re.compile(
     r"""
     [\[{\]}]
     | " [^"\\]* (?: \\. [^"\\]* )*  # characters and escapes
-      (?: " | \\?\Z )               # the end, unless the text is cut short there
+      (?: " | \\?\Z )               # the closing quote, or where a text is cut short
     """,
     re.DOTALL | re.VERBOSE,
 )
@@ -2402,7 +2429,7 @@ def _problem_of(function: Any) -> str:
         if _is_a(kind, function):
             return "a generator cannot be a task: return the result instead of yielding"
     try:
-        # Of the wrapper itself, because a decorator may take other arguments than what it wraps.
+        # The signature of the wrapper, because it may take other arguments than what it wraps.
         inspect.signature(function, follow_wrapped=False).bind({}, None)
     except TypeError:
         return "the function must take two arguments, (payload, report)"
@@ -2436,7 +2463,8 @@ def _check_import(name: str, function: Any, default: Default) -> None:
                 f"task type {name!r}: a child process cannot import this program; with cpu=True, "
                 "move the function into a module of its own"
             )
-    elif module != "__mp_main__" and not _is_importable(module):  # that is the file of __main__
+    # In a child, the file of __main__ is called __mp_main__.
+    elif module != "__mp_main__" and not _is_importable(module):
         raise ValueError(
             f"task type {name!r}: a child process cannot import {module}; with cpu=True, put the "
             "function into a module that `import` finds"
@@ -2460,7 +2488,7 @@ def _is_importable(module: str) -> bool:
         find_spec = getattr(finder, "find_spec", None)  # which some of Python 3.7 do not have
         if find_spec is None or find_spec(module, path) is not None:
             return True
-    return not module  # some that are written in C have none
+    return not module  # some functions that are written in C name none
 
 
 class TaskType(NamedTuple):
@@ -2499,7 +2527,8 @@ class Application:
     """The task types, their endpoints, and the life of a task. It knows no sockets.
 
     Building one starts no thread, process or socket. Public attributes may be set until the first
-    request; the bounds of the store and the pools are the defaults of the options of `main`.
+    request. The bounds of the store and of `pool`, and the workers of `cpu_pool`, are the defaults
+    of the options of `main`, which then hold for all pools.
     """
 
     # A task that waits for a network costs a thread of some 16 KiB, so hundreds fit into the
@@ -2530,7 +2559,7 @@ class Application:
         )
         self.pools: list[BoundedQueue] = [self.pool, self.cpu_pool, self.coroutine_pool]
         # Takes the two lines that the log has for each task. `main` replaces it by LogHandler.put,
-        # which costs a create a quarter of the time.
+        # which takes a fifth of the time.
         self.log_task: Callable[..., None] = log.info
         self._savers = WorkerPool("saver", lambda save: save(), 8)  # for `fail`
         # Guards Live.withdrawn: to set it and to withdraw the task from the pool are one step.
@@ -2550,7 +2579,7 @@ class Application:
 
         The function gets the posted object and `report(fraction, message=None)`; what it returns is
         the result. It runs in a thread; if it is an `async def`, in the event loop of all such;
-        with `cpu`, in a process of its own. `timeout`, for these two, ends it after that time.
+        with `cpu`, in a process of its own. `timeout` ends a coroutine or process after that time.
         `rerun`: if the server is ended while it runs, it may run again. `payload` describes members
         of the payload by JSON Schemas; they stand in /openapi.json, and are not enforced.
 
@@ -2588,7 +2617,7 @@ class Application:
         try:
             try:
                 call = self.router.match(request.method, request.path)
-            except HTTPError as error:  # answered below, if the checks let the request in
+            except HTTPError as error:  # answer() sends it, unless a check refuses first
                 call = Call(_NO_ROUTE, (), error.response)
             for check in self.checks:
                 try:
@@ -2658,6 +2687,12 @@ class Application:
             finish()
         else:
             self._savers.call(finish)
+
+    def join(self, seconds: float) -> None:
+        """Wait until no task runs and what was cancelled is saved, but at most so many seconds."""
+        deadline = time.monotonic() + seconds
+        for pool in (*self.pools, self._savers):
+            pool.join(max(0.0, deadline - time.monotonic()))
 
     def _fault(self, request: Request, error: BaseException) -> Response:
         path = ascii(request.path)
@@ -2837,7 +2872,7 @@ class Application:
     def _answer_cancel(self, task_type: TaskType, task_id: str) -> Response:
         record = self._find(task_type, task_id)
         if record.status == PENDING:
-            sentence = "The task will not begin, but the journal does not say so yet; ask again."
+            sentence = "The journal does not say yet that the task is cancelled; ask again."
             raise HTTPError(503, sentence, ("Retry-After", "5"))
         return Response(200, encode_cached(record))
 
@@ -2876,7 +2911,7 @@ class Application:
         live = record.live
         assert live is not None  # each pending record has one
         now = live.start()
-        # The next start has to know what had begun, unless it runs all of this type again.
+        # The next start of the server has to know what had begun, unless it runs this type again.
         if self.store.journal is not None and not task_type.rerun:
             self.store.save(record._replace(started_at=now))
         if live.cancel_requested:
@@ -2888,7 +2923,9 @@ class Application:
         live = record.live
         assert live is not None  # each pending record has one
         started_at, fraction, message = live.progress
-        status, fraction = (COMPLETED, 1.0) if error is None else (FAILED, fraction)
+        status = FAILED
+        if error is None:
+            status, fraction = COMPLETED, 1.0
         if isinstance(error, Cancelled) and live.cancel_requested:
             error = TaskError(BY_REQUEST)
         description = None
@@ -3023,7 +3060,8 @@ def read_head(buffer: bytearray, peer: str = "") -> Generator[str, Any, Request]
     seen = 0  # bytes that earlier rounds have looked at
     line_end = -1  # where the request line ends; -1 until that is known
     while True:
-        # Look at new bytes alone, and at those before them that may be the first of a line's end.
+        # Look at new bytes alone, and at as many before them as may belong to a line's end that has
+        # come in two parts.
         end = buffer.find(b"\r\n\r\n", max(0, seen - 3))
         if end >= 0:
             head = bytes(buffer[:end])
@@ -3286,8 +3324,8 @@ def encode_response(response: Response, request: Request | None, close: bool) ->
     return head + b"\r\n\r\n" + body
 
 
-# Bytes that are received at once: a whole record of TLS (RFC 8446, 5.1). Of a part, the rest would
-# be left in the TLS object, where no selector sees it.
+# Bytes that are received at once: a whole record of TLS (RFC 8446, 5.1). If they were fewer, the
+# rest of a record would stay in the TLS object, where no selector sees it.
 RECEIVE_SIZE = 16_384
 MAX_PIPELINED = 65_536  # bytes that are read ahead while an answer comes later
 
@@ -3299,16 +3337,17 @@ if ssl is not None:
 class Connection:
     """One client's socket, what has arrived on it, and the phase that it waits in.
 
-    It belongs to the server's loop, which alone calls it. Nothing here blocks: a thread of `server`
-    does what may. Its story is a generator, `serve`, which yields the phase to wait in, and
-    is resumed by
+    It belongs to the server's loop, which alone calls it. Nothing here blocks: what might block
+    is done by a thread of `server`. Its story is a generator, `serve`, which yields the phase to
+    wait in, and is resumed by
 
-        HANDSHAKE, ANSWER    ready(): the socket can be read, or takes more
-        HEADER, BODY, IDLE   ready(): more has arrived, and is in the buffer
+        HANDSHAKE            ready(), when the socket can be read
+        HEADER, BODY, IDLE   ready(), when more has arrived and is in the buffer; HEADER and BODY
+                             also by expire(), which throws an HTTPError into it
         RUNNING              resume(answer), when a thread has it
-        WAITING              resume(), when the answer is due; end of file, too, makes it due
+        WAITING              resume(), when the answer is due, as it is at an end of file
+        ANSWER               ready(), when the socket takes more
         LINGER               ready(), to no purpose but to see the end
-        HEADER, BODY         expire(), by an HTTPError that comes out of the yield
 
     An OSError, whoever raises it, means that the connection is over.
     """
@@ -3347,7 +3386,7 @@ class Connection:
 
     def enter(self, phase: str) -> None:
         """Wait in a phase. To enter another one begins its deadline; to stay in one does not."""
-        if self.ended and phase in (HEADER, BODY, IDLE, LINGER):
+        if self.ended and phase in (HEADER, BODY, IDLE, LINGER):  # nothing more will come
             raise ConnectionError
         if phase == self.phase:
             return
@@ -3411,7 +3450,7 @@ class Connection:
             self.unsent = yield from self.next_answer()
             while self.send():
                 yield ANSWER
-            self.phase = ""  # so that each answer has a deadline of its own, see enter()
+            self.phase = ""  # else enter(ANSWER) would keep this deadline for the next answer
         # A plain close would reset the connection, and a client that is still sending would lose
         # the answer. So end this side only, and drop what still comes (RFC 9112, 9.6).
         self.end_sending()
@@ -3499,8 +3538,8 @@ class Connection:
     def shake_hands(self) -> Generator[str, Any, None]:
         """Begin TLS. That takes milliseconds of computing, so a thread does it.
 
-        One deadline holds for the handshake and the first header. RUNNING has none, so it is put
-        back after each step.
+        One deadline holds for the handshake and the first header. To enter RUNNING replaces it by
+        none, so it is put back after each step.
         """
         deadline = self.deadline
         outcome = ""
@@ -3565,7 +3604,7 @@ class Server(http.server.ThreadingHTTPServer):
         self._is_accepting = False
         self._refused_at = -math.inf  # when it was last logged that no connection can be accepted
         self._next_check = -math.inf  # when the first of all deadlines may pass
-        # Filled by any thread: what goes on, the Later that it waited for, and its answer.
+        # Filled by any thread: the connection to resume, the Later that it waited for, its answer.
         self._due: collections.deque[tuple[Connection, Later | None, Any]] = collections.deque()
         self._is_woken = False  # whether the loop will look at these before it sleeps
         self._end = math.inf  # when answers under way are given up; set by any thread
@@ -3665,8 +3704,8 @@ class Server(http.server.ThreadingHTTPServer):
                 self._forget_wakes()
         for _ in range(min(len(self._due), self.MAX_RESUMED)):
             connection, later, answer = self._due.popleft()
-            # A wake that was meant for an earlier wait comes too late. What a thread has answered
-            # has no Later, and neither has the connection that waits for that.
+            # Equal in two cases: a wake for the wait that still lasts, and the answer of a thread
+            # (None on both sides). A wake for an earlier wait is dropped.
             if later is connection.later:
                 self._act(connection, functools.partial(connection.resume, answer))
 
@@ -3786,9 +3825,12 @@ class Server(http.server.ThreadingHTTPServer):
             self._is_accepting = True
 
     def _drain(self) -> bool:
-        """Close what is at rest, let others end with their answer; return whether there are any."""
+        """Close what has no answer to come, let others end with theirs; return if there are any.
+
+        Who lingers may still be sending, and would lose the last answer, see `Connection.serve`.
+        """
         for connection in list(self._connections):
-            if connection.phase not in (RUNNING, WAITING, ANSWER):
+            if connection.phase not in (RUNNING, WAITING, ANSWER, LINGER):
                 self._close(connection)
                 continue
             connection.closing = True
@@ -3815,7 +3857,7 @@ def raise_descriptor_limit() -> int:
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     limit = soft
-    # macOS refuses what it calls unlimited, but takes the second.
+    # macOS calls the hard limit infinite, refuses that as the soft one, but takes 10,240.
     for limit in hard, max(soft, 10_240), soft:
         with contextlib.suppress(ValueError, OSError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
@@ -3922,8 +3964,8 @@ def run_until_stopped(server: Server, grace: float) -> int:
     are no signals. Status 1: the journal was lost.
     """
     application = server.application
-    # What begins the stop puts the grace in here; None, if somebody has called server.shutdown. Not
-    # an Event, because a signal handler may interrupt put() and call it again.
+    # What begins the stop puts the grace in here; None, if somebody has called server.shutdown. A
+    # signal handler may interrupt put() and call it again; Event.set() would deadlock then.
     stops: queue.SimpleQueue[float | None] = queue.SimpleQueue()
     signals: list[int] = []
     losses: list[str] = []
@@ -3931,8 +3973,7 @@ def run_until_stopped(server: Server, grace: float) -> int:
     def on_signal(number: int, frame: object) -> None:
         signals.append(number)
         if len(signals) > 1:
-            # Nobody may write there that a task has failed because its child was ended here.
-            application.store.journal = None
+            application.store.journal = None  # no task may fail there because its child ends here
             application.children.kill()
             os._exit(128 + number)
         stops.put(grace)
@@ -3978,8 +4019,7 @@ def stop_in_order(server: Server, grace: float) -> None:
         waiting,
         fate,
     )
-    for pool in application.pools:  # 2. running tasks go on for a while, and polls are answered
-        pool.join(max(0.0, deadline - time.monotonic()))
+    application.join(grace)  # 2. running tasks go on for a while, and polls are answered
     application.coroutine_pool.shut_down(1)  # 3. coroutines are told, the rest ends with us
     server.shutdown(max(2.0, deadline - time.monotonic()))  # 4. answers under way are sent
 
@@ -4070,7 +4110,8 @@ class Monitoring:
 
     def tasks(self, request: Request) -> Later:
         """Answer with the newest tasks, once a worker has put their records together."""
-        wanted = float(request.parameter("limit", "[0-9]+", "50") or 50)  # of any number of digits
+        # float, because int takes no more than 4,300 digits in newer Pythons.
+        wanted = float(request.parameter("limit", "[0-9]+", "50") or 50)
         limit = int(min(wanted, MAX_LIMIT))
         status = request.parameter("status", f"{PENDING}|{COMPLETED}|{FAILED}", FAILED) or ""
         type_name = request.parameter("type", ".*", next(iter(self._application.types), "")) or ""
@@ -4159,22 +4200,24 @@ class Journal:
     `[getattr(record, field) for field in JOURNALED]` makes a row of a record, and
     `Record(**dict(zip(JOURNALED, row)))` a record of a row.
 
-    *One server.* A journal belongs to one server at a time, for each holds all records in memory.
+    *One server.* A journal belongs to one server at a time, because each server holds all records
+    in memory.
     `load` keeps a second one out, or has it wait until the first has ended: by a lock that goes
     when its owner dies. Who finds that the journal is his no more raises JournalLost, from any
     method and from then on: the server begins nothing more, and ends with status 1.
 
     *Order.* For one id the calls follow each other: the next one begins after the last one has
-    returned or raised. What has raised must not have an effect later. Calls for different ids come
-    from many threads at once.
+    returned or raised. A call that has raised has had its effect by then, or never has one. Calls
+    for different ids come from many threads at once.
 
     *Errors.* RecordRefused from `save` says that this record can never be written: a create is
-    refused with 400, and a task whose outcome it is becomes failed. Others that are written at the
-    same time must not suffer. Any other exception says that it is not written now, or that nobody
-    knows, because a connection broke before the commit was confirmed. Then a create is refused with
-    503, and deleted later, in case that it is there; what must not be lost is saved again until
-    that works. So a call that is repeated must do no harm. An OSError with one sentence that says
-    what to do is best, because the log shows it.
+    refused with 400; if the record is the outcome of a task, that task becomes failed. Other
+    records that are written at the same time must not suffer. Any other exception says that the
+    record is not written now, or that nobody knows, because a connection broke before the commit
+    was confirmed. Then a create is refused with 503, and its record is deleted later, in case that
+    it is there; what must not be lost is saved again until that works. So a call that is repeated
+    must do no harm. An OSError with one sentence that says what to do is best, because the log
+    shows it.
     """
 
     def load(self) -> Iterable[Record]:
@@ -4193,8 +4236,8 @@ class Journal:
         faster when they share a transaction. Of a task it is called when it is created, when it
         starts (unless its type says `rerun`), and when it is final.
 
-        After a crash, what must be there is what the last call that returned has written, or what
-        a later call was about to write.
+        After a crash, each record must be as the last call that has returned left it, or as a call
+        that the crash has interrupted would have left it.
         """
         raise NotImplementedError
 
@@ -4385,7 +4428,7 @@ class SQLiteJournal(Journal):
         With a statement for each row, saves are five times slower beside a thread that computes:
         after every statement this thread has to win the interpreter again.
         """
-        if self._stat() != self._files:  # what is not where the next start looks is not safe
+        if self._stat() != self._files:  # a file that was moved is not found by the next start
             raise OSError("it is not at its path any more")
         execute = self._database.execute
         execute("BEGIN IMMEDIATE")
@@ -4471,7 +4514,7 @@ def tls_context(certificate: str, key: str) -> ssl.SSLContext:
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     # A client that negotiates anew would have the loop compute. OpenSSL 3 refuses it by itself.
     context.options |= getattr(ssl, "OP_NO_RENEGOTIATION", 0)
-    context.set_ciphers("ECDHE+AESGCM:ECDHE+CHACHA20")  # of TLS 1.2; all of TLS 1.3 are so
+    context.set_ciphers("ECDHE+AESGCM:ECDHE+CHACHA20")  # of TLS 1.2; all suites of TLS 1.3 are so
     context.load_cert_chain(certificate, key)
     return context
 
@@ -4714,7 +4757,7 @@ class Description:
             response["content"] = {route.media_type: {"schema": {"type": "string"}}}
         elif route.answer is not None:
             response["content"] = self._json(route.answer)
-        if 201 in route.statuses:  # a create, which may have been created before
+        if 201 in route.statuses:  # a create: all its answers name where to poll
             response["headers"] = {"Location": _LOCATION}
         return response
 
@@ -5721,24 +5764,25 @@ def demo() -> Application:
     return application
 
 
-# A certificate of localhost and its key, for --self-check alone. Everybody has them: no secret.
+# A certificate of localhost and its key, for --self-check alone. Everybody has them: no secret. It
+# is valid from 1980 on, because a machine without a network may have a clock that is wrong.
 SELF_CHECK_PEM = """\
 -----BEGIN CERTIFICATE-----
-MIIBrzCCAVSgAwIBAgIULoqQL6SMg82HMfa6vWPTj/UQK1owCgYIKoZIzj0EAwIw
-FDESMBAGA1UEAwwJbG9jYWxob3N0MCAXDTI2MTEyODE0Mjk1N1oYDzIxMjYxMTA0
-MTQyOTU3WjAUMRIwEAYDVQQDDAlsb2NhbGhvc3QwWTATBgcqhkjOPQIBBggqhkjO
-PQMBBwNCAAS67idByfyd2ORgUgEne6sqaqvbXp4ipqb+2pnvT+6C1Y4hjL1/7OPK
-6QZzgnRImZyN8MnMSrlqvGUVuw4Xa7FSo4GBMH8wHQYDVR0OBBYEFDegFP2kAvGR
-WuGWyrNv1P/xvgvoMB8GA1UdIwQYMBaAFDegFP2kAvGRWuGWyrNv1P/xvgvoMA8G
+MIIBrjCCAVSgAwIBAgIUBXkMOeloCu1Wwms9zrJEpk1MeD8wCgYIKoZIzj0EAwIw
+FDESMBAGA1UEAwwJbG9jYWxob3N0MCAXDTgwMDEwMTAwMDAwMFoYDzIxMjYwMTAx
+MDAwMDAwWjAUMRIwEAYDVQQDDAlsb2NhbGhvc3QwWTATBgcqhkjOPQIBBggqhkjO
+PQMBBwNCAAR1Shtt+dUHqIBzsR8TUA4rx8mweGnz9dhCt6uLIfqUee6Z4KNxp/6H
+Vk0qM6MpTmAr/tP7YiRmUIAISozLItVTo4GBMH8wHQYDVR0OBBYEFPh0VpvBGzRm
+W/BeQZRBwFH6D6ryMB8GA1UdIwQYMBaAFPh0VpvBGzRmW/BeQZRBwFH6D6ryMA8G
 A1UdEwEB/wQFMAMBAf8wLAYDVR0RBCUwI4IJbG9jYWxob3N0hwR/AAABhxAAAAAA
-AAAAAAAAAAAAAAABMAoGCCqGSM49BAMCA0kAMEYCIQCD9qzazT9ZGfPZ057KRs+R
-+D86R/1QzbLjZSMuzXBoswIhAJ+sJ6pLHt50z7dDEWxqqbvI0luWYlzod6NjmFUj
-Lrjk
+AAAAAAAAAAAAAAABMAoGCCqGSM49BAMCA0gAMEUCIA2XKIUlaBnTjy7pYEEFaiSM
+aQWvRzPZsHVThALdZtXtAiEA+6McXlSk4tnEYgiNSzZgEqiIKklb68FnPj+QU8Wl
+tcs=
 -----END CERTIFICATE-----
 -----BEGIN PRIVATE KEY-----
-MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQg1UyzVjndseBaa4n3
-ZReGOMAXjzgI+6narDqj+4pSvkKhRANCAAS67idByfyd2ORgUgEne6sqaqvbXp4i
-pqb+2pnvT+6C1Y4hjL1/7OPK6QZzgnRImZyN8MnMSrlqvGUVuw4Xa7FS
+MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQgM2drNZG9We3kBnvh
+wLeMubA7HT9hZvrg2q3hjH71aSihRANCAAR1Shtt+dUHqIBzsR8TUA4rx8mweGnz
+9dhCt6uLIfqUee6Z4KNxp/6HVk0qM6MpTmAr/tP7YiRmUIAISozLItVT
 -----END PRIVATE KEY-----
 """
 
@@ -5933,8 +5977,8 @@ def _prepare_process(workers: int) -> None:
 def _switch_interval(workers: int) -> float:
     """Return for how many seconds a thread that computes keeps the interpreter.
 
-    With the 5 ms of Python, some clients starve. But all threads that wait for the interpreter wake
-    once in that time; so if it is short, thousands of them do nothing else.
+    With the 5 ms of Python, some clients starve. But each thread that waits for the interpreter
+    wakes once in such an interval; if it is short, thousands of threads do nothing else.
     """
     return min(max(0.0005, 5e-6 * workers), 0.05)
 
@@ -5964,7 +6008,7 @@ def _set_access(application: Application, options: argparse.Namespace) -> None:
             f"other machines can reach {options.host}: set a token in TASKSERVER_TOKEN, or allow "
             "everybody in with --allow-anonymous"
         )
-    if token:  # then a page under a foreign name gets nowhere, because it does not know the token
+    if token:  # then the Host is not checked: a foreign page does not know the token
         check = check_token(token)
     else:
         check = check_host([options.host, *options.allow_host])
@@ -6014,7 +6058,7 @@ def _open_journal(application: Application, options: argparse.Namespace) -> None
 
 
 def _address(options: argparse.Namespace, port: int) -> str:
-    # The first two are no addresses to go to.
+    # The first two are addresses to listen on, but not to go to.
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(options.host, options.host)
     if ":" in host:
         host = f"[{host}]"
@@ -6085,7 +6129,7 @@ def main(application: Application | None = None, argv: list[str] | None = None) 
     if is_running:
         log.warning("some tasks were still running and are cut off")
     handler.finish(1)
-    application.store.journal = None  # what ends from now on was interrupted, see recover()
+    application.store.journal = None  # the next start shall find what runs now interrupted
     application.children.kill()
     if is_main_thread:
         _leave(status, at_once=is_running)
