@@ -568,7 +568,7 @@ class Store:
     EVICTED_AT_ONCE = 1000  # records; so many take a millisecond of the lock
     DELETED_AT_ONCE = 250  # records; a disk needs some 15 ms for them, and creates wait that long
 
-    MANY = 25_000  # records; `spare_collector` acts when so many are held, and so many are new
+    MANY = 25_000  # records; when so many are held, and so many are new, see `spare_collector`
 
     def __init__(
         self,
@@ -820,8 +820,8 @@ class Store:
         """Have Python's garbage collector overlook the records while there are many.
 
         Now and then it looks at everything, while everybody waits: 0.5 s for a million records. It
-        never looks at frozen objects. So after every MANY new records it is made to look at those
-        one last time, for 5 to 20 ms, and then they are frozen.
+        never looks at frozen objects. So after every MANY new records it is made to look at what is
+        not frozen yet, for 5 to 30 ms, and then that is frozen, too.
 
         Frozen objects are still freed when nothing refers to them any more. The cost: those in a
         reference cycle are not, until there are few records again and all is unfrozen. CPython can
@@ -834,7 +834,7 @@ class Store:
         if held >= self.MANY and self._new >= self.MANY:
             gc.collect()  # garbage would be frozen, too
             self._freeze()
-        elif held < self.MANY and self._is_frozen:
+        elif held < self.MANY / 2 and self._is_frozen:
             gc.unfreeze()
             self._is_frozen = False
             self._count_new(held)
