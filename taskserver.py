@@ -568,7 +568,8 @@ class Store:
     EVICTED_AT_ONCE = 1000  # records; so many take a millisecond of the lock
     DELETED_AT_ONCE = 250  # records; a disk needs some 15 ms for them, and creates wait that long
 
-    MANY = 25_000  # records; when so many are held, and so many are new, see `spare_collector`
+    # When more than MANY records are held and at least MANY_NEW are new, see `spare_collector`.
+    MANY, MANY_NEW = 100_000, 50_000
 
     def __init__(
         self,
@@ -820,18 +821,18 @@ class Store:
         """Have Python's garbage collector overlook the records while there are many.
 
         Now and then it looks at everything, while everybody waits: 0.5 s for a million records. It
-        never looks at frozen objects. So after every MANY new records it is made to look at what is
-        not frozen yet, for 5 to 30 ms, and then that is frozen, too.
+        never looks at frozen objects. So after every MANY_NEW new records it is made to look at
+        what is not frozen yet (30 ms, and the first time 60), and then that is frozen, too.
 
         Frozen objects are still freed when nothing refers to them any more. The cost: those in a
-        reference cycle are not, until there are few records again and all is unfrozen. CPython can
-        do this from 3.7 on; in free-threaded builds the pause is shorter, but not gone; PyPy needs
-        none of it.
+        reference cycle are not, until there are few records again and all is unfrozen. So this is
+        never done while --max-tasks has its default, which is MANY. CPython can do it from 3.7 on;
+        in free-threaded builds the pause is shorter, but not gone; PyPy needs none of it.
         """
         if not hasattr(gc, "freeze"):
             return
         held = len(self._records)
-        if held >= self.MANY and self._new >= self.MANY:
+        if held > self.MANY and self._new >= self.MANY_NEW:
             gc.collect()  # garbage would be frozen, too
             self._freeze()
         elif held < self.MANY / 2 and self._is_frozen:

@@ -8947,7 +8947,8 @@ def many(n):
 @needs_freeze
 def test_the_garbage_collector_overlooks_many_records_and_only_many(monkeypatch):
     store = taskserver.Store()
-    monkeypatch.setattr(store, "MANY", 300)
+    monkeypatch.setattr(store, "MANY", 299)
+    monkeypatch.setattr(store, "MANY_NEW", 300)
 
     def add(n):
         for record in many(n):
@@ -8964,7 +8965,8 @@ def test_the_garbage_collector_overlooks_many_records_and_only_many(monkeypatch)
 @needs_freeze
 def test_the_garbage_collector_looks_at_few_records_of_many_that_came_and_went(monkeypatch):
     store = taskserver.Store(keep=0)
-    monkeypatch.setattr(store, "MANY", 300)
+    monkeypatch.setattr(store, "MANY", 299)
+    monkeypatch.setattr(store, "MANY_NEW", 300)
     for _ in range(300):
         store.evict()
         store.add(*many(1))
@@ -8979,7 +8981,8 @@ def test_the_garbage_collector_looks_at_few_records_of_many_that_came_and_went(m
 def test_a_cycle_that_was_frozen_is_freed_when_there_are_few_records_again(monkeypatch):
     now = 0.0
     store = taskserver.Store(keep=60, clock=lambda: now)
-    monkeypatch.setattr(store, "MANY", 300)
+    monkeypatch.setattr(store, "MANY", 299)
+    monkeypatch.setattr(store, "MANY_NEW", 300)
 
     class Cycle:
         def __init__(self):
