@@ -865,7 +865,8 @@ class Store:
         finally:
             if was_enabled:
                 gc.enable()
-        self._freeze()  # as in spare_collector
+        if len(self._records) > self.MANY:
+            self._freeze()  # as in spare_collector
         return pending
 
     def _load(self) -> list[Record]:
