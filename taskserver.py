@@ -227,7 +227,8 @@ PENDING, COMPLETED, FAILED = "pending", "completed", "failed"
 MAX_MESSAGE = 500  # characters of a reported message that are kept
 MAX_ERROR = 2000  # characters of an error that are kept
 MAX_RESULT = 1 << 20  # bytes of a result, encoded
-ROUNDING = 1e-4  # a reported fraction may be below 0 or above 1 by this much: sums of float32 are
+# A reported fraction may be this much below 0 or above 1, because sums of float32 often are.
+ROUNDING = 1e-4
 
 
 class Cancelled(BaseException):
@@ -1380,9 +1381,10 @@ class CoroutinePool(BoundedQueue):
         """Go on after an exception that has ended the loop: SystemExit, KeyboardInterrupt.
 
         It comes out of a task or a callback that a coroutine has made; what a coroutine of ours
-        raises goes to `_catch_all`. Of a task, asyncio logs it when the task is deleted. But the
-        traceback keeps the task alive, through the frames of the loop. So clear these. If there is
-        no frame of a coroutine, a callback has raised it, and nobody else logs it: log it here.
+        raises goes to `_catch_all`. If a task has raised it, asyncio logs it when that task is
+        deleted. But the traceback keeps the task alive, through the frames of the loop. So clear
+        these. If there is no frame of a coroutine, a callback has raised it, and nobody else logs
+        it: log it here.
         """
         trace = error.__traceback__
         if trace is not None:
@@ -1804,7 +1806,7 @@ class Child:
         """End the process at once, if there is one. Waits for no lock."""
         process = self._process
         if process is not None:
-            # If the process has been reaped, then just now: nobody else has its number yet.
+            # It may have been reaped an instant ago, but no other process has its number so soon.
             _end_group(process.pid)
             process.kill()
 
@@ -1871,8 +1873,8 @@ class Child:
             if not ready:
                 raise TimeoutError
             if self._wake_receiver in ready:
-                # Release first: a wake() after it sends a new message; one before it has come after
-                # `cancel_requested` was set, which is seen at the top of this loop.
+                # Release first: a wake() after that sends a new message. An earlier wake() may have
+                # sent none, but then `cancel_requested` is set, which the top of this loop sees.
                 self._wake_under_way.release()
                 self._wake_receiver.recv_bytes()
             elif self._pipe.poll():
@@ -2532,8 +2534,8 @@ class Application:
     """The task types, their endpoints, and the life of a task. It knows no sockets.
 
     Building one starts no thread, process or socket. Public attributes may be set until the first
-    request. The options of `main` have the bounds of the store, of `pool`, and the workers of
-    `cpu_pool` as their defaults. Then `main` sets the bounds of all pools.
+    request. `main` takes the defaults of its options from here: the bounds of the store and of
+    `pool`, and the workers of `cpu_pool`. With the options it then sets the bounds of all pools.
     """
 
     # A task that waits for a network costs a thread of some 16 KiB, so hundreds fit into the
@@ -3986,7 +3988,8 @@ def run_until_stopped(server: Server, grace: float) -> int:
     def on_signal(number: int, frame: object) -> None:
         signals.append(number)
         if len(signals) > 1:
-            application.store.journal = None  # no task may fail there because its child ends here
+            # So that no task is noted there as failed, because its child is ended now.
+            application.store.journal = None
             application.children.kill()
             os._exit(128 + number)
         stops.put(grace)
@@ -4214,10 +4217,10 @@ class Journal:
     `Record(**dict(zip(JOURNALED, row)))` a record of a row.
 
     *One server.* A journal belongs to one server at a time, because each server holds all records
-    in memory.
-    `load` keeps a second one out, or has it wait until the first has ended: by a lock that goes
-    when its owner dies. Who finds that the journal is his no more raises JournalLost, from any
-    method and from then on: the server begins nothing more, and ends with status 1.
+    in memory. `load` keeps a second one out, or has it wait until the first has ended: by a lock
+    that goes when its owner dies. A journal that finds that another server has taken over raises
+    JournalLost, from any method and from then on: the server begins nothing more, and ends with
+    status 1.
 
     *Order.* For one id the calls follow each other: the next one begins after the last one has
     returned or raised. Once a call has raised, it must not take effect later. Calls for different
@@ -4259,7 +4262,8 @@ class Journal:
 
         Called by one thread at a time, some time after the records were evicted. Some of the ids
         may not be there: those of creates whose `save` raised. What a crash leaves behind is loaded
-        at the next start; so a task may run whose create was refused because nobody knew.
+        at the next start; so a task may run whose create was refused, because `save` raised though
+        it had worked.
         """
         raise NotImplementedError
 
@@ -6064,7 +6068,7 @@ def _open_journal(application: Application, options: argparse.Namespace) -> None
 
 
 def _address(options: argparse.Namespace, port: int) -> str:
-    # The first two are addresses to listen on, but not to go to.
+    # The two keys are addresses to listen on, but not to go to.
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(options.host, options.host)
     if ":" in host:
         host = f"[{host}]"
@@ -6137,7 +6141,7 @@ def main(application: Application | None = None, argv: list[str] | None = None) 
     if is_running:
         log.warning("some tasks were still running and are cut off")
     handler.finish(1)
-    application.store.journal = None  # so the next start finds what still runs interrupted
+    application.store.journal = None  # what still runs is left for the next start to settle
     application.children.kill()
     if is_main_thread:
         _leave(status, at_once=is_running)
