@@ -1090,7 +1090,7 @@ class BoundedQueue:
         """Have nothing begin from now on; return how many items wait, and will go on waiting."""
         with self._lock:
             self._stopped = True
-            return len(self._queue)
+            return len(self._reserved) + len(self._queue)
 
     def join(self, seconds: float) -> bool:
         """Wait at most so many seconds until nothing is in work; return whether it is so."""
@@ -1380,11 +1380,11 @@ class CoroutinePool(BoundedQueue):
     def _outlive_exit(self, error: BaseException) -> None:
         """Go on after an exception that has ended the loop: SystemExit, KeyboardInterrupt.
 
-        It comes out of a task or a callback that a coroutine has made; what a coroutine of ours
-        raises goes to `_catch_all`. If a task has raised it, asyncio logs it when that task is
-        deleted. But the traceback keeps the task alive, through the frames of the loop. So clear
-        these. If there is no frame of a coroutine, a callback has raised it, and nobody else logs
-        it: log it here.
+        It was raised by a task or a callback that a coroutine has made; what a coroutine of ours
+        raises goes to `_catch_all`. If a task has raised it, asyncio logs it as soon as that task
+        is deleted. But the traceback holds the frames of the loop, and these hold the task: so
+        clear those frames. If a callback has raised it (the traceback has no frame of a coroutine),
+        nobody else logs it: log it here.
         """
         trace = error.__traceback__
         if trace is not None:
@@ -1940,9 +1940,10 @@ class Children:
             child.close()
 
     def wake(self) -> None:
-        """Have each worker look whether its task was cancelled."""
-        for child in self._listed():
-            child.wake()
+        """Have each worker look whether its task was cancelled. Does not block."""
+        with self._lock:  # so that none of them is closed meanwhile
+            for child in self._all:
+                child.wake()
 
     def kill(self) -> None:
         """End all children, because this process ends; no task is begun in one any more.
@@ -1953,10 +1954,6 @@ class Children:
         self._closed = True
         for child in list(self._all):
             child.kill()
-
-    def _listed(self) -> list[Child]:
-        with self._lock:
-            return list(self._all)
 
     def _add(self) -> None:
         child = Child(self._reaping)
@@ -2569,6 +2566,7 @@ class Application:
         # which takes a fifth of the time.
         self.log_task: Callable[..., None] = log.info
         self._savers = WorkerPool("saver", lambda save: save(), 8)  # for `fail`
+        self.helpers = [self._savers]  # pools for other things than tasks
         # Guards Live.withdrawn: to set it and to withdraw the task from the pool are one step.
         self._cancelling = threading.Lock()
 
@@ -2678,9 +2676,8 @@ class Application:
 
     def wake_workers(self) -> None:
         """Have the tasks that were created begin. To be called after any answer; does not block."""
-        for pool in self.pools:
+        for pool in (*self.pools, *self.helpers):
             pool.wake()
-        self._savers.wake()
 
     def stop(self) -> int:
         """Refuse creates, answer long polls, begin no task any more; return how many wait."""
@@ -3007,7 +3004,7 @@ MAX_LINE = 8192  # bytes of a request line, and of a header (RFC 9112, 3 asks fo
 MAX_HEADERS = 16_384  # bytes of all headers
 MAX_HEADER_COUNT = 100
 MAX_BODY = 1 << 20  # bytes, decoded
-MAX_CHUNK_LINE = 1024  # bytes of a chunk's size and extensions
+MAX_CHUNK_LINE = 1024  # bytes of a chunk's size and extensions, with the end of the line
 
 _TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"  # RFC 9110, 5.6.2
 _VALUE = rb"[\t\x20-\x7e\x80-\xff]*"  # RFC 9110, 5.5
@@ -3151,7 +3148,10 @@ def _read_chunks(buffer: bytearray) -> Generator[str, Any, bytes]:
 
 
 def _read_line(buffer: bytearray, limit: int, status: int) -> Generator[str, Any, bytes]:
-    """Return a line of at most so many bytes, without its end. HTTPError: 400, or the status."""
+    """Return a line without its end. With it, the line has `limit` bytes at most.
+
+    HTTPError 400, or with this status: it has more.
+    """
     seen = 0
     while True:
         end = buffer.find(b"\r\n", max(0, seen - 1), limit)
@@ -3161,7 +3161,7 @@ def _read_line(buffer: bytearray, limit: int, status: int) -> Generator[str, Any
         if end >= 0:
             return take(buffer, end + 2)[:-2]
         if len(buffer) >= limit:
-            raise HTTPError(status, f"Send lines of at most {limit} bytes here.")
+            raise HTTPError(status, f"Send lines of at most {limit - 2} bytes here.")
         seen = len(buffer)
         yield BODY
 
@@ -3351,8 +3351,8 @@ class Connection:
     wait in, and is resumed by
 
         HANDSHAKE            ready(), when the socket can be read
-        HEADER, BODY, IDLE   ready(), when more has arrived and is in the buffer; HEADER and BODY
-                             also by expire(), which throws an HTTPError into it
+        HEADER, BODY, IDLE   ready(), when more has arrived and is in the buffer; a HEADER that has
+                             begun, and BODY, also by expire(), which throws an HTTPError into it
         RUNNING              resume(answer), when a thread has it
         WAITING              resume(), when the answer is due, or nothing more will come
         ANSWER               ready(), when the socket takes more
@@ -4099,6 +4099,7 @@ class Monitoring:
         # One worker makes all listings. Fifty at once would take the interpreter from everybody:
         # beside them the slowest /healthz needed 0.8 seconds.
         self._lister = WorkerPool("lister", lambda make: make(), max_workers=1)
+        application.helpers.append(self._lister)
         application.router.add(
             "GET",
             "/tasks",

@@ -1532,7 +1532,7 @@ def test_a_pool_that_has_stopped_begins_nothing_and_ends_what_it_has_begun(gate)
     gate.wait_for(2)
     pool.reserve("reserved")
     (waiting,) = submit(pool, 3)
-    assert pool.stop() == 1
+    assert pool.stop() == 2
     assert not pool.join(0)
     pool.put("reserved", 4)  # it was being stored when the stop began
     submit(pool, 5)
@@ -8361,6 +8361,20 @@ def test_payloads_and_results_are_bounded_and_the_refusal_names_the_flag(applica
     assert ask(application, "POST", "/create-gate", body).status == 503
     application.store.keep = 0  # now they give way
     assert ask(application, "POST", "/create-gate", body).status == 201
+
+
+def test_a_listing_for_which_there_is_no_thread_is_made_when_there_is_one(application, monkeypatch):
+    def refuse(thread):
+        raise RuntimeError("can't start new thread")
+
+    asked, woken = request("GET", "/tasks"), threading.Event()
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        later = application.answer(application.judge(asked), asked)
+        later.watch(woken.set)
+    assert not woken.is_set()
+    application.wake_workers()  # as the server does in each round
+    assert woken.wait(LONG)
 
 
 # -- 10. Durability --------------------------------------------------------------------------------
