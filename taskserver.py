@@ -651,14 +651,16 @@ class Store:
     def add(self, record: Record) -> Record:
         """Put in a new record; return it as it is held.
 
-        Unavailable: the store is full, or a JournalError. RecordRefused: the journal cannot take
-        it. Duplicate: its id is taken. Each leaves nothing behind.
+        Unavailable: the store is full or stopping, or a JournalError. RecordRefused: the journal
+        cannot take it. Duplicate: its id is taken. Each leaves nothing behind.
         """
         size = record.size()
         # An estimate without the lock; the same is judged again, with it, below.
         while self._has_no_room(size) and self.evict():
             pass
         with self._lock.write:
+            if self.stopping:
+                raise Unavailable("The server is stopping; try again when it is back.", 5)
             if record.id in self._records:
                 raise Duplicate(record.id)
             if len(self._records) >= self.max_tasks:
@@ -1419,10 +1421,13 @@ class CoroutinePool(BoundedQueue):
 
     async def _catch_all(self, run: CoroutineRun, function: Callable[[], Any]) -> None:
         """Note what the coroutine returns or raises: even SystemExit ends this one alone."""
+        own = os.getpid()
         try:
             run.outcome = await function(), None
         except BaseException as error:
             run.outcome = None, error
+        if os.getpid() != own:  # a copy that the coroutine has forked: the others are not its own
+            os._exit(0)
 
     def _interrupt_key(self, key: Hashable, reason: Exception) -> None:
         if key in self._runs:
@@ -1619,7 +1624,8 @@ def _after_fork_in_copy() -> None:
             if any(signal.getsignal(number) is handler for handler in _own_handlers):
                 signal.signal(number, signal.SIG_DFL)
     for pipe in list(_own_pipes):
-        pipe.close()
+        with contextlib.suppress(OSError):  # another thread was just closing it
+            pipe.close()
     _after_fork()
 
 
@@ -2784,8 +2790,6 @@ class Application:
     def _add(self, task_type: TaskType, record: Record, live: Live) -> None:
         """Store a record and queue it. Duplicate; HTTPError: it cannot be done."""
         try:
-            if self.store.stopping:
-                raise Unavailable("The server is stopping; try again when it is back.", 5)
             task_type.pool.reserve(live)  # `live` is the key, because a cancel has it as well
             try:
                 record = self.store.add(record)
@@ -3729,8 +3733,9 @@ class Server(http.server.ThreadingHTTPServer):
             self._check_at(deadline)
 
     def _check_at(self, deadline: float) -> None:
-        """Have the next check be as early as this, but leave some time for other things."""
-        self._next_check = max(deadline, time.monotonic() + self.CHECK_SECONDS)
+        """Have a check as early as this, but leave some time for other things before it."""
+        moment = max(deadline, time.monotonic() + self.CHECK_SECONDS)
+        self._next_check = min(moment, self._next_check)
 
     def _evict(self) -> None:
         """Drop what has outlived its time. A thread does it, because the journal may be slow."""
@@ -4263,8 +4268,8 @@ class Journal:
 
         Called by one thread at a time, some time after the records were evicted. Some of the ids
         may not be there: those of creates whose `save` raised. What a crash leaves behind is loaded
-        at the next start; so a task may run whose create was refused, because `save` raised though
-        it had worked.
+        at the next start; so a task may run although its create was refused, because nobody knew
+        whether it had been written.
         """
         raise NotImplementedError
 
@@ -4532,7 +4537,7 @@ def tls_context(certificate: str, key: str) -> ssl.SSLContext:
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     # A client that negotiates anew would have the loop compute. OpenSSL 3 refuses it by itself.
     context.options |= getattr(ssl, "OP_NO_RENEGOTIATION", 0)
-    context.set_ciphers("ECDHE+AESGCM:ECDHE+CHACHA20")  # of TLS 1.2; each of TLS 1.3 has both
+    context.set_ciphers("ECDHE+AESGCM:ECDHE+CHACHA20")  # for TLS 1.2; all of TLS 1.3 are such
     context.load_cert_chain(certificate, key)
     return context
 

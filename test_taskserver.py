@@ -2205,6 +2205,24 @@ def test_a_copy_that_a_function_forks_does_not_answer_as_well(child):
 
 
 @posix
+def test_a_copy_that_a_coroutine_forks_ends_with_it(application):
+    async def fork(payload, report):
+        copy = os.fork()
+        if copy:
+            return copy
+        return None
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # newer Pythons warn: there are threads
+        copy = outcome(application, fork)["result"]
+    try:
+        assert eventually(lambda: os.waitpid(copy, os.WNOHANG) == (copy, 0))
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(copy, signal.SIGKILL)
+
+
+@posix
 def test_a_worker_that_ends_leaves_no_process_not_even_a_dead_one(application):
     application.task("pid", cpu=True)(pid)
     number = final(application, create(application, "pid"))["result"]
@@ -6781,6 +6799,26 @@ def test_more_than_is_read_ahead_behind_one_that_waits_is_answered_too(either, b
         is_sent.set()
         ringer.join(LONG)
         assert [client.answer().status for _ in range(4)] == [200, 201, 201, 201]
+
+
+def test_who_sends_more_and_more_behind_a_wait_that_is_over_stops_no_clock(server, gate):
+    with server.client() as dribbler, server.client() as other:
+        record = other.ask("POST", "/create-gate", {"name": "x"}).json
+        path = f"/poll-gate/{record['id']}"
+        dribbler.send(raw("GET", f"{path}?wait=0.001") + b"POST /create-echo HTTP/1.1\r\nX: ")
+        is_answered = threading.Event()
+
+        def dribble():
+            for _ in range(16_000):
+                dribbler.send(b"x")
+                if is_answered.wait(0.002):
+                    return
+
+        sender = threading.Thread(target=dribble, daemon=True)
+        sender.start()
+        assert other.ask("GET", f"{path}?wait=0.1").json["status"] == "pending"
+        is_answered.set()
+        sender.join(LONG)
 
 
 @pytest.mark.parametrize("how", ["closes", "vanishes"])
