@@ -2057,6 +2057,9 @@ class Later(NamedTuple):
     watch: Callable[[Callable[[], None]], None]
     unwatch: Callable[[Callable[[], None]], None]
     answer: Callable[[], Response]
+    # False, if an early answer() would take long: then it is not called early because a client has
+    # closed its sending side.
+    can_hurry: bool = True
 
 
 class HTTPError(Exception):
@@ -3075,8 +3078,9 @@ def read_head(buffer: bytearray, peer: str = "") -> Generator[str, Any, Request]
         end = buffer.find(b"\r\n\r\n", max(0, seen - 3))
         if end >= 0:
             head = bytes(buffer[:end])
+            request = parse_head(head, peer)  # if this is refused, the buffer still has the method
             del buffer[: end + 4]
-            return parse_head(head, peer)
+            return request
         # Not complete, but wrong already? The sender may be waiting for an answer.
         if _FORBIDDEN.search(buffer, max(0, seen - 1)):
             sentence = "Send HTTP/1.1 without control characters, in lines that end in CR LF."
@@ -3200,7 +3204,7 @@ def parse_request_line(line: bytes) -> tuple[str, str, str, str, int]:
         raise HTTPError(505, "Use HTTP/1.1.")
     if authority and not path:
         path = "/"
-    is_asterisk = path == "*" and method == "OPTIONS" and not authority
+    is_asterisk = line.startswith(b"OPTIONS * ")
     if not path.startswith("/") and not is_asterisk:
         raise HTTPError(400, _advice_for(line, "Send a path that begins with a slash."))
     if "%" in line.decode():
@@ -3415,8 +3419,8 @@ class Connection:
             return selectors.EVENT_WRITE
         if self.phase == RUNNING:
             return 0
-        if self.phase == WAITING and len(self.buffer) >= MAX_PIPELINED:
-            return 0  # then an end of file, too, is seen only after the answer
+        if self.phase == WAITING and (self.ended or len(self.buffer) >= MAX_PIPELINED):
+            return 0  # what follows, such as an end of file, is seen only after the answer
         return selectors.EVENT_READ
 
     def ready(self) -> None:
@@ -3437,7 +3441,8 @@ class Connection:
             # answers now, then the connection ends (RFC 9112, 9.5). This has to be remembered,
             # because TLS reports an end of file only once.
             self.ended = True
-            self.resume()
+            if self.later is None or self.later.can_hurry:
+                self.resume()
         else:
             raise ConnectionError
 
@@ -3462,6 +3467,8 @@ class Connection:
         while not self.closing:
             self.unsent = yield from self.next_answer()
             while self.send():
+                yield ANSWER
+            if self.buffer:  # of many requests at once, others have their turn after each
                 yield ANSWER
             # The next answer may follow without another phase between, and is to have a deadline of
             # its own: see enter().
@@ -3498,6 +3505,8 @@ class Connection:
         except HTTPError as refusal:  # nobody can tell where the next request begins
             self.closing = True
             answer = refusal.response
+            if request is None and self.buffer.startswith(b"HEAD "):
+                request = Request("HEAD", "")  # its answer has no content (RFC 9110, 9.3.2)
         if log.isEnabledFor(logging.DEBUG):
             what = f"{request.method} {request.path!a}" if request else "no request"
             log.debug("%s %s: %d", self.peer, what, answer.status)
@@ -3520,8 +3529,8 @@ class Connection:
         return request.with_body(body)
 
     def wait_for(self, later: Later) -> Generator[str, Any, None]:
-        """Wait until an answer is due; if the client sends no more, it is due at once."""
-        if self.ended:
+        """Wait until an answer is due; as a rule at once, if the client sends no more."""
+        if self.ended and later.can_hurry:
             return
         wake = functools.partial(self.server.wake, self, later)
         self.later = later
@@ -3614,7 +3623,9 @@ class Server(http.server.ThreadingHTTPServer):
         application.check_types()
         self.application, self.tls = application, tls
         self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
-        self._max_connections = raise_descriptor_limit()
+        # Connections leave some descriptors to children, each of which needs six.
+        limit, children = raise_descriptor_limit(), application.cpu_pool.max_workers
+        self._max_connections = int(max(limit // 4, limit - 8 * children))
         self._connections: set[Connection] = set()
         self._is_accepting = False
         self._refused_at = -math.inf  # when it was last logged that no connection can be accepted
@@ -4080,9 +4091,16 @@ class Listing:
         self._store = store
         self._limit, self._status, self._type = limit, status, type_name
         self._response: Response | None = None
+        self._is_dropped = False  # becomes true once, in the server's loop
+
+    def drop(self) -> None:
+        """Say that nobody waits for the response any more."""
+        self._is_dropped = True
 
     def make(self, wake: Callable[[], None]) -> None:
-        """Have the response ready, and call `wake`."""
+        """Have the response ready, and call `wake`, unless nobody waits for that any more."""
+        if self._is_dropped:
+            return
         with contextlib.suppress(Exception):  # response() raises it again, to who answers
             self.response()
         wake()
@@ -4144,8 +4162,9 @@ class Monitoring:
         return Later(
             LISTING_SECONDS,
             watch=lambda wake: self._lister.call(functools.partial(listing.make, wake)),
-            unwatch=lambda wake: None,
+            unwatch=lambda wake: listing.drop(),
             answer=listing.response,
+            can_hurry=False,
         )
 
     def healthz(self, request: Request) -> Response:
@@ -6173,8 +6192,9 @@ def _start(application: Application, options: argparse.Namespace) -> tuple[Serve
         raise _cannot_listen(options, error) from None
     address = _address(options, server.server_port)
     lines = _first_lines(application, options, address)
-    # A thread writes them, because stdout may be a full pipe.
-    threading.Thread(target=write_all, args=(1, lines.encode()), daemon=True).start()
+    # A thread writes them, because stdout may be a full pipe. A file may have any name.
+    data = lines.encode("utf-8", "backslashreplace")
+    threading.Thread(target=write_all, args=(1, data), daemon=True).start()
     return server, address
 
 

@@ -5757,6 +5757,7 @@ CHUNKED = b"Transfer-Encoding: chunked"
         (b"GET /a HTTP/1.1\r\nHost: a/b\r\n\r\n", 400),
         (b"GET /a HTTP/1.1\r\nHost: a@b\r\n\r\n", 400),
         (b"OPTIONS * HTTP/1.1\r\n\r\n", 400),
+        (b"OPTIONS *?a HTTP/1.1\r\nHost: h\r\n\r\n", 400),
         (b"OPTIONS /a HTTP/1.1\r\nHost:\r\n\r\n", 400),
         (b"GET http://g/a HTTP/1.1\r\nHost:\r\n\r\n", ("GET", "/a", "", "g", b"")),
         (b"GET /a HTTP/1.0\r\nHost:\r\n\r\n", ("GET", "/a", "", "", b"")),
@@ -6819,6 +6820,32 @@ def test_who_sends_more_and_more_behind_a_wait_that_is_over_stops_no_clock(serve
         assert other.ask("GET", f"{path}?wait=0.1").json["status"] == "pending"
         is_answered.set()
         sender.join(LONG)
+
+
+def test_many_requests_at_once_leave_others_their_turn(server, application):
+    seen = []
+    with server.client() as pipelining, server.client() as other:
+
+        def mark(asked):
+            if not seen:
+                other.send(raw("GET", "/mark?other"))
+            seen.append(asked.query)
+            return Response(200)
+
+        application.router.add("GET", "/mark", mark, blocks=taskserver.never_blocks)
+        pipelining.send(raw("GET", "/mark?many") * 100)
+        assert other.answer().status == 200
+        assert [pipelining.answer().status for _ in range(100)] == [200] * 100
+    assert seen.index("other") < 50
+
+
+def test_a_head_that_is_refused_is_answered_without_content(server):
+    for request in (b"HEAD / HTTP/1.1\r\n\r\n", b"HEAD / HTTP/1.1\r\nHost: a\r\nX : y\r\n\r\n"):
+        with server.client() as client:
+            client.send(request)
+            answer = client.answer("HEAD")
+            assert answer.status == 400 and int(answer.headers["Content-Length"]) > 0
+            assert client.ended()
 
 
 @pytest.mark.parametrize("how", ["closes", "vanishes"])
@@ -8413,6 +8440,47 @@ def test_a_listing_for_which_there_is_no_thread_is_made_when_there_is_one(applic
     assert not woken.is_set()
     application.wake_workers()  # as the server does in each round
     assert woken.wait(LONG)
+
+
+def test_no_listing_is_made_by_the_loop_for_a_client_that_has_ended_its_sending_side(
+    server, application, monkeypatch
+):
+    threads, newest = [], application.store.newest
+
+    def watched(*arguments):
+        threads.append(threading.current_thread().name)
+        return newest(*arguments)
+
+    monkeypatch.setattr(application.store, "newest", watched)
+    with server.client() as client:
+        client.send(raw("GET", "/tasks") * 3)
+        client.socket.shutdown(socket.SHUT_WR)
+        assert [client.answer().status for _ in range(3)] == [200] * 3
+        assert client.ended()
+    assert threads == ["lister"] * 3
+
+
+def test_a_listing_for_which_nobody_waits_any_more_is_not_made(application, monkeypatch):
+    asked = request("GET", "/tasks")
+    held, free = threading.Event(), threading.Event()
+    made, newest = [], application.store.newest
+
+    def watched(*arguments):
+        made.append(arguments)
+        held.set()
+        assert free.wait(LONG)
+        return newest(*arguments)
+
+    monkeypatch.setattr(application.store, "newest", watched)
+    woken = threading.Event()
+    first, dropped, last = (application.answer(application.judge(asked), asked) for _ in range(3))
+    first.watch(lambda: None)
+    assert held.wait(LONG)
+    dropped.watch(lambda: None)
+    dropped.unwatch(lambda: None)
+    last.watch(woken.set)
+    free.set()
+    assert woken.wait(LONG) and len(made) == 2
 
 
 # -- 10. Durability --------------------------------------------------------------------------------
