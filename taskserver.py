@@ -1178,13 +1178,22 @@ class WorkerPool(BoundedQueue):
 
     def _be_worker(self) -> None:
         """Be a worker."""
-        item = self._get(is_new=True)
-        while item is not None:
-            self.wake()  # if there are more items, for another worker
-            self._work(item)
-            self._done()
-            item = self._get()
+        try:
+            item = self._get(is_new=True)
+            while item is not None:
+                self.wake()  # if there are more items, for another worker
+                try:
+                    self._work(item)
+                finally:
+                    self._done()
+                item = self._get()
+        except BaseException as error:  # another thread may throw one in, to end a task
+            log.error("a worker ends: %s", describe(error))
+            with self._lock:
+                self._workers -= 1
+                self._on_the_way = False
         self._at_end()
+        self.wake()  # for items that came meanwhile
 
     def _get(self, is_new: bool = False) -> Any:
         """Return the next item; None: there was none for a while, and this worker has to end.
@@ -1206,8 +1215,10 @@ class WorkerPool(BoundedQueue):
         The lock is held.
         """
         self._idle += 1
-        notified = self._not_empty.wait(self.IDLE_SECONDS)
-        self._idle -= 1
+        try:
+            notified = self._not_empty.wait(self.IDLE_SECONDS)
+        finally:
+            self._idle -= 1
         # After a timeout, too: a notify may have gone to this worker just as its time was over.
         # It is consumed then; if nobody comes for the item now, this worker has to.
         self._on_the_way = False
@@ -1411,7 +1422,14 @@ class CoroutinePool(BoundedQueue):
     ) -> None:
         self._runs[key] = run
         context = contextvars.Context()  # no task sees the context variables of another
-        run.aio_task = context.run(self._loop.create_task, self._catch_all(run, function))
+        coroutine = self._catch_all(run, function)
+        try:
+            run.aio_task = context.run(self._loop.create_task, coroutine)
+        except Exception as error:  # a coroutine has given the loop a task factory that fails
+            coroutine.close()
+            del self._runs[key]
+            self._threads.call(functools.partial(self._last_step, run.item, None, error))
+            return
         run.aio_task.add_done_callback(functools.partial(self._ended, key, run))
         if seconds is not None:
             reason = TaskError(f"timed out after {seconds} seconds")
@@ -1442,10 +1460,13 @@ class CoroutinePool(BoundedQueue):
         if run.reason is not None:  # once is enough
             return
         run.reason = reason
-        run.aio_task.cancel()
         if run.timer is not None:
             run.timer.cancel()
         run.timer = self._loop.call_later(self.grace, self._give_up, run)
+        try:
+            run.aio_task.cancel()  # calls cancel() of what the coroutine waits for
+        except Exception as error:  # say, RecursionError: that waits for another, and so on
+            log.warning("a coroutine cannot be cancelled: %s", describe(error))
 
     def _give_up(self, run: CoroutineRun) -> None:
         """Settle the outcome of a coroutine that goes on after its grace; its slot stays taken."""
@@ -2931,7 +2952,8 @@ class Application:
 
     def _finish(self, record: Record, result: bytes | None, error: BaseException | None) -> None:
         """Make a record final: completed, or failed with an error. Raises nothing."""
-        if isinstance(error, JournalLost):  # the next owner decides what becomes of the task
+        # The next owner decides what becomes of the task.
+        if isinstance(error, JournalLost) and self.store.lost:
             return
         live = record.live
         assert live is not None  # each pending record has one
@@ -2987,7 +3009,8 @@ class Application:
 
     def _end_coroutine(self, record: Record, value: Any, error: BaseException | None) -> None:
         """Make the record of a coroutine final."""
-        if isinstance(error, Stopped):  # the next start decides what becomes of it
+        # The next start decides what becomes of it.
+        if isinstance(error, Stopped) and self.store.stopping:
             log.info("task %s is interrupted by the stop", record.id)
             return
         result = None
@@ -6202,11 +6225,10 @@ def _leave(status: int, at_once: bool) -> NoReturn:
     """End the process, even if a task that hangs, or what one has left behind, holds it up."""
     if at_once:
         os._exit(status)
-    threads = [thread for thread in threading.enumerate() if not thread.daemon]
-    has_processes = bool(multiprocessing.active_children())  # `multiprocessing` waits for them
-    if len(threads) > 1 or has_processes or "concurrent.futures.thread" in sys.modules:
-        watchdog = threading.Timer(2, os._exit, (status,))
-        watchdog.daemon = True
+    # Python waits for threads, for processes, and for what was registered with atexit.
+    watchdog = threading.Timer(2, os._exit, (status,))
+    watchdog.daemon = True
+    with contextlib.suppress(RuntimeError, MemoryError):  # no thread to be had
         watchdog.start()
     sys.exit(status)
 

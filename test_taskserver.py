@@ -1525,6 +1525,20 @@ def test_of_a_worker_and_who_withdraws_one_gets_the_item():
     assert worked and withdrawn
 
 
+def test_a_worker_into_which_an_exception_is_thrown_ends_alone():
+    done = queue.Queue()
+
+    def work(item):
+        if item == "thrown":
+            raise KeyboardInterrupt
+        done.put(item)
+
+    pool = WorkerPool("test", work, max_workers=1)
+    submit(pool, "thrown", 1, 2)
+    assert [done.get(timeout=LONG) for _ in range(2)] == [1, 2]
+    assert pool.join(LONG) and pool.counts() == (0, 0)
+
+
 def test_a_pool_that_has_stopped_begins_nothing_and_ends_what_it_has_begun(gate):
     done = queue.Queue()
     pool = WorkerPool("test", lambda item: (gate({}), done.put(item)), max_workers=2)
@@ -1809,6 +1823,51 @@ def test_coroutines_that_wait_when_their_pool_stops_do_not_begin():
     assert pool.next_end() == (1, None)
     assert pool.join(LONG) and pool.counts() == (1, 0)
     assert not never.begun.acquire(blocking=False)
+
+
+def test_a_coroutine_that_cannot_be_cancelled_is_given_up_after_its_grace():
+    pool, begun = Coroutines(), threading.Event()
+    pool.grace = 0.01
+    awaited = []
+
+    async def function():
+        import asyncio
+
+        class Stubborn(asyncio.Future):
+            def cancel(self, *message):
+                raise RecursionError
+
+        future = Stubborn()
+        awaited.append((asyncio.get_running_loop(), future))
+        begun.set()
+        return await future
+
+    key, _ = submit(pool, function, AsyncGate())
+    assert begun.wait(LONG)
+    pool.interrupt(key, taskserver.TaskError("by request"))
+    assert str(pool.next_end()[1]) == "by request"
+    loop, future = awaited.pop()
+    loop.call_soon_threadsafe(future.set_result, 1)
+    pool.shut_down(LONG)
+
+
+def test_a_task_factory_that_fails_fails_coroutines_and_leaves_none_waiting():
+    pool = Coroutines()
+
+    async def spoil():
+        import asyncio
+
+        def refuse(*arguments, **more):
+            arguments[1].close()
+            raise ValueError("no more tasks")
+
+        asyncio.get_running_loop().set_task_factory(refuse)
+
+    submit(pool, spoil)
+    assert pool.next_end() == (None, None)
+    submit(pool, AsyncGate())
+    assert str(pool.next_end()[1]) == "no more tasks"
+    assert pool.join(LONG) and pool.counts() == (0, 0)
 
 
 def test_no_coroutine_sees_the_context_variables_of_another():
@@ -3278,6 +3337,18 @@ def test_a_bad_report_fails_the_task_unless_it_is_caught(application):
     record = outcome(application, task)
     assert record["error"].startswith("ValueError: the first argument of report() must be a number")
     assert (record["progress"], record["message"]) == (0.5, "m" * 500)
+
+
+@pytest.mark.parametrize("error", [taskserver.JournalLost, taskserver.Stopped])
+def test_an_exception_of_the_server_that_a_task_raises_fails_it(application, error):
+    def task(payload, report):
+        raise error("what it said")
+
+    async def coroutine(payload, report):
+        raise error("what it said")
+
+    for function in task, coroutine:
+        assert outcome(application, function)["error"].endswith("what it said")
 
 
 def test_a_report_after_the_end_is_ignored(application):
