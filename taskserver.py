@@ -395,7 +395,9 @@ _MAX_CACHED = 4096  # bytes of a result; so the cache takes some megabytes at mo
 
 def encode_cached(record: Record, with_result: bool = True) -> bytes:
     """Return what `encode_record` does; faster for final records, which are polled repeatedly."""
-    if record.status == PENDING or len(record.result or b"") > _MAX_CACHED:
+    if record.status == PENDING:
+        return encode_record(record, with_result)
+    if record.result is not None and len(record.result) > _MAX_CACHED:
         return encode_record(record, with_result)
     return _encode_final_record(record, with_result)
 
@@ -553,14 +555,17 @@ class Duplicate(Exception):
     """There is a record with this id already; or there will be, for it is just being stored."""
 
 
+_CAN_FREEZE = hasattr(gc, "freeze")  # CPython from 3.7 on
+
+
 class Store:
     """The records by id: a dict behind a readers-writer lock, bounded in number, bytes and time.
 
     A final record stays for `keep` seconds; then `evict` drops it. A new record is refused when
     `max_tasks` are held, or payloads and results of `max_memory` bytes; the results of tasks that
-    were accepted before are stored all the same. With a `journal` (its contract
-    stands in section 10), a record is written there before anybody sees it: `add`, `save` and
-    `finish` block until it is. `delete_doomed` deletes there what was evicted here.
+    were accepted before are stored all the same. With a `journal` (its contract stands in section
+    10), a record is written there before anybody sees it: `add`, `save` and `finish` block until it
+    is. `delete_doomed` deletes there what was evicted here.
     """
 
     FAILING_SECONDS = 30.0  # so long after a failure the journal counts as failing
@@ -693,7 +698,8 @@ class Store:
     def save(self, record: Record) -> None:
         """Have a record outlive a crash, if there is a journal; nobody sees it yet.
 
-        Blocks, and tries until that has worked. RecordRefused: it never will. JournalLost.
+        Blocks, and tries until that has worked. RecordRefused: it never will. JournalLost: the
+        journal is another server's, or this process is ending.
         """
         attempts = 0
         while self.journal is not None:  # it becomes None when the process is ending
@@ -832,7 +838,7 @@ class Store:
         never done while --max-tasks has its default, which is MANY. CPython can do it from 3.7 on;
         in free-threaded builds the pause is shorter, but not gone; PyPy needs none of it.
         """
-        if not hasattr(gc, "freeze"):
+        if not _CAN_FREEZE:
             return
         held = len(self._records)
         if held > self.MANY and self._new >= self.MANY_NEW:
@@ -844,10 +850,9 @@ class Store:
             self._count_new(held)
 
     def _freeze(self) -> None:
-        if hasattr(gc, "freeze"):
-            gc.freeze()
-            self._is_frozen = True
-            self._count_new(0)
+        gc.freeze()
+        self._is_frozen = True
+        self._count_new(0)
 
     def _count_new(self, count: int) -> None:
         """Say how many records are new to the collector."""
@@ -868,7 +873,7 @@ class Store:
         finally:
             if was_enabled:
                 gc.enable()
-        if len(self._records) > self.MANY:
+        if _CAN_FREEZE and len(self._records) > self.MANY:
             self._freeze()  # as in spare_collector
         return pending
 
@@ -2386,12 +2391,14 @@ def check_origin(request: Request) -> None:
     as curl, send neither.
     """
     site = request.header("sec-fetch-site")
-    origin = request.header("origin")
+    origin = request.header("origin").lower()
     if site:
         is_own = site in ("same-origin", "none")
+    elif origin:
+        _, separator, host = origin.partition("://")
+        is_own = separator != "" and host == request.host.lower()
     else:
-        _, separator, host = origin.lower().partition("://")
-        is_own = not origin or (separator != "" and host == request.host.lower())
+        is_own = True
     if not is_own:
         raise HTTPError(403, "Send this from a page of this server, or without a browser.")
 
@@ -2411,7 +2418,9 @@ def _unwrapped(function: Any) -> Any:
 def _is_a(kind: Callable[[Any], bool], function: Any) -> bool:
     """Return whether a function is of this kind; or if it is an object, whether its __call__ is."""
     function = _unwrapped(function)
-    return kind(function) or (callable(function) and kind(type(function).__call__))
+    if kind(function):
+        return True
+    return callable(function) and kind(type(function).__call__)
 
 
 def is_coroutine_function(function: Any) -> bool:
@@ -2434,10 +2443,14 @@ def _check_options(name: Any, timeout: Any, unknown: Mapping[str, Any]) -> None:
         raise ValueError(
             f"task type {name!r}: choose a name of lower-case letters, digits and hyphens"
         )
-    if timeout is not None and not (isinstance(timeout, (int, float)) and 0 < timeout <= 1e6):
+    if timeout is not None and not _is_time_limit(timeout):
         raise ValueError(
             f"task type {name!r}: use a timeout= of more than 0 and at most a million seconds"
         )
+
+
+def _is_time_limit(timeout: Any) -> bool:
+    return isinstance(timeout, (int, float)) and 0 < timeout <= 1e6
 
 
 def _check_function(name: str, function: Any, cpu: bool) -> None:
@@ -3270,10 +3283,12 @@ def parse_headers(block: bytes, minor: int) -> Fields:
 
 def _check_host(headers: Mapping[str, str], minor: int) -> None:
     """HTTPError 400: no well-formed Host, or several (RFC 9112, 3.2)."""
-    host = headers.get("host")
-    if host is None and minor == 0:
+    if "host" not in headers and minor == 0:
         return
-    if host is None or (host and not _WELL_FORMED_HOST.fullmatch(host)):
+    host = headers.get("host")
+    if host == "":  # parse_head knows for what that is allowed
+        return
+    if host is None or not _WELL_FORMED_HOST.fullmatch(host):
         raise HTTPError(400, "Send one well-formed Host.")
 
 
@@ -3296,10 +3311,11 @@ def _content_length(headers: Mapping[str, str]) -> int:
     text = headers.get("content-length", "0")
     if not re.fullmatch("[0-9]+", text):
         raise HTTPError(400, "Send one Content-Length, a plain number.")
-    digits = text.lstrip("0")
-    if len(digits) > len(str(MAX_BODY)) or int(digits or "0") > MAX_BODY:
+    digits = text.lstrip("0") or "0"
+    # Their number first, because int takes no more than 4,300 of them in newer Pythons.
+    if len(digits) > len(str(MAX_BODY)) or int(digits) > MAX_BODY:
         raise HTTPError(413, f"Send at most {MAX_BODY} bytes.")
-    return int(digits or "0")
+    return int(digits)
 
 
 def _split_headers(block: bytes) -> dict[str, str]:
@@ -3442,7 +3458,8 @@ class Connection:
             return selectors.EVENT_WRITE
         if self.phase == RUNNING:
             return 0
-        if self.phase == WAITING and (self.ended or len(self.buffer) >= MAX_PIPELINED):
+        reads_ahead = len(self.buffer) < MAX_PIPELINED and not self.ended
+        if self.phase == WAITING and not reads_ahead:
             return 0  # what follows, such as an end of file, is seen only after the answer
         return selectors.EVENT_READ
 
@@ -3475,9 +3492,10 @@ class Connection:
 
     def expire(self) -> None:
         """End the phase, whose deadline has passed."""
+        has_begun = self.phase == BODY or len(self.buffer) > 0
         if self.phase == WAITING:
             self.resume()
-        elif self.phase == BODY or (self.phase == HEADER and self.buffer):
+        elif self.phase in (HEADER, BODY) and has_begun:
             refusal = HTTPError(408, "Send a request without long pauses.")
             self.enter(self.story.throw(refusal))
         else:
