@@ -1187,10 +1187,7 @@ class WorkerPool(BoundedQueue):
             item = self._get(is_new=True)
             while item is not None:
                 self.wake()  # if there are more items, for another worker
-                try:
-                    self._work(item)
-                finally:
-                    self._done()
+                self._work_on(item)
                 item = self._get()
         except BaseException as error:  # another thread may throw one in, to end a task
             log.error("a worker ends: %s", describe(error))
@@ -1199,6 +1196,12 @@ class WorkerPool(BoundedQueue):
                 self._on_the_way = False
         self._at_end()
         self.wake()  # for items that came meanwhile
+
+    def _work_on(self, item: Any) -> None:
+        try:
+            self._work(item)
+        finally:
+            self._done()
 
     def _get(self, is_new: bool = False) -> Any:
         """Return the next item; None: there was none for a while, and this worker has to end.
@@ -3665,8 +3668,9 @@ class Server(http.server.ThreadingHTTPServer):
         self.application, self.tls = application, tls
         self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         # Connections leave some descriptors to children, each of which needs six.
-        limit, children = raise_descriptor_limit(), application.cpu_pool.max_workers
-        self._max_connections = int(max(limit // 4, limit - 8 * children))
+        limit = raise_descriptor_limit()
+        reserved = 8 * application.cpu_pool.max_workers
+        self._max_connections = int(max(limit // 4, limit - reserved))
         self._connections: set[Connection] = set()
         self._is_accepting = False
         self._refused_at = -math.inf  # when it was last logged that no connection can be accepted
@@ -4819,11 +4823,9 @@ class Description:
         return self._unique("tag", tag, route.tag)
 
     def _about(self, tag: str) -> str:
-        return (
-            f"Tasks of type {tag}."
-            if tag in self._types
-            else "Endpoints that belong to no single type of task."
-        )
+        if tag in self._types:
+            return f"Tasks of type {tag}."
+        return "Endpoints that belong to no single type of task."
 
     def _unique(self, kind: str, name: str, thing: Any) -> str:
         """Return a name for a thing, changed if another one has it. Types may be a-b and ab."""

@@ -11691,12 +11691,25 @@ def test_exercise_07_a_copy_that_a_function_has_forked_calls_nothing_again(appli
 
 
 @exercise
-def test_exercise_08_a_client_can_wait_for_the_first_of_several(application, gate):
+def test_exercise_08_a_client_can_wait_for_the_first_of_several(application, gate, monkeypatch):
     other = Gate()
     application.task("other")(other)
+    watched = set()  # ids
+    watch, unwatch = application.store.watch, application.store.unwatch
+
+    def watch_and_note(task_id, wake):
+        watched.add(task_id)
+        watch(task_id, wake)
+
+    def unwatch_and_note(task_id, wake):
+        watched.discard(task_id)
+        unwatch(task_id, wake)
+
+    monkeypatch.setattr(application.store, "watch", watch_and_note)
+    monkeypatch.setattr(application.store, "unwatch", unwatch_and_note)
 
     def open_other():
-        if eventually(lambda: application.store._watchers):
+        if eventually(lambda: len(watched) == 2):
             other.opened.set()
 
     with contextlib.ExitStack() as stack:
@@ -11713,7 +11726,7 @@ def test_exercise_08_a_client_can_wait_for_the_first_of_several(application, gat
         assert time.monotonic() - begun < 25, "it has waited until the end of its time"
         opener.join()
         assert answer == {"tasks": [poll(application, second)]}
-        assert not application.store._watchers
+        assert not watched
     gate.opened.set()
     final(application, first)
     answer = ask(application, "GET", f"/first?{query}&wait=30").json
