@@ -227,6 +227,7 @@ PENDING, COMPLETED, FAILED = "pending", "completed", "failed"
 MAX_MESSAGE = 500  # characters of a reported message that are kept
 MAX_ERROR = 2000  # characters of an error that are kept
 MAX_RESULT = 1 << 20  # bytes of a result, encoded
+MAX_TRACE = 20_000  # characters of a traceback in the log
 # A reported fraction may be this much below 0 or above 1, because sums of float32 often are.
 ROUNDING = 1e-4
 
@@ -413,6 +414,10 @@ def encode_result(value: object, default: Callable[[Any], Any] | None = None) ->
 
     ValueError: JSON cannot hold it (the text says what, and at which key), or it is too large.
     """
+    if _is_huge(value):  # the encoder lets no other thread go on, for seconds perhaps
+        raise ValueError(
+            f"the result has more than {MAX_RESULT} bytes as JSON, or it contains itself"
+        )
     encoder = _ENCODER
     if default is not None:
         encoder = json.JSONEncoder(allow_nan=False, default=functools.partial(_convert, default))
@@ -429,6 +434,24 @@ def encode_result(value: object, default: Callable[[Any], Any] | None = None) ->
         size = len(encoded)
         raise ValueError(f"the result has {size} bytes as JSON, at most {MAX_RESULT} are kept")
     return encoded
+
+
+def _is_huge(value: object) -> bool:
+    """Return whether a value has more members and characters than JSON may have bytes."""
+    size = 0
+    rest = [value]
+    while rest and size <= MAX_RESULT:
+        value = rest.pop()
+        members: Iterable[object] = ()
+        if isinstance(value, dict):
+            members = value.values()
+        elif isinstance(value, (list, tuple)):
+            members = value
+        if isinstance(value, (str, dict, list, tuple)):
+            size += len(value)
+        if size <= MAX_RESULT:
+            rest += [m for m in members if isinstance(m, (str, dict, list, tuple))]
+    return size > MAX_RESULT
 
 
 def _convert(default: Callable[[Any], Any], value: object) -> object:
@@ -526,7 +549,7 @@ def traceback_of(exception: BaseException) -> str:
         if isinstance(exception, TaskError):
             return exception.trace
         lines = traceback.format_exception(type(exception), exception, exception.__traceback__)
-        return "".join(lines).rstrip()
+        return "".join(lines).rstrip()[-MAX_TRACE:]
     except BaseException:  # as in describe()
         return ""
 
@@ -1366,7 +1389,8 @@ class CoroutinePool(BoundedQueue):
                 return True
             try:
                 loop = asyncio.new_event_loop()
-            except OSError:  # no descriptor to be had
+            except Exception as error:  # no descriptor to be had, or a policy of somebody's own
+                log.error("no event loop for coroutines: %s", describe(error))
                 return False
             loop.set_exception_handler(self._log_stray_exception)
             thread = threading.Thread(
@@ -1542,10 +1566,11 @@ STOP_SIGNALS = [
 _POSIX = os.name == "posix"  # Windows has neither signal masks nor groups of processes
 _SPAWN = multiprocessing.get_context("spawn")  # never fork: the server has threads
 
-# What a copy of this process must give up when a task calls os.fork: the handlers of signals, and
-# the pipes. While a copy keeps a pipe open, its other end does not see that this process has ended.
+# What a copy of this process must give up when a task calls os.fork: the handlers of signals, pipes
+# to children, and the lock of a journal. While a copy keeps a pipe open, its other end does not see
+# that this process has ended; and a lock that a copy keeps outlives this process.
 _own_handlers: list[Any] = []
-_own_pipes: weakref.WeakSet[Any] = weakref.WeakSet()
+_own_files: weakref.WeakSet[Any] = weakref.WeakSet()
 _starting = threading.Lock()  # held while a pipe to a child is made, and while a task forks
 _forking = threading.local()  # .mask: the signals that this thread blocked before the fork
 _setting_handlers: Any = contextlib.nullcontext()
@@ -1652,9 +1677,9 @@ def _after_fork_in_copy() -> None:
         for number in STOP_SIGNALS:
             if any(signal.getsignal(number) is handler for handler in _own_handlers):
                 signal.signal(number, signal.SIG_DFL)
-    for pipe in list(_own_pipes):
+    for file in list(_own_files):
         with contextlib.suppress(OSError):  # another thread was just closing it
-            pipe.close()
+            file.close()
     _after_fork()
 
 
@@ -1664,11 +1689,38 @@ if hasattr(os, "register_at_fork"):  # Windows does not fork
     )
 
 
+def _resource_limits() -> dict[int, tuple[int, int]]:
+    """Return the soft and the hard limit of each resource, such as memory; Windows has none."""
+    if not _POSIX:
+        return {}
+    import resource  # POSIX only
+
+    numbers = {getattr(resource, name) for name in dir(resource) if name.startswith("RLIMIT_")}
+    return {number: resource.getrlimit(number) for number in numbers}
+
+
+def _set_resource_limits(limits: dict[int, tuple[int, int]]) -> None:
+    """Set these limits. A hard limit that was lowered stays, because nobody may raise it."""
+    import resource
+
+    for number, (soft, hard) in limits.items():
+        _, hard_now = resource.getrlimit(number)
+        for limit in (soft, hard), (soft, hard_now), (hard_now, hard_now):
+            with contextlib.suppress(OSError, ValueError):
+                resource.setrlimit(number, limit)
+                break
+
+
 class Surroundings:
     """What a task may change in its child, and the next one must find as it was."""
 
     def __init__(self) -> None:
         self._directory = _working_directory()
+        self._streams = {}  # copies of stdin, stdout and stderr
+        for number in range(3):
+            with contextlib.suppress(OSError):  # it is closed
+                self._streams[number] = os.dup(number)
+        self._limits = _resource_limits()
         self._umask = os.umask(0)
         os.umask(self._umask)
         self._handlers = {number: signal.getsignal(number) for number in range(1, signal.NSIG)}
@@ -1677,6 +1729,11 @@ class Surroundings:
         """Put everything back."""
         with contextlib.suppress(OSError):  # the directory was deleted
             os.chdir(self._directory)
+        for number, copy in self._streams.items():
+            with contextlib.suppress(OSError):  # the task has closed the copy
+                os.dup2(copy, number)
+        if self._limits != _resource_limits():
+            _set_resource_limits(self._limits)
         os.umask(self._umask)
         if _POSIX:
             for timer in signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF:
@@ -1712,9 +1769,9 @@ def _child_main(pipe: Any) -> None:
             os.setpgid(0, 0)  # a group of its own, which ends as a whole
             os.nice(10)  # computing gives way to serving
             _read_nothing()
-            # Programs that a task runs must not keep the pipe open either, see _own_pipes.
+            # Programs that a task runs must not keep the pipe open either, see _own_files.
             os.set_inheritable(pipe.fileno(), False)
-        _own_pipes.add(pipe)
+        _own_files.add(pipe)
         handle_stop_signals(_outlive)  # the server decides what becomes of its tasks
         make_printing_safe()
         surroundings = Surroundings()
@@ -1747,7 +1804,7 @@ def _run_job(pipe: Any, job: bytes) -> bytes:
         pipe.send_bytes(BEGUN)
         return RESULT + b" " + call_here(function, payload, live.report, default)
     except BaseException as error:  # even SystemExit ends this task alone
-        details = [describe(error), traceback_of(error)[-20_000:]]
+        details = [describe(error), traceback_of(error)]
         return ERROR + b" " + json.dumps(details).encode()
     finally:
         done.set()
@@ -1930,7 +1987,7 @@ class Child:
             signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         with self._reaping, _starting:
             self._pipe, far_end = _SPAWN.Pipe()
-            _own_pipes.add(self._pipe)
+            _own_files.add(self._pipe)
             with far_end:  # left open here, it would hide the end of file
                 process = _SPAWN.Process(target=_child_main, args=(far_end,), name=CHILD_NAME)
                 process.start()
@@ -3687,6 +3744,7 @@ class Server(http.server.ThreadingHTTPServer):
         self._wake_receiver, self._wake_sender = socket.socketpair()
         self._wake_sender.setblocking(False)
         self._wake_receiver.setblocking(False)
+        self._selector.register(self._wake_receiver, selectors.EVENT_READ)
         super().__init__(address, http.server.BaseHTTPRequestHandler, bind_and_activate)
         self.socket.setblocking(False)
         _servers.add(self)
@@ -3702,7 +3760,6 @@ class Server(http.server.ThreadingHTTPServer):
         """Serve until `shutdown`. At least every `poll_interval` seconds, do what is due."""
         self._stopped.clear()
         try:
-            self._selector.register(self._wake_receiver, selectors.EVENT_READ)
             self._accept_again()
             while self._end == math.inf or self._drain():
                 self._serve_once(poll_interval)
@@ -3711,6 +3768,7 @@ class Server(http.server.ThreadingHTTPServer):
                 for connection in list(self._connections):
                     self._close(connection)
             finally:
+                self._end = math.inf  # so that it can be called again
                 self._stopped.set()
 
     def shutdown(self, seconds: float = 2.0) -> None:
@@ -4372,11 +4430,38 @@ def recover(application: Application) -> None:
             task_type.pool.put(record.live, record)
 
 
+def _lock(path: str) -> Any:
+    """Lock a file, which is made if there is none; return it. OSError: it stays locked. POSIX only.
+
+    The lock ends when the file is closed. Waits up to a second for a process that is just ending.
+    """
+    import fcntl  # POSIX only
+
+    deadline = time.monotonic() + 1
+    file = open(path, "ab")  # noqa: SIM115 -- stays open
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                file.close()
+                raise OSError("it is locked") from None
+            time.sleep(0.02)  # flock knows no deadline
+        except OSError:  # this file system has no such locks
+            break
+    _own_files.add(file)
+    return file
+
+
 class SQLiteJournal(Journal):
     """Keeps records in an SQLite file that no other process can open meanwhile.
 
     One thread writes. What many threads hand to it while it waits for the disk shares its next
     transaction, and so the next wait.
+
+    A lock on a file beside it keeps a second server out, too. SQLite's own does not always: on
+    POSIX systems it goes when a task opens the database, say to copy it, and closes it again.
     """
 
     # Of the table; in the file as user_version. Version 1 has the fields of JOURNALED as above;
@@ -4395,9 +4480,12 @@ class SQLiteJournal(Journal):
         # What to save or to delete, and where to put the outcome: an exception, or None.
         # A job of None ends the thread.
         self._jobs: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._lock_file = None
         try:
             import sqlite3  # not every Python is built with it
 
+            if _POSIX:
+                self._lock_file = _lock(self._path + "-lock")
             self._database = sqlite3.connect(
                 self._path, timeout=1, isolation_level=None, check_same_thread=False
             )
@@ -4408,6 +4496,7 @@ class SQLiteJournal(Journal):
                 self._database.close()  # which unlocks the file
                 raise
         except Exception as error:
+            self._unlock()
             raise self._error("opened", error) from error
         self._thread = threading.Thread(target=self._be_writer, name="journal", daemon=True)
         self._thread.start()
@@ -4417,6 +4506,7 @@ class SQLiteJournal(Journal):
         self._jobs.put(None)
         self._thread.join()
         self._database.close()
+        self._unlock()
 
     def load(self) -> Iterable[Record]:
         """Yield all records in the order of their creation. OSError."""
@@ -4443,6 +4533,10 @@ class SQLiteJournal(Journal):
         error = outcome.get()
         if error is not None:
             raise error
+
+    def _unlock(self) -> None:
+        if self._lock_file is not None:
+            self._lock_file.close()
 
     def _query(self, statement: str) -> list[Any]:
         """Execute a statement; return all rows, because PyPy needs them fetched."""
@@ -6171,6 +6265,13 @@ def _open_log(application: Application, options: argparse.Namespace) -> LogHandl
     return handler
 
 
+def _close_log(application: Application, handler: LogHandler) -> None:
+    """Write what is queued, and log no more to stderr."""
+    log.removeHandler(handler)
+    application.log_task = log.info
+    handler.finish(1)
+
+
 def _say_nothing(text: str, *arguments: object) -> None:
     """Take the place of the log's lines for each task."""
 
@@ -6197,10 +6298,13 @@ def main(application: Application | None = None, argv: list[str] | None = None) 
     sys.setswitchinterval(_switch_interval(options.workers))
     if options.self_check:
         sys.exit(self_check())
+    handler = None
     try:
         handler = _open_log(application, options)
         server, address = _start(application, options)
     except (ValueError, OSError, RuntimeError, JournalLost) as error:  # RuntimeError: no thread
+        if handler is not None:
+            _close_log(application, handler)
         sentence = " ".join(str(error).splitlines())
         sys.exit(f"taskserver: {sentence}")
     log.info("serving %s", address)
@@ -6213,8 +6317,7 @@ def main(application: Application | None = None, argv: list[str] | None = None) 
     application.children.kill()
     if is_main_thread:
         _leave(status, at_once=is_running)
-    application.log_task = log.info  # this process goes on
-    log.removeHandler(handler)
+    _close_log(application, handler)  # this process goes on
     sys.exit(status)
 
 

@@ -593,7 +593,6 @@ def deep(levels):
         lambda: [math.inf],
         lambda: {"a": -math.inf},
         object,
-        cycle,
         lambda: {1, 2},
         lambda: b"bytes",
         lambda: {(1, 2): 3},
@@ -691,6 +690,25 @@ def test_a_result_has_at_most_1_mib():
         taskserver.encode_result("x" * (MIB - 1))
 
 
+@pytest.mark.parametrize(
+    "value",
+    [
+        [0] * (MIB + 1),
+        {"a": ["x" * MIB, "x"]},
+        [[["x" * 1000] * 50] * 50] * 50,  # the same lists again and again
+        cycle(),
+        [0, (cycle(), {"a": cycle()})],
+    ],
+)
+def test_a_huge_result_is_refused_before_it_is_encoded(value, monkeypatch):
+    def encode(encoder, value):
+        raise AssertionError("no other thread could go on meanwhile")
+
+    monkeypatch.setattr(json.JSONEncoder, "encode", encode)
+    with pytest.raises(ValueError, match="more than 1048576 bytes as JSON, or it contains itself"):
+        taskserver.encode_result(value)
+
+
 class Speechless(Exception):
     def __str__(self):
         raise RuntimeError("no words")
@@ -733,6 +751,11 @@ def test_what_the_log_says_of_an_exception_ends_with_what_it_said():
     assert (
         taskserver.traceback_of(taskserver.TaskError("late", "from elsewhere")) == "from elsewhere"
     )
+
+
+def test_what_the_log_says_of_an_exception_has_a_bound():
+    trace = taskserver.traceback_of(ValueError("x" * MIB + "the end"))
+    assert len(trace) == taskserver.MAX_TRACE and trace.endswith("the end")
 
 
 class Clock:
@@ -1900,12 +1923,15 @@ def test_coroutines_wait_while_no_thread_can_be_started(monkeypatch, error):
     assert pool.next_end() == (7, None)
 
 
-def test_coroutines_wait_while_no_event_loop_can_be_had(monkeypatch):
+@pytest.mark.parametrize(
+    "error", [OSError(errno.EMFILE, "Too many open files"), LookupError("a policy of our own")]
+)
+def test_coroutines_wait_while_no_event_loop_can_be_had(error, monkeypatch):
     pool, refused = Coroutines(), threading.Event()
 
     def refuse():
         refused.set()
-        raise OSError(errno.EMFILE, "Too many open files")
+        raise error
 
     with monkeypatch.context() as patch:
         patch.setattr(asyncio, "new_event_loop", refuse)
@@ -2137,7 +2163,20 @@ def surroundings(payload, report):
         timers = signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF
         found.append([signal.getitimer(timer)[0] for timer in timers])
         found.append(sorted(signal.pthread_sigmask(signal.SIG_BLOCK, ())))
+        import resource
+
+        found.append([resource.getrlimit(number) for number in limits_of_resources()])
+    for number in range(3):
+        status = os.fstat(number)
+        found.append([status.st_dev, status.st_ino])
     return found
+
+
+def limits_of_resources():
+    """Return the number of each limit that a task can lower and raise again."""
+    import resource
+
+    return [getattr(resource, name) for name in ("RLIMIT_CPU", "RLIMIT_AS", "RLIMIT_NOFILE")]
 
 
 def leave_a_mess(payload, report):
@@ -2153,6 +2192,15 @@ def leave_a_mess(payload, report):
         # One that would end the process as soon as it is not blocked any more.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1, signal.SIGTERM})
         signal.pthread_kill(threading.get_ident(), signal.SIGUSR1)
+        import resource
+
+        for number in limits_of_resources():
+            hard = resource.getrlimit(number)[1]
+            resource.setrlimit(number, (1 << 40 if number == resource.RLIMIT_AS else 100, hard))
+    os.close(0)
+    os.close(1)
+    with open(os.devnull, "wb") as nothing:
+        os.dup2(nothing.fileno(), 2)
 
 
 class HeardLive(taskserver.Live):
@@ -7342,6 +7390,18 @@ def test_a_server_that_shuts_down_sends_the_answers_under_way(application, gate)
         assert client.ended() and idle.ended()
 
 
+def test_a_server_that_was_shut_down_can_serve_again(application):
+    server = WatchedServer(application)
+    for _ in range(3):
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        with server.client() as client:
+            assert client.ask("GET", "/healthz").status == 200
+        server.shutdown()
+        thread.join(LONG)
+    server.server_close()
+
+
 def test_the_port_is_free_at_once(application):
     with serving(application) as server:
         port = server.server_port
@@ -9732,12 +9792,57 @@ def test_a_file_of_another_program_or_version_is_refused_and_stays_as_it_is(
     assert pathlib.Path(path).read_bytes() == before
 
 
+OPEN_IT = "try: SQLiteJournal(sys.argv[1])\nexcept OSError as error: print(error)"
+
+
 def test_a_second_process_on_the_same_file_is_refused(path):
-    code = "try: SQLiteJournal(sys.argv[1])\nexcept OSError as error: print(error)"
     with sqlite_journal(path) as journal:
         journal.save(numbered(1))
-        assert "is locked; stop the server that uses it" in python(code, path)
+        assert "is locked; stop the server that uses it" in python(OPEN_IT, path)
         assert "is locked" in refusal(path)
+
+
+@posix
+def test_a_task_that_reads_the_file_does_not_let_a_second_process_in(path, tmp_path):
+    with sqlite_journal(path) as journal:
+        journal.save(numbered(1))
+        shutil.copytree(str(tmp_path), str(tmp_path / "copy"))  # takes SQLite's own lock away
+        assert "is locked; stop the server that uses it" in python(OPEN_IT, path)
+        journal.save(numbered(2))
+    with sqlite_journal(path) as journal:
+        assert list(journal.load()) == [numbered(1), numbered(2)]
+
+
+@needs_fork
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_copy_that_a_task_forks_does_not_keep_the_lock_of_the_file(path):
+    with sqlite_journal(path):
+        mine, its = socket.socketpair()
+        copy = os.fork()
+        if copy == 0:
+            mine.close()
+            its.recv(1)  # until the test lets it end
+            os._exit(0)
+    try:
+        with sqlite_journal(path):
+            assert os.waitpid(copy, os.WNOHANG) == (0, 0)  # it lives
+    finally:
+        its.close()
+        mine.close()
+        os.waitpid(copy, 0)
+
+
+@posix
+def test_a_file_system_without_such_locks_is_used_all_the_same(path, monkeypatch):
+    import fcntl
+
+    def refuse(file, operation):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with sqlite_journal(path) as journal:
+        journal.save(numbered(1))
+        assert "is locked; stop the server that uses it" in python(OPEN_IT, path)
 
 
 @posix
@@ -10754,6 +10859,17 @@ def test_a_foreign_address_is_refused_without_a_token_or_permission(host):
     err = refused("--host", host, "--port", "0")
     assert "TASKSERVER_TOKEN" in err
     assert "--allow-anonymous" in err
+
+
+def test_a_start_that_fails_leaves_the_log_as_it_was():
+    code = (
+        "before = list(log.handlers)\n"
+        "for _ in range(2):\n"
+        "    try: main(argv=['--db', os.devnull + '/tasks.db', '--port', '0'])\n"
+        "    except SystemExit as end: print('cannot be opened' in end.code)\n"
+        "print(log.handlers == before)"
+    )
+    assert python(code).split() == ["True"] * 3
 
 
 def test_a_foreign_address_is_served_with_permission_or_with_a_token():
