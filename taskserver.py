@@ -409,21 +409,28 @@ def encode_cached(record: Record, with_result: bool = True) -> bytes:
 _JSON_ESCAPE = re.compile(r"\\ud[89ab]..\\ud[c-f]..|\\(ud[89a-f]..)|\\.")
 
 
+class HugeResult(ValueError):
+    """A result that is too large even to be encoded."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            f"the result has more than {MAX_RESULT} bytes as JSON, or it contains itself"
+        )
+
+
 def encode_result(value: object, default: Callable[[Any], Any] | None = None) -> bytes:
     """Return what a function has returned as JSON; `default` is that of `json.dumps`.
 
     ValueError: JSON cannot hold it (the text says what, and at which key), or it is too large.
     """
-    if _is_huge(value):  # the encoder lets no other thread go on, for seconds perhaps
-        raise ValueError(
-            f"the result has more than {MAX_RESULT} bytes as JSON, or it contains itself"
-        )
     encoder = _ENCODER
     if default is not None:
         encoder = json.JSONEncoder(allow_nan=False, default=functools.partial(_convert, default))
     try:
+        _check_members(value)  # first: while it encodes, the encoder lets no other thread go on
         text = encoder.encode(value)
-        _check_keys(value)
+    except HugeResult:
+        raise
     except Exception as error:  # `default` may raise anything
         place = _place_of_fault(value, encoder)
         raise ValueError(f"the result cannot be written as JSON{place}: {error}") from None
@@ -436,47 +443,39 @@ def encode_result(value: object, default: Callable[[Any], Any] | None = None) ->
     return encoded
 
 
-def _is_huge(value: object) -> bool:
-    """Return whether a value has more members and characters than JSON may have bytes."""
-    size = 0
-    rest = [value]
-    while rest and size <= MAX_RESULT:
-        value = rest.pop()
-        members: Iterable[object] = ()
-        if isinstance(value, dict):
-            members = value.values()
-        elif isinstance(value, (list, tuple)):
-            members = value
-        if isinstance(value, (str, dict, list, tuple)):
-            size += len(value)
-        if size <= MAX_RESULT:
-            rest += [m for m in members if isinstance(m, (str, dict, list, tuple))]
-    return size > MAX_RESULT
-
-
 def _convert(default: Callable[[Any], Any], value: object) -> object:
-    """Return what `default` makes of a value. ValueError: see _check_keys."""
+    """Return what `default` makes of a value. ValueError: see _check_members."""
     converted = default(value)
-    _check_keys(converted)
+    _check_members(converted)
     return converted
 
 
-def _check_keys(value: object) -> None:
-    """ValueError: two keys of a dict are the same in JSON, such as 1 and "1"."""
-    containers = [value]
-    while containers:
-        value = containers.pop()
+def _check_members(value: object) -> None:
+    """ValueError: two keys of a dict are the same in JSON, such as 1 and "1". HugeResult.
+
+    It counts the members and the characters of a result; none of them has less than a byte in JSON.
+    """
+    size = 0
+    rest = [value]
+    while rest:
+        value = rest.pop()
         members: Iterable[object] = ()
-        if isinstance(value, dict):
+        if isinstance(value, str):
+            size += len(value)
+        elif isinstance(value, dict):
+            size += len(value)
             if set(map(type, value)) - {str}:
                 keys = [_json_key(key) for key in value]
                 if len(set(keys)) < len(keys):
                     raise ValueError("two keys are the same as JSON, such as 1 and '1'")
             members = value.values()
         elif isinstance(value, (list, tuple)):
+            size += len(value)
             members = value
-        # Not numbers and texts: a result may hold a hundred thousand of them.
-        containers += [m for m in members if isinstance(m, (dict, list, tuple))]
+        if size > MAX_RESULT:
+            raise HugeResult
+        # Not numbers: a result may hold a hundred thousand of them.
+        rest += [m for m in members if isinstance(m, (str, dict, list, tuple))]
 
 
 def _json_key(key: object) -> str:
@@ -499,7 +498,7 @@ def _place_of_fault(value: object, encoder: json.JSONEncoder) -> str:
         for key, member in members:
             try:
                 encoder.encode(member)
-                _check_keys(member)
+                _check_members(member)
             except Exception:
                 place += f"[{key!r:.50}]"
                 value = member
