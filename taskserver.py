@@ -759,13 +759,13 @@ class Store:
         return record
 
     def watch(self, task_id: str, wake: Callable[[], None]) -> None:
-        """Have `wake` called as soon as the record is final or the store stops; at once if it is.
+        """Have `wake` called when the record is final, or the store stops; if it is final, at once.
 
         It may be called in any thread, and must not block.
         """
         with self._lock.write:
             record = self._records.get(task_id)
-            pending = record is not None and record.status == PENDING and not self.stopping
+            pending = record is not None and record.status == PENDING
             if pending:
                 self._watchers.setdefault(task_id, set()).add(wake)
         if not pending:
@@ -780,7 +780,7 @@ class Store:
                 self._watchers.pop(task_id, None)
 
     def stop(self) -> None:
-        """Wake all who wait; nobody waits from now on."""
+        """Wake all who wait, so that they learn of it soon; nothing is created from now on."""
         with self._lock.write:
             self.stopping = True
             watchers = [wake for wakes in self._watchers.values() for wake in wakes]
@@ -2115,8 +2115,10 @@ class Request(NamedTuple):
         values = [value for key, value in pairs if key == name]
         if not values:
             return None
-        if len(values) > 1 or not re.fullmatch(pattern, values[0]):
+        if len(values) > 1:
             raise HTTPError(400, f"Send {name} once, such as {name}={example}.")
+        if not re.fullmatch(pattern, values[0]):
+            raise HTTPError(400, f"Send another value of {name}, such as {name}={example}.")
         return values[0]
 
 
@@ -4483,6 +4485,11 @@ class SQLiteJournal(Journal):
         try:
             import sqlite3  # not every Python is built with it
 
+            folder = os.path.dirname(self._path)
+            if not os.path.isdir(folder):
+                raise OSError(f"there is no folder {folder}")
+            if os.path.isdir(self._path):
+                raise OSError("it is a folder")
             if _POSIX:
                 self._lock_file = _lock(self._path + "-lock")
             self._database = sqlite3.connect(
@@ -5341,7 +5348,8 @@ async function rest(problem) {
 
 function pace() {  // returns seconds
   if (document.hidden) return 20;
-  if (!isBusy) return IDLE;
+  const isShown = records.some(({status}) => status === "pending");
+  if (!isBusy && !isShown) return IDLE;
   return Math.min(IDLE, 0.55 * limit / 50);  // a longer listing comes less often
 }
 
@@ -6098,6 +6106,13 @@ def _seconds(text: str) -> float:
     return float(text)
 
 
+def _host_name(text: str) -> str:
+    if not re.fullmatch("[0-9A-Za-z._-]+", text) and parse_address(text) is None:
+        sentence = f"{text} is no host name; give the name alone, such as tasks.example"
+        raise argparse.ArgumentTypeError(sentence)
+    return text
+
+
 def _parse_options(argv: list[str] | None, application: Application) -> argparse.Namespace:
     """Return the options; what is not given is as the application has it."""
     store, pool, cpu_pool = application.store, application.pool, application.cpu_pool
@@ -6130,7 +6145,9 @@ def _parse_options(argv: list[str] | None, application: Application) -> argparse
     add("--tls-cert", str, None, "FILE", "speak HTTPS with this certificate chain (PEM)")
     add("--tls-key", str, None, "FILE", "and this private key (PEM)")
     text = "a name that clients may use"
-    parser.add_argument("--allow-host", action="append", default=[], metavar="NAME", help=text)
+    parser.add_argument(
+        "--allow-host", type=_host_name, action="append", default=[], metavar="NAME", help=text
+    )
     for flag, text in (
         ("--allow-anonymous", "serve other machines without a token"),
         ("--verbose", "log each request"),
@@ -6195,7 +6212,10 @@ def _bind(application: Application, options: argparse.Namespace) -> Server:
             tls = tls_context(options.tls_cert, options.tls_key)
         except OSError as error:
             files = f"{options.tls_cert} and {options.tls_key}"
-            raise ValueError(f"cannot speak TLS with {files}: {error}") from None
+            raise ValueError(
+                f"cannot speak TLS with {files}: {error}; give a certificate chain and the private "
+                "key that belongs to it, both as PEM files"
+            ) from None
     server = Server((options.host, options.port), application, tls, bind_and_activate=False)
     try:
         server.server_bind()
@@ -6244,8 +6264,11 @@ def _first_lines(application: Application, options: argparse.Namespace, address:
     if application.store.journal is not None:
         kept = f"in {options.db or 'a journal'}"
     type_name = next(iter(application.types), "TYPE")
+    others = ""
+    if options.host in ("0.0.0.0", "::"):
+        others = " and all other addresses of this machine"
     return (
-        f"taskserver {__version__} on {address}\n"
+        f"taskserver {__version__} on {address}{others}\n"
         f"Open it in a browser, or create a task:  curl {token}"
         f"-H 'Content-Type: application/json' -d '{{\"name\": \"sample\"}}' "
         f"{address}/create-{type_name}\n"
