@@ -8,6 +8,10 @@ The sections are those of the program. Within them the cheap tests come first: p
 an application without sockets, then real sockets and real processes. Tests assert on what a client
 sees. Nothing sleeps in the hope that something happens meanwhile: tasks wait for events that a test
 owns, and every wait has a deadline.
+
+After those of the program come 15 Guards, 16 README and 17 Exercises. What the page does in real
+browsers is checked by `.ci/browsers`, generated clients by `.ci/clients`. What costs memory or time
+is measured by the bench, not here.
 """
 
 from __future__ import annotations
@@ -4584,9 +4588,9 @@ def test_640_creates_of_40_keys_by_16_clients_make_40_tasks_each_run_once(applic
 
 
 def test_a_create_that_was_refused_leaves_its_key_free(application, gate, memory_journal):
-    key, late = new_key(), new_key()
+    key = new_key()
     application.pool.max_workers, application.pool.max_waiting = 1, 0
-    stored = create(application, "gate")
+    create(application, "gate")
     gate.wait_for()
     assert create_with(application, key, "gate").status == 503  # the pool is full
     assert create_with(application, key, "echo", "another").status == 503
@@ -4600,13 +4604,21 @@ def test_a_create_that_was_refused_leaves_its_key_free(application, gate, memory
     assert create_with(application, key).status == 400
     memory_journal.before_save = lambda record: None
     assert create_with(application, key, "gate", "of another name").status == 201
-    # A repeat of what is stored is answered whatever else is refused.
+
+
+def test_a_repeat_of_a_stored_create_is_answered_though_the_server_is_full_or_stopping(
+    application, gate, memory_journal
+):
+    application.pool.max_workers = 1
+    stored = create(application, "gate")
+    gate.wait_for()
     application.pool.max_waiting = 0
     application.store.max_tasks = 0
     memory_journal.before_save = fail_to_save
+    assert create_with(application, new_key(), "gate").status == 503
     assert create_with(application, stored["id"], "gate").status == 200
     application.stop()
-    assert create_with(application, late, "gate").status == 503
+    assert create_with(application, new_key(), "gate").status == 503
     assert create_with(application, stored["id"], "gate").status == 200
     memory_journal.before_save = lambda record: None
     gate.opened.set()
@@ -5739,6 +5751,9 @@ def test_of_a_cancel_and_a_start_or_an_end_elsewhere_one_wins(coroutines, door, 
 # -- 7. HTTP ---------------------------------------------------------------------------------------
 
 
+# Requests as bytes
+
+
 def reading(buffer):
     """Read one request with its body, as a connection does."""
     request = yield from taskserver.read_head(buffer)
@@ -6294,6 +6309,9 @@ def test_mutated_requests_are_taken_or_refused_the_same_however_they_arrive():
     assert 1000 < refused < 3900
 
 
+# Answers over a socket
+
+
 class WatchedServer(taskserver.Server):
     """A server that knows which sockets its connections had."""
 
@@ -6611,6 +6629,70 @@ def test_a_client_gets_its_refusal_even_when_it_is_still_sending(server, head, s
         assert client.ended()
 
 
+def test_many_requests_at_once_leave_others_their_turn(server, application):
+    seen = []
+    with server.client() as pipelining, server.client() as other:
+
+        def mark(asked):
+            if not seen:
+                other.send(raw("GET", "/mark?other"))
+            seen.append(asked.query)
+            return Response(200)
+
+        application.router.add("GET", "/mark", mark, blocks=taskserver.never_blocks)
+        pipelining.send(raw("GET", "/mark?many") * 100)
+        assert other.answer().status == 200
+        assert [pipelining.answer().status for _ in range(100)] == [200] * 100
+    assert seen.index("other") < 50
+
+
+def test_a_head_that_is_refused_is_answered_without_content(server):
+    for request in (b"HEAD / HTTP/1.1\r\n\r\n", b"HEAD / HTTP/1.1\r\nHost: a\r\nX : y\r\n\r\n"):
+        with server.client() as client:
+            client.send(request)
+            answer = client.answer("HEAD")
+            assert answer.status == 400 and int(answer.headers["Content-Length"]) > 0
+            assert client.ended()
+
+
+def test_a_length_is_asked_for_by_create_alone(server):
+    with server.client() as client:
+        for target, status in [
+            ("/nowhere", 404),
+            ("/healthz", 405),
+            (f"/cancel-echo/{uuid.uuid4()}", 404),
+        ]:
+            client.send(f"POST {target} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+            assert client.answer().status == status
+        client.send(b"POST /create-echo HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert client.answer().status == 411
+        assert client.ended()
+
+
+def test_mutated_requests_over_a_socket_get_an_answer_or_nothing(server):
+    for seed in range(300):
+        with server.client() as client:
+            client.send(mutated(seed))
+            client.socket.shutdown(socket.SHUT_WR)
+            data = client.file.read()
+        for line in re.findall(rb"HTTP/1\.1 (\d+)", data):
+            assert line[:1] in b"1234" or line in (b"501", b"503", b"505"), data
+        assert data[:9] in (b"", b"HTTP/1.1 ")
+    assert eventually(lambda: server.open_connections() == 0)
+
+
+def test_addresses_of_ipv6_are_served(application):
+    try:
+        server = taskserver.Server(("::1", 0), application)
+    except OSError:
+        pytest.skip("no IPv6 here")
+    assert server.server_port
+    server.server_close()
+
+
+# Slow and silent clients
+
+
 def patient(monkeypatch, **seconds):
     """Shorten the time that a phase of a connection may take."""
     for phase, value in seconds.items():
@@ -6742,6 +6824,36 @@ def test_a_connection_that_waits_keeps_no_answer_and_no_request(server, applicat
             assert eventually(lambda: tracemalloc.get_traced_memory()[0] < 5 * MIB)
     finally:
         tracemalloc.stop()
+
+
+def test_empty_lines_between_requests_leave_a_connection_idle(server, monkeypatch):
+    patient(monkeypatch, header=0.05)
+    with server.client() as client, server.client() as other:
+        client.send(b"\r\n")
+        other.send(raw("GET", "/healthz") + b"\r")
+        assert other.answer().status == 200
+        assert not client.says(0.3)  # no 408
+        assert not other.says(0)
+        client.send(b"\r\n\r\n" + raw("GET", "/healthz") + b"\r\n\r\n")
+        other.send(b"\n\r\n" + raw("GET", "/healthz"))
+        assert client.answer().status == other.answer().status == 200
+        assert not client.says(0.3)
+        client.send(b"G")
+        assert client.answer().status == 408
+
+
+def test_who_sends_nothing_but_empty_lines_is_closed_as_idle_ones_are(server, monkeypatch):
+    patient(monkeypatch, idle=0.3)
+    with server.client() as client:
+        begun = time.monotonic()
+        with contextlib.suppress(ConnectionError):
+            while not client.says(0.02):
+                client.send(b"\r\n")
+                assert time.monotonic() - begun < LONG
+        assert client.ended()
+
+
+# Answers that come later
 
 
 def test_a_long_poll_is_answered_when_the_task_is_final(server, gate):
@@ -6944,32 +7056,6 @@ def test_who_sends_more_and_more_behind_a_wait_that_is_over_stops_no_clock(serve
         assert other.ask("GET", f"{path}?wait=0.1").json["status"] == "pending"
         is_answered.set()
         sender.join(LONG)
-
-
-def test_many_requests_at_once_leave_others_their_turn(server, application):
-    seen = []
-    with server.client() as pipelining, server.client() as other:
-
-        def mark(asked):
-            if not seen:
-                other.send(raw("GET", "/mark?other"))
-            seen.append(asked.query)
-            return Response(200)
-
-        application.router.add("GET", "/mark", mark, blocks=taskserver.never_blocks)
-        pipelining.send(raw("GET", "/mark?many") * 100)
-        assert other.answer().status == 200
-        assert [pipelining.answer().status for _ in range(100)] == [200] * 100
-    assert seen.index("other") < 50
-
-
-def test_a_head_that_is_refused_is_answered_without_content(server):
-    for request in (b"HEAD / HTTP/1.1\r\n\r\n", b"HEAD / HTTP/1.1\r\nHost: a\r\nX : y\r\n\r\n"):
-        with server.client() as client:
-            client.send(request)
-            answer = client.answer("HEAD")
-            assert answer.status == 400 and int(answer.headers["Content-Length"]) > 0
-            assert client.ended()
 
 
 @pytest.mark.parametrize("how", ["closes", "vanishes"])
@@ -7206,104 +7292,69 @@ def test_a_request_is_judged_once_however_it_is_answered(server, application, be
     assert routed == ["/odd"] * 2
 
 
-def test_a_length_is_asked_for_by_create_alone(server):
-    with server.client() as client:
-        for target, status in [
-            ("/nowhere", 404),
-            ("/healthz", 405),
-            (f"/cancel-echo/{uuid.uuid4()}", 404),
-        ]:
-            client.send(f"POST {target} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
-            assert client.answer().status == status
-        client.send(b"POST /create-echo HTTP/1.1\r\nHost: localhost\r\n\r\n")
-        assert client.answer().status == 411
-        assert client.ended()
+# Many clients, and too few descriptors or threads
 
 
-def test_empty_lines_between_requests_leave_a_connection_idle(server, monkeypatch):
-    patient(monkeypatch, header=0.05)
+def test_a_burst_of_300_clients_is_answered(server):
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(server.client()) for _ in range(300)]
+        for client in clients:
+            client.send(raw("POST", "/create-echo", {"name": "x"}))
+        ids = {client.answer().json["id"] for client in clients}
+        assert len(ids) == 300
+    assert eventually(lambda: server.open_connections() == 0)
+
+
+def test_no_thread_for_a_request_delays_it_and_harms_nobody(server, monkeypatch):
+    def refuse(thread):
+        raise RuntimeError("can't start new thread")
+
     with server.client() as client, server.client() as other:
-        client.send(b"\r\n")
-        other.send(raw("GET", "/healthz") + b"\r")
-        assert other.answer().status == 200
-        assert not client.says(0.3)  # no 408
-        assert not other.says(0)
-        client.send(b"\r\n\r\n" + raw("GET", "/healthz") + b"\r\n\r\n")
-        other.send(b"\n\r\n" + raw("GET", "/healthz"))
-        assert client.answer().status == other.answer().status == 200
-        assert not client.says(0.3)
-        client.send(b"G")
-        assert client.answer().status == 408
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", refuse)
+            client.send(raw("GET", "/tasks"))
+            pass_through_the_loop(other)
+            assert not client.says(0)
+        assert client.answer().json == {"tasks": []}
 
 
-def test_who_sends_nothing_but_empty_lines_is_closed_as_idle_ones_are(server, monkeypatch):
-    patient(monkeypatch, idle=0.3)
-    with server.client() as client:
-        begun = time.monotonic()
-        with contextlib.suppress(ConnectionError):
-            while not client.says(0.02):
-                client.send(b"\r\n")
-                assert time.monotonic() - begun < LONG
-        assert client.ended()
+@linux
+def test_more_clients_than_descriptors_make_no_busy_loop_and_it_recovers():
+    import resource
 
+    def few():
+        resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
 
-class Broken(Exception):
-    """What leaves the loop of a server in a test."""
+    with Program(preexec_fn=few) as program, contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(program.client()) for _ in range(100)]
+        for client in clients:
+            client.send(raw("GET", "/healthz"))
+        served = [client for client in clients if client.says(0.02)]
+        assert 20 < len(served) < 64
+        assert "new connections have to wait" in program.log(wait_for="have to wait")
 
+        def burnt():
+            fields = (
+                pathlib.Path(f"/proc/{program.process.pid}/stat")
+                .read_text()
+                .rsplit(")", 1)[1]
+                .split()
+            )
+            return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
-@pytest.mark.parametrize("waits", [False, True])
-def test_a_server_whose_loop_fails_can_be_shut_down(application, bell, waits):
-    server = WatchedServer(application)
-    if waits:
-        bell.unwatch = lambda wake: fail({}, None)
-    failed = threading.Event()
-
-    def serve():
-        try:
-            server.serve_forever(0.02)
-        except Broken:
-            failed.set()
-
-    serving_thread = threading.Thread(target=serve, daemon=True)
-    serving_thread.start()
-    try:
-        with server.client() as client:
-            client.send(raw("GET", "/bell"))
-            bell.await_waiting()
-            server.errors.append(Broken())
-            with server.client():
-                assert failed.wait(LONG)
-            stopper = threading.Thread(target=server.shutdown, daemon=True)
-            stopper.start()
-            stopper.join(LONG)
-            assert not stopper.is_alive()
-            assert client.ended()
-    finally:
-        serving_thread.join(LONG)
-        server.server_close()
-
-
-def test_a_server_that_does_not_serve_is_shut_down_at_once(application):
-    server = WatchedServer(application)
-    server.shutdown()
-    server.serve_forever()
-    server.server_close()
-
-
-def test_a_client_that_still_sends_when_the_server_stops_is_not_cut_off_from_its_answer(server):
-    head = "POST /create-echo HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-    with server.client() as idle, server.client() as sender:
-        idle.ask("GET", "/healthz")
-        sender.send(f"{head}Content-Length: 2000000\r\n\r\n".encode())
-        assert sender.says(LONG)
-        stopper = threading.Thread(target=server.shutdown, args=(LONG,), daemon=True)
-        stopper.start()
-        assert idle.ended()  # so the stop has begun
-        for _ in range(20):
-            sender.send(b"x" * 1000)
-        assert sender.answer().status == 413
-    stopper.join(LONG)
-    assert not stopper.is_alive()
+        before = burnt()
+        assert not select.select(
+            [client.socket for client in clients if client not in served], [], [], 0.7
+        )[0]
+        assert burnt() - before < 0.2
+        for client in served:
+            client.__exit__()
+        for client in clients:
+            if client not in served:
+                assert client.answer().status == 200
+                client.__exit__()
+        assert program.ask("GET", "/healthz").status == 200
+        assert program.log().count("have to wait") == 1
 
 
 WANT = ["EMFILE", "ENFILE", "ENOBUFS", "ENOMEM"]
@@ -7383,6 +7434,68 @@ def test_a_copy_that_a_task_forks_does_not_keep_the_sockets(application, bell):
     os.waitpid(record["result"], 0)
 
 
+# The end of a server
+
+
+class Broken(Exception):
+    """What leaves the loop of a server in a test."""
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_a_server_whose_loop_fails_can_be_shut_down(application, bell, waits):
+    server = WatchedServer(application)
+    if waits:
+        bell.unwatch = lambda wake: fail({}, None)
+    failed = threading.Event()
+
+    def serve():
+        try:
+            server.serve_forever(0.02)
+        except Broken:
+            failed.set()
+
+    serving_thread = threading.Thread(target=serve, daemon=True)
+    serving_thread.start()
+    try:
+        with server.client() as client:
+            client.send(raw("GET", "/bell"))
+            bell.await_waiting()
+            server.errors.append(Broken())
+            with server.client():
+                assert failed.wait(LONG)
+            stopper = threading.Thread(target=server.shutdown, daemon=True)
+            stopper.start()
+            stopper.join(LONG)
+            assert not stopper.is_alive()
+            assert client.ended()
+    finally:
+        serving_thread.join(LONG)
+        server.server_close()
+
+
+def test_a_server_that_does_not_serve_is_shut_down_at_once(application):
+    server = WatchedServer(application)
+    server.shutdown()
+    server.serve_forever()
+    server.server_close()
+
+
+def test_a_client_that_still_sends_when_the_server_stops_is_not_cut_off_from_its_answer(server):
+    head = "POST /create-echo HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    with server.client() as idle, server.client() as sender:
+        idle.ask("GET", "/healthz")
+        sender.send(f"{head}Content-Length: 2000000\r\n\r\n".encode())
+        assert sender.says(LONG)
+        stopper = threading.Thread(target=server.shutdown, args=(LONG,), daemon=True)
+        stopper.start()
+        assert idle.ended()  # so the stop has begun
+        for _ in range(20):
+            sender.send(b"x" * 1000)
+        assert sender.answer().status == 413
+    stopper.join(LONG)
+    assert not stopper.is_alive()
+
+
 def test_a_server_that_shuts_down_sends_the_answers_under_way(application, gate):
     with serving(application) as server:
         client, idle = server.client(), server.client()
@@ -7414,89 +7527,6 @@ def test_the_port_is_free_at_once(application):
             assert client.ask("GET", "/healthz").status == 200
     again = taskserver.Server(("127.0.0.1", port), application)
     again.server_close()
-
-
-def test_a_burst_of_300_clients_is_answered(server):
-    with contextlib.ExitStack() as stack:
-        clients = [stack.enter_context(server.client()) for _ in range(300)]
-        for client in clients:
-            client.send(raw("POST", "/create-echo", {"name": "x"}))
-        ids = {client.answer().json["id"] for client in clients}
-        assert len(ids) == 300
-    assert eventually(lambda: server.open_connections() == 0)
-
-
-def test_no_thread_for_a_request_delays_it_and_harms_nobody(server, monkeypatch):
-    def refuse(thread):
-        raise RuntimeError("can't start new thread")
-
-    with server.client() as client, server.client() as other:
-        with monkeypatch.context() as patch:
-            patch.setattr(threading.Thread, "start", refuse)
-            client.send(raw("GET", "/tasks"))
-            pass_through_the_loop(other)
-            assert not client.says(0)
-        assert client.answer().json == {"tasks": []}
-
-
-def test_mutated_requests_over_a_socket_get_an_answer_or_nothing(server):
-    for seed in range(300):
-        with server.client() as client:
-            client.send(mutated(seed))
-            client.socket.shutdown(socket.SHUT_WR)
-            data = client.file.read()
-        for line in re.findall(rb"HTTP/1\.1 (\d+)", data):
-            assert line[:1] in b"1234" or line in (b"501", b"503", b"505"), data
-        assert data[:9] in (b"", b"HTTP/1.1 ")
-    assert eventually(lambda: server.open_connections() == 0)
-
-
-def test_addresses_of_ipv6_are_served(application):
-    try:
-        server = taskserver.Server(("::1", 0), application)
-    except OSError:
-        pytest.skip("no IPv6 here")
-    assert server.server_port
-    server.server_close()
-
-
-@linux
-def test_more_clients_than_descriptors_make_no_busy_loop_and_it_recovers():
-    import resource
-
-    def few():
-        resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
-
-    with Program(preexec_fn=few) as program, contextlib.ExitStack() as stack:
-        clients = [stack.enter_context(program.client()) for _ in range(100)]
-        for client in clients:
-            client.send(raw("GET", "/healthz"))
-        served = [client for client in clients if client.says(0.02)]
-        assert 20 < len(served) < 64
-        assert "new connections have to wait" in program.log(wait_for="have to wait")
-
-        def burnt():
-            fields = (
-                pathlib.Path(f"/proc/{program.process.pid}/stat")
-                .read_text()
-                .rsplit(")", 1)[1]
-                .split()
-            )
-            return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-        before = burnt()
-        assert not select.select(
-            [client.socket for client in clients if client not in served], [], [], 0.7
-        )[0]
-        assert burnt() - before < 0.2
-        for client in served:
-            client.__exit__()
-        for client in clients:
-            if client not in served:
-                assert client.answer().status == 200
-                client.__exit__()
-        assert program.ask("GET", "/healthz").status == 200
-        assert program.log().count("have to wait") == 1
 
 
 # -- 8. Running ------------------------------------------------------------------------------------
@@ -10530,6 +10560,8 @@ def test_addresses_are_relative_to_where_the_description_is(application):
 
 # -- 13. Live page ---------------------------------------------------------------------------------
 
+# Here is what can be seen without a browser; the rest is in `.ci/browsers`.
+
 
 def test_the_page_allows_its_own_script_and_style_and_nothing_else(application):
     answer = ask(application, "GET", "/")
@@ -11258,6 +11290,20 @@ def test_no_line_is_longer_than_100_columns_and_the_formatter_is_never_switched_
     for number, line in enumerate(PROGRAM.read_text(encoding="utf-8").splitlines(), 1):
         assert len(line) <= 100, number
         assert not re.search(r"# *fmt: *(off|skip)", line), number
+
+
+def test_the_repository_holds_four_files_and_what_is_hidden():
+    home = PROGRAM.parent
+    if not (home / ".git").exists() or not shutil.which("git"):
+        pytest.skip("needs a checkout, and git")
+    listing = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=str(home), stdout=subprocess.PIPE, check=False
+    )
+    if listing.returncode:
+        pytest.skip("git does not tell")
+    names = {path.split("/")[0] for path in listing.stdout.decode().split("\0") if path}
+    visible = {name for name in names if not name.startswith(".")}
+    assert visible == {"taskserver.py", "test_taskserver.py", "README.md", "LICENSE"}
 
 
 RULED_LINE = re.compile(r"(?m)^# ==== The core ends here\..* =+$")
