@@ -171,10 +171,10 @@ class ReadersWriterLock:
         # Guards the two below. Readers hold it for a few instructions; a writer, while it writes.
         self.mutex = threading.Lock()
         self.readers = 0  # threads that read
-        self.writers = 0  # threads that write or wait for readers to leave
-        # Notified when no writer is left:
+        self.waiting_writers = 0  # threads that wait for readers to leave
+        # Notified when no writer waits for readers any more:
         self.may_read = threading.Condition(self.mutex)
-        # Notified when a writer leaves, or the last reader:
+        # Notified when the last reader has left:
         self.may_write = threading.Condition(self.mutex)
         self.read = _ReadSide(self)
         self.write = _WriteSide(self)
@@ -187,7 +187,7 @@ class _ReadSide:
     def __enter__(self) -> None:
         lock = self._lock
         with lock.mutex:
-            while lock.writers:
+            while lock.waiting_writers:
                 lock.may_read.wait()
             lock.readers += 1
 
@@ -195,8 +195,8 @@ class _ReadSide:
         lock = self._lock
         with lock.mutex:
             lock.readers -= 1
-            if lock.writers and not lock.readers:
-                lock.may_write.notify()
+            if lock.waiting_writers and not lock.readers:
+                lock.may_write.notify_all()
 
 
 class _WriteSide:
@@ -206,18 +206,17 @@ class _WriteSide:
     def __enter__(self) -> None:
         lock = self._lock
         lock.mutex.acquire()  # and keep it until __exit__; only wait() gives it back meanwhile
-        lock.writers += 1
+        if not lock.readers:
+            return
+        lock.waiting_writers += 1
         while lock.readers:
             lock.may_write.wait()
+        lock.waiting_writers -= 1
+        if not lock.waiting_writers:
+            lock.may_read.notify_all()  # these go on once the mutex is free
 
     def __exit__(self, *exception: object) -> None:
-        lock = self._lock
-        lock.writers -= 1
-        if lock.writers:
-            lock.may_write.notify()
-        else:
-            lock.may_read.notify_all()
-        lock.mutex.release()
+        self._lock.mutex.release()
 
 
 # -- 2. Records and store --------------------------------------------------------------------------
