@@ -446,8 +446,8 @@ class LiveThatMoves(taskserver.Live):
     def progress(self):
         self.looks += 1
         if self.looks == 1:
-            return taskserver.Progress()
-        return taskserver.Progress(1700000001.0, 0.5, "half way")
+            return (None, None, None)
+        return (1700000001.0, 0.5, "half way")
 
     def __init__(self):
         self.looks = 0
