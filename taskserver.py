@@ -2303,9 +2303,11 @@ def decode_object(body: bytes) -> dict[str, Any]:
     if body.startswith((b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff", b"\0\0\xfe\xff")):
         raise HTTPError(400, "Send the body in UTF-8 without a byte order mark.")
     try:
-        text = body.decode()
+        text = body.decode().strip(" \t\r\n")  # decode() would do it by regular expressions
         _check_depth(text)
-        value = _DECODER.decode(text)
+        value, end = _DECODER.raw_decode(text)
+        if end < len(text):
+            raise ValueError("something follows the object")
         if "\\u" in text:
             json.dumps(value, ensure_ascii=False).encode()  # fails for a lone surrogate
     except UnicodeError:
