@@ -4580,7 +4580,8 @@ def test_a_key_that_comes_again_after_its_record_was_evicted_is_a_new_task(
         deleted = executor.submit(application.store.delete_doomed)
         held.wait_for()
         again = executor.submit(create_with, application, key, result="new")
-        assert eventually(lambda: create_with(application, key).status == 409)
+        assert eventually(lambda: is_being_saved(application.store, key))
+        assert create_with(application, key).status == 409
         assert not again.done()  # for the old record is still being deleted
         application.store.keep = 3600
         held.opened.set()
