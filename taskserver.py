@@ -2307,7 +2307,7 @@ def decode_object(body: bytes) -> dict[str, Any]:
         _check_depth(text)
         value, end = _DECODER.raw_decode(text)
         if end < len(text):
-            raise ValueError("something follows the object")
+            raise ValueError("something follows the value")
         if "\\u" in text:
             json.dumps(value, ensure_ascii=False).encode()  # fails for a lone surrogate
     except UnicodeError:
