@@ -450,8 +450,8 @@ class LiveThatMoves(taskserver.Live):
     def progress(self):
         self.looks += 1
         if self.looks == 1:
-            return taskserver.Progress()
-        return taskserver.Progress(1700000001.0, 0.5, "half way")
+            return (None, None, None)
+        return (1700000001.0, 0.5, "half way")
 
     def __init__(self):
         self.looks = 0
@@ -4645,7 +4645,8 @@ def test_a_key_that_comes_again_after_its_record_was_evicted_is_a_new_task(
         deleted = executor.submit(application.store.delete_doomed)
         held.wait_for()
         again = executor.submit(create_with, application, key, result="new")
-        assert eventually(lambda: create_with(application, key).status == 409)
+        assert eventually(lambda: is_being_saved(application.store, key))
+        assert create_with(application, key).status == 409
         assert not again.done()  # for the old record is still being deleted
         application.store.keep = 3600
         held.opened.set()
