@@ -406,13 +406,8 @@ def encode_cached(record: Record, with_result: bool = True) -> bytes:
 _JSON_ESCAPE = re.compile(r"\\ud[89ab]..\\ud[c-f]..|\\(ud[89a-f]..)|\\.")
 
 
-class HugeResult(ValueError):
-    """A result that is too large even to be encoded."""
-
-    def __init__(self) -> None:
-        super().__init__(
-            f"the result has more than {MAX_RESULT} bytes as JSON, or it contains itself"
-        )
+class _Huge(Exception):
+    """A result is too large even to be encoded."""
 
 
 def encode_result(value: object, default: Callable[[Any], Any] | None = None) -> bytes:
@@ -426,8 +421,9 @@ def encode_result(value: object, default: Callable[[Any], Any] | None = None) ->
     try:
         _check_members(value)  # first: while it encodes, the encoder lets no other thread go on
         text = encoder.encode(value)
-    except HugeResult:
-        raise
+    except _Huge:
+        sentence = f"the result has more than {MAX_RESULT} bytes as JSON, or it contains itself"
+        raise ValueError(sentence) from None
     except Exception as error:  # `default` may raise anything
         place = _place_of_fault(value, encoder)
         raise ValueError(f"the result cannot be written as JSON{place}: {error}") from None
@@ -448,7 +444,7 @@ def _convert(default: Callable[[Any], Any], value: object) -> object:
 
 
 def _check_members(value: object) -> None:
-    """ValueError: two keys of a dict are the same in JSON, such as 1 and "1". HugeResult.
+    """ValueError: two keys of a dict are the same in JSON, such as 1 and "1". _Huge.
 
     It counts the members and the characters of a result; none of them has less than a byte in JSON.
     """
@@ -470,7 +466,7 @@ def _check_members(value: object) -> None:
             size += len(value)
             members = value
         if size > MAX_RESULT:
-            raise HugeResult
+            raise _Huge
         for member in members:
             # Not numbers: a result may hold a hundred thousand of them.
             if isinstance(member, (str, dict, list, tuple)):
