@@ -45,7 +45,7 @@ The way of a create:
  3. The application finds its endpoint, and checks by the head alone whether the request is let in
     (6, `judge`). Then the connection takes the body (7, `read_body`).
  4. The endpoint reserves a place in a pool of workers (3) and adds a pending record to the store
-    (2), which holds it in a dict behind a lock (1); with a journal (10), only after it is on disk.
+    (2), a dict behind a lock (1). With a journal (10), the record is written to disk before that.
  5. The connection sends the answer, status 201, and waits for the next request (7).
  6. A worker takes the record and calls its function: in this thread, in the event loop of the
     coroutines (both 3), or in a child process (4).
@@ -58,14 +58,16 @@ The way of a long poll, `GET /poll-TYPE/<id>?wait=30`:
     answer then (5).
  3. The connection waits in the server's loop, as an idle one does: it has no thread (7).
  4. A worker makes the record final; the store calls whoever watches it (2, `Store.finish`).
- 5. That puts the connection into a queue and wakes the loop, which has it send the answer (7).
+ 5. That puts the connection into a queue and wakes the loop. The loop has the connection send the
+    answer (7).
 
 Words: a *task* is one request to run a *task type*, that is, a function and its endpoints. A
 *record* describes a task; it is *pending* (the task waits or runs), then *final*: *completed* or
 *failed*. The *payload* is what was posted, the *result* what the function returned. The *store*
 holds records, a *worker* is a thread that runs tasks, a *pool* owns workers. A *coroutine* and a
 *child* process are the two other places where a function can run. The *journal* is where records
-outlive the process. Durations are in seconds, sizes in bytes.
+outlive the process. To *wake* a thread, a loop or a connection is to have it look again for what
+it waits for; it may find nothing. Durations are in seconds, sizes in bytes.
 
 What is used of `http.server.ThreadingHTTPServer`: its socket and its address; how it is bound,
 closed and shut down; the names of its hooks. Two things are replaced. Its threads: here, one loop
@@ -73,9 +75,9 @@ serves all connections, because a thread for each would cost 16 KiB while it is 
 be woken for every answer. And its request parser, because that one ignores Transfer-Encoding,
 accepts malformed requests, and takes most of the time of an answer.
 
-Why not asyncio's streams? They would serve just as many idle connections. But there, just
-reading a head and sending a fixed answer takes four fifths of the time of a complete poll here.
-And buffers, limits, deadlines and wake-ups would be handled inside asyncio, where the reader of
+Why not asyncio's streams? They would serve just as many idle connections. But a server made of
+them needs four fifths of the time of a complete poll here just to read a head and to send a fixed
+answer. And buffers, limits, deadlines and wake-ups would be handled inside asyncio, where the reader of
 this file cannot see them.
 
 Docstrings name the exceptions that a caller has to expect, each with its reason:
@@ -157,11 +159,11 @@ log = logging.getLogger("taskserver")
 class ReadersWriterLock:
     """Many readers at once, or one writer alone.
 
-    A writer that waits for readers goes before those that come later.
+    A writer that waits goes before readers that come after it.
 
     `with lock.read:` and `with lock.write:` hold one side. The lock is not reentrant: a thread that
-    holds a side and asks for one again may wait for ever.
-    Nothing slow may be done while holding a side. A stream of writers keeps readers out.
+    holds a side and asks for one again may wait for ever. Nothing slow may be done while holding a
+    side.
 
     To read costs three times what a plain lock costs (1.6 and 0.5 microseconds). The gain: a
     poll does not wait for a listing of 500 records; without a global interpreter lock, polls do not
@@ -209,7 +211,7 @@ class _WriteSide:
         lock.mutex.acquire()  # and keep it until __exit__; only wait() gives it back meanwhile
         if not lock.readers:
             return
-        lock.waiting_writers += 1
+        lock.waiting_writers += 1  # each keeps new readers out; the last one lets them in again
         while lock.readers:
             lock.may_write.wait()
         lock.waiting_writers -= 1
@@ -278,6 +280,7 @@ class Live:
         if message is None:
             message = last_message
         elif isinstance(message, str):
+            # Cut before, so that it takes no time, and afterwards, because escapes are longer.
             message = escape_surrogates(message[:MAX_MESSAGE])[:MAX_MESSAGE]
         else:
             raise ValueError(
@@ -337,7 +340,7 @@ class Record(NamedTuple):
     error: str | None = None
     payload: bytes | None = None  # JSON as it was posted; dropped when the task is final
     sequence: int = 0  # its place in the order of creation, if there is a journal
-    live: Live | None = None  # of a pending task; clients are shown its progress instead
+    live: Live | None = None  # of a pending task; of it, clients see the progress
 
     def size(self) -> int:
         """Return the number of bytes that count against the store's `max_memory`."""
@@ -401,8 +404,9 @@ def encode_cached(record: Record, with_result: bool = True) -> bytes:
 
 
 # The three kinds of escapes in a text of JSON: a pair of surrogates, a lone surrogate (which sets
-# group 1), any other. The pair is tried first, or its halves would be taken for lone ones. The last
-# kind takes an escaped backslash as a whole, or a text "ud800" behind it would look like an escape.
+# group 1), any other. The pair is tried first; otherwise its halves would match as lone ones. The
+# last kind takes an escaped backslash as a whole; otherwise it would make an escape of "ud800", if
+# these five characters follow it.
 _JSON_ESCAPE = re.compile(r"\\ud[89ab]..\\ud[c-f]..|\\(ud[89a-f]..)|\\.")
 
 
@@ -419,7 +423,9 @@ def encode_result(value: object, default: Callable[[Any], Any] | None = None) ->
     if default is not None:
         encoder = json.JSONEncoder(allow_nan=False, default=functools.partial(_convert, default))
     try:
-        _check_members(value)  # first: while it encodes, the encoder lets no other thread go on
+        # First, because no other thread can go on while the encoder works: for seconds, if the
+        # value is huge.
+        _check_members(value)
         text = encoder.encode(value)
     except _Huge:
         sentence = f"the result has more than {MAX_RESULT} bytes as JSON, or it contains itself"
@@ -444,9 +450,10 @@ def _convert(default: Callable[[Any], Any], value: object) -> object:
 
 
 def _check_members(value: object) -> None:
-    """ValueError: two keys of a dict are the same in JSON, such as 1 and "1". _Huge.
+    """Check a value before it is encoded.
 
-    It counts the members and the characters of a result; none of them has less than a byte in JSON.
+    ValueError: two keys of a dict would be the same in JSON, such as 1 and "1". _Huge: it has more
+    members and characters than a result may have bytes, and each needs one byte at least.
     """
     size = 0
     rest = [value]
@@ -513,9 +520,9 @@ def _place_of_fault(value: object, encoder: json.JSONEncoder) -> str:
 
 
 def _escape_lone_surrogate(escape: re.Match[str]) -> str:
-    """Return an escape unchanged; that of a lone surrogate with its backslash escaped.
+    """Return an escape as it is, unless it is a lone surrogate: then double its backslash.
 
-    So clients get the six characters of it, and no surrogate.
+    So clients get its six characters, and no surrogate.
     """
     lone = escape.group(1)
     if lone:
@@ -585,20 +592,20 @@ _CAN_FREEZE = hasattr(gc, "freeze")  # CPython from 3.7 on
 class Store:
     """The records by id: a dict behind a readers-writer lock, bounded in number, bytes and time.
 
-    A final record stays for `keep` seconds; then `evict` drops it. A new record is refused when
-    `max_tasks` are held, or payloads and results of `max_memory` bytes; the results of tasks that
-    were accepted before are stored all the same. With a `journal` (its contract stands in section
+    A final record stays for `keep` seconds; then `evict` drops it. A new record is refused while
+    there are `max_tasks` records, or payloads and results of `max_memory` bytes. A result is stored
+    all the same. With a `journal` (its contract stands in section
     10), a record is written there before anybody sees it: `add`, `save` and `finish` block until it
     is. `delete_doomed` deletes there what was evicted here.
     """
 
-    FAILING_SECONDS = 30.0  # so long after a failure the journal counts as failing
+    FAILING_SECONDS = 30.0  # for which the journal counts as failing after a failure
     PAUSES = (0.1, 0.3, 1.0, 3.0, 10.0)  # seconds between attempts to save; then always the last
-    DELETE_AGAIN_SECONDS = 10.0  # so long after a failed delete, the next one is tried
-    EVICTED_AT_ONCE = 1000  # records; so many take a millisecond of the lock
+    DELETE_AGAIN_SECONDS = 10.0  # after a failed delete, until the next one
+    EVICTED_AT_ONCE = 1000  # records; the lock is held for a millisecond to drop them
     DELETED_AT_ONCE = 250  # records; a disk needs some 15 ms for them, and creates wait that long
 
-    # When more than MANY records are held and at least MANY_NEW are new, see `spare_collector`.
+    # `freeze_records` acts when more than MANY records are held and MANY_NEW of them are new.
     MANY, MANY_NEW = 100_000, 50_000
 
     def __init__(
@@ -629,16 +636,16 @@ class Store:
         self._finished: collections.deque[str] = collections.deque()
         self._finished_at: collections.deque[float] = collections.deque()
         self._watchers: dict[str, set[Callable[[], None]]] = {}
-        self._new = 0  # records that were put in since the last gc.freeze(), see spare_collector
+        self._new = 0  # records that were put in since the last gc.freeze(), see freeze_records
         self._is_frozen = False  # whether that was called; for the server's loop alone
         self._deleted = threading.Condition()  # guards all below; notified when a delete has ended
         self._doomed: set[str] = set()  # ids that the journal may hold and is to delete
-        self._deleting: set[str] = set()  # ids that a thread has the journal delete just now
+        self._deleting: set[str] = set()  # ids that journal.delete() is deleting now
         self._delete_at = -math.inf  # when a failed delete may be tried again (monotonic)
 
     @property
     def failing(self) -> bool:
-        """Whether the journal cannot be written."""
+        """Whether a write has failed in the last FAILING_SECONDS, and none has worked since."""
         return time.monotonic() - self._failed_at < self.FAILING_SECONDS
 
     def counts(self) -> dict[tuple[str, str], int]:
@@ -713,7 +720,7 @@ class Store:
         finally:
             with self._lock.write:
                 if saved:
-                    self._bytes -= size  # _insert counts it again
+                    self._bytes -= size  # was counted by _hold_place, and _insert counts it again
                     self._insert(record)
                 else:
                     self._free_place(record.id, size)
@@ -734,7 +741,7 @@ class Store:
             except JournalError:  # nothing tells when a disk has room again
                 time.sleep(self.PAUSES[min(attempts, len(self.PAUSES) - 1)])
                 attempts += 1
-        if attempts:
+        if attempts:  # the journal was taken away meanwhile; else there never was one
             raise JournalLost("the server has ended")
 
     def finish(self, record: Record) -> Record:
@@ -762,9 +769,9 @@ class Store:
         return record
 
     def watch(self, task_id: str, wake: Callable[[], None]) -> None:
-        """Have `wake` called when the record is final, or the store stops; if it is final, at once.
+        """Have `wake` called once the record is final, or when the store begins to stop.
 
-        It may be called in any thread, and must not block.
+        At once, if the record is final already. Any thread may call it, so it must not block.
         """
         with self._lock.write:
             record = self._records.get(task_id)
@@ -851,17 +858,18 @@ class Store:
             return 0
         return len(ids)
 
-    def spare_collector(self) -> None:
+    def freeze_records(self) -> None:
         """Have Python's garbage collector overlook the records while there are many.
 
-        Now and then it looks at everything, while everybody waits: 0.5 s for a million records. It
-        never looks at frozen objects. So after every MANY_NEW new records it is made to look at
-        what is not frozen yet (30 ms, and the first time 60), and then that is frozen, too.
+        Now and then the collector looks at everything, while everybody waits: 0.5 s for a million
+        records. gc.freeze() hides from it whatever there is. So after every MANY_NEW new records
+        this has it look at what is not hidden yet (30 ms, and the first time 60), and hides that.
 
-        Frozen objects are still freed when nothing refers to them any more. The cost: those in a
-        reference cycle are not, until there are few records again and all is unfrozen. So this is
-        never done while --max-tasks has its default, which is MANY. CPython can do it from 3.7 on;
-        in free-threaded builds the pause is shorter, but not gone; PyPy needs none of it.
+        What is hidden is still freed when nothing refers to it any more. The cost: a reference
+        cycle is not, until there are few records again and nothing is hidden any more. With the
+        default of --max-tasks, which is MANY, there are never more than MANY records, and this does
+        nothing. CPython can do it from 3.7 on; in free-threaded builds the pause is shorter, but
+        not gone; PyPy needs none of it.
         """
         if not _CAN_FREEZE:
             return
@@ -899,7 +907,7 @@ class Store:
             if was_enabled:
                 gc.enable()
         if _CAN_FREEZE and len(self._records) > self.MANY:
-            self._freeze()  # as in spare_collector
+            self._freeze()  # as in freeze_records
         return pending
 
     def _load(self) -> list[Record]:
@@ -911,7 +919,7 @@ class Store:
             seconds = 2.0
             while not done.wait(seconds):
                 log.info("loading the journal: %d tasks so far", len(loaded))
-                seconds *= 2  # load() may wait for days, until another server has ended
+                seconds *= 2  # less and less often: load() may wait for days for another server
 
         threading.Thread(target=say_how_far, name="loading", daemon=True).start()
         try:
@@ -940,7 +948,7 @@ class Store:
                 self._counts[record.type, record.status] += 1
             self._bytes += sum(record.size() for record in records)
             self._sequence = max((record.sequence for record in records), default=0)
-            now, moment = time.time(), self._clock()
+            now, moment = time.time(), self._clock()  # one moment, by two clocks
             final.sort(key=lambda record: record.finished_at or now)
             for record in final:
                 age = now - (record.finished_at or now)
@@ -1062,7 +1070,6 @@ class BoundedQueue:
     def __init__(self, max_workers: float = math.inf, max_waiting: float = math.inf) -> None:
         self.max_workers, self.max_waiting = max_workers, max_waiting
         self._lock = threading.Lock()  # guards all below
-        self._not_empty = threading.Condition(self._lock)  # notified when an idle worker is wanted
         self._at_rest = threading.Condition(self._lock)  # notified when nothing is in work any more
         self._reserved: set[Hashable] = set()  # keys whose items are to come
         self._queue: collections.OrderedDict[Hashable, Any] = collections.OrderedDict()
@@ -1086,7 +1093,7 @@ class BoundedQueue:
     def reserve(self, key: Hashable, bounded: bool = True) -> None:
         """Keep a place for an item.
 
-        Unavailable: `max_workers` items are in work, and `max_waiting` wait.
+        Unavailable: `max_workers` + `max_waiting` items wait or are in work.
         """
         with self._lock:
             items = len(self._reserved) + len(self._queue) + self._running
@@ -1096,7 +1103,7 @@ class BoundedQueue:
             self._reserved.add(key)
 
     def release(self, key: Hashable) -> None:
-        """Give back a place that is not needed."""
+        """Give back a place that is not needed; it may have been withdrawn."""
         with self._lock:
             self._reserved.discard(key)
 
@@ -1169,6 +1176,7 @@ class WorkerPool(BoundedQueue):
         super().__init__(max_workers, max_waiting)
         self.name = name
         self._work, self._at_end = work, at_end
+        self._not_empty = threading.Condition(self._lock)  # notified when an idle worker is wanted
         # Guarded by the lock, too:
         self._workers = 0  # threads
         self._idle = 0  # workers that wait for an item
@@ -1214,10 +1222,10 @@ class WorkerPool(BoundedQueue):
                 self.wake()  # if there are more items, for another worker
                 self._work_on(item)
                 item = self._get()
-        except BaseException as error:  # another thread may throw one in, to end a task
+        except BaseException as error:  # a task may throw one in (PyThreadState_SetAsyncExc)
             log.error("a worker ends: %s", describe(error))
             with self._lock:
-                self._workers -= 1
+                self._workers -= 1  # a worker that ends otherwise has been counted out by _get
                 self._on_the_way = False
         self._at_end()
         self.wake()  # for items that came meanwhile
@@ -1252,8 +1260,8 @@ class WorkerPool(BoundedQueue):
             notified = self._not_empty.wait(self.IDLE_SECONDS)
         finally:
             self._idle -= 1
-        # After a timeout, too: a notify may have gone to this worker just as its time was over.
-        # It is consumed then; if nobody comes for the item now, this worker has to.
+        # After a timeout, too: a notify may have reached this worker just as its time was over. No
+        # other worker gets that notify, so if there is an item, this worker has to take it.
         self._on_the_way = False
         return notified or self._has_item()
 
@@ -1282,11 +1290,15 @@ _ASYNC = inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR  # of the code of a f
 class CoroutinePool(BoundedQueue):
     """Coroutines in one event loop, which has a thread of its own; it starts with the first item.
 
-    An item goes through three steps. `before(item)` returns a pair: a function that takes no
-    arguments, or None if there is nothing to run; and a time limit, or None. What the function
-    returns, a coroutine, runs in the event loop. `after(item, value, error)` takes what became of
-    it. The first and the last step may wait for a disk, and decode or encode what is long, so
-    threads do them; they let no exception out.
+    An item goes through three steps:
+
+        in a thread     start, seconds = before(item)      a function and a time limit
+        in the loop     value = await start()
+        in a thread     after(item, value, error)          one of the two is None
+
+    `start` is None if there is nothing to run, `seconds` if there is no limit. The first and the
+    last step may wait for a disk, and decode or encode what is long, so threads do them. They let
+    no exception out.
     """
 
     # For the first and the last step. With a journal, each thread waits for the disk, and all that
@@ -1306,8 +1318,9 @@ class CoroutinePool(BoundedQueue):
         self._threads = WorkerPool("coroutine", lambda step: step(), self.THREADS)
         # For the loop's thread alone:
         self._runs: dict[Hashable, CoroutineRun] = {}  # by key
-        self._stop_reason: Exception | None = None  # set by shut_down: none may go on from then on
-        # While this is false, only a coroutine can have stopped the loop; then it is run again.
+        # Set by shut_down: from then on each coroutine is interrupted, a new one at once.
+        self._stop_reason: Exception | None = None
+        # Set by _end_loop. If the loop ends without it, a coroutine has stopped it, and it goes on.
         self._is_ending = False
         # Guarded by the lock:
         self._loop: Any = None
@@ -1427,11 +1440,13 @@ class CoroutinePool(BoundedQueue):
     def _outlive_exit(self, error: BaseException) -> None:
         """Go on after an exception that has ended the loop: SystemExit, KeyboardInterrupt.
 
-        It was raised by a task or a callback that a coroutine has made; what a coroutine of ours
-        raises goes to `_catch_all`. If a task has raised it, asyncio logs it as soon as that task
-        is deleted. But the traceback holds the frames of the loop, and these hold the task: so
-        clear those frames. If a callback has raised it (the traceback has no frame of a coroutine),
-        nobody else logs it: log it here.
+        What our coroutines raise goes to `_catch_all`. So this comes from something that a
+        coroutine has left in the loop:
+
+        - from a task: asyncio logs the exception as soon as that task is deleted. The traceback
+          keeps it alive, through the frames of the loop; so these frames are cleared here.
+        - from a callback, if the traceback has no frame of a coroutine: it is logged here, because
+          asyncio does not log it.
         """
         trace = error.__traceback__
         if trace is not None:
@@ -1475,10 +1490,10 @@ class CoroutinePool(BoundedQueue):
         """Note what the coroutine returns or raises: even SystemExit ends this one alone."""
         own = os.getpid()
         try:
-            run.outcome = await function(), None
+            run.outcome = (await function(), None)
         except BaseException as error:
             run.outcome = None, error
-        if os.getpid() != own:  # a copy that the coroutine has forked: the others are not its own
+        if os.getpid() != own:  # a copy that this coroutine has forked must not run the others
             os._exit(0)
 
     def _interrupt_key(self, key: Hashable, reason: Exception) -> None:
@@ -1499,7 +1514,7 @@ class CoroutinePool(BoundedQueue):
         run.timer = self._loop.call_later(self.grace, self._give_up, run)
         try:
             run.aio_task.cancel()  # calls cancel() of what the coroutine waits for
-        except Exception as error:  # say, RecursionError: that waits for another, and so on
+        except Exception as error:  # RecursionError, say, if it waits for a long chain of others
             log.warning("a coroutine cannot be cancelled: %s", describe(error))
 
     def _give_up(self, run: CoroutineRun) -> None:
@@ -1549,6 +1564,9 @@ def _outcome(run: CoroutineRun) -> tuple[Any, BaseException | None]:
 #                <--  BEGUN: the function is called  --
 #                <--  PROGRESS: a report, ten a second  --
 #                <--  RESULT, or ERROR  --
+#
+# A cancel does not reach the child: it wakes the worker, through a pipe of the worker's own, and the
+# worker ends the child. When either side ends, the other one meets the end of the file.
 #
 # From the child come bytes and JSON: the server never unpickles what a task made.
 
@@ -1709,6 +1727,7 @@ def _set_resource_limits(limits: dict[int, tuple[int, int]]) -> None:
 
     for number, (soft, hard) in limits.items():
         _, hard_now = resource.getrlimit(number)
+        # As it was; else below the lower hard limit; else as much as that one lets it have.
         for limit in (soft, hard), (soft, hard_now), (hard_now, hard_now):
             with contextlib.suppress(OSError, ValueError):
                 resource.setrlimit(number, limit)
@@ -1742,7 +1761,8 @@ class Surroundings:
         if _POSIX:
             for timer in signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF:
                 signal.setitimer(timer, 0)
-            # To ignore a signal discards what is pending of it. The next loop restores its handler.
+            # A signal that is ignored for a moment is pending no more. The next loop restores its
+            # handler.
             for number in signal.sigpending():
                 signal.signal(number, signal.SIG_IGN)
         for number, handler in self._handlers.items():
@@ -1822,7 +1842,9 @@ def _send_reports(pipe: Any, live: Live, done: threading.Event) -> None:
     """Send reports until the task is done. When the server is gone, end this process at once."""
     sent = live.progress
     with contextlib.suppress(OSError):
-        while not pipe.poll():  # the server sends nothing meanwhile: what can be read is the end
+        # The server sends nothing meanwhile. If there is something to read, it is the end of the
+        # file: the server is gone.
+        while not pipe.poll():
             is_over = done.wait(REPORT_SECONDS)
             if live.progress is not sent:
                 sent = live.progress
@@ -1831,6 +1853,7 @@ def _send_reports(pipe: Any, live: Live, done: threading.Event) -> None:
                 pipe.send_bytes(PROGRESS + b" " + report.encode())
             if is_over:
                 return
+    # Here only if the server is gone.
     _end_group(os.getpid())
     os._exit(1)
 
@@ -1846,13 +1869,14 @@ class Child:
     """
 
     def __init__(self, reaping: threading.Lock) -> None:
-        self._reaping = reaping  # shared by all children, see Children
+        # Held while the exit status of an ended process is fetched; shared by all, see Children.
+        self._reaping = reaping
         self._process: Any = None
         self._pipe: Any = None  # our end
-        # Through this pipe a cancel wakes call(), which then looks whether it was meant. The lock
-        # is a flag: wake() sends a message only if it can acquire it, and _receive() releases it
-        # just before it reads. So the pipe never has more than two messages, and sending does not
-        # block.
+        # Through this pipe wake() has call() look whether its task was cancelled. The lock is used
+        # as a flag. wake() takes it, if it is free, and sends a message; _receive() releases it
+        # and reads the message. Between these two steps one more can be sent. So there are never
+        # more than two in the pipe, and sending does not block.
         self._wake_receiver, self._wake_sender = _SPAWN.Pipe(duplex=False)
         self._wake_under_way = threading.Lock()
 
@@ -1880,7 +1904,7 @@ class Child:
                 if kind == ERROR:
                     raise TaskError(*json.loads(body))
                 fraction, message = json.loads(body)
-                # Cancelled comes out of this, too.
+                # It is PROGRESS. Cancelled comes out of this, too.
                 live.report(fraction, message)
         except TaskError:
             raise
@@ -1947,7 +1971,7 @@ class Child:
         except TimeoutError:
             how = f"no start in {START_SECONDS:g} seconds, {self.end()}"
             raise TaskError(f"the child process did not take the task ({how})") from None
-        except Exception:
+        except Exception:  # not Cancelled, which is a BaseException
             raise TaskError(
                 f"the child process ended before it took the task ({self.end()}); "
                 'is `if __name__ == "__main__":` missing?'
@@ -1970,8 +1994,9 @@ class Child:
             if not ready:
                 raise TimeoutError
             if self._wake_receiver in ready:
-                # Release first: a wake() after that sends a new message. An earlier wake() may have
-                # sent none, but then `cancel_requested` is set, which the top of this loop sees.
+                # Release first: a wake() after that sends a new message. A wake() before that may
+                # have sent none; its `cancel_requested` was set earlier, and the top of this loop
+                # looks at it next.
                 self._wake_under_way.release()
                 self._wake_receiver.recv_bytes()
             elif self._pipe.poll():
@@ -2003,9 +2028,10 @@ class Children:
     """The children of an application: one for each worker that runs tasks in one."""
 
     def __init__(self) -> None:
-        # Guards every start and every reaping, for `multiprocessing` has one table of children:
-        # when two threads reap the same child, one of them does not learn its exit status. Held
-        # around slow system calls; whoever serves clients never takes it.
+        # Guards every start of a process, and every fetching of an exit status. `multiprocessing`
+        # has one table of children: when two threads fetch the status of the same child, one of
+        # them does not get it. Held around slow system calls; whoever serves clients never takes
+        # it.
         self._reaping = threading.Lock()
         self._mine = threading.local()  # .child is that of this thread, if it has one
         self._lock = threading.Lock()  # guards the next two
@@ -2055,8 +2081,8 @@ class Children:
     def _add(self) -> None:
         child = Child(self._reaping)
         with self._lock:
-            # This has to be called before the function of `multiprocessing` that waits for
-            # children that outlive SIGTERM. What was registered last is called first.
+            # `multiprocessing` has registered a function that waits for children. kill() has to
+            # be called before it. What is registered last is called first, so register it here.
             if not self._all:
                 atexit.unregister(self.kill)  # so that it is registered once
                 atexit.register(self.kill)
@@ -2093,7 +2119,7 @@ class Request(NamedTuple):
     fields: Fields = Fields()
     body: bytes = b""
     peer: str = ""  # the address of the client, or of the proxy between
-    trusted: bool = True  # false if a check has refused it, and its route lets it in all the same
+    trusted: bool = True  # false if a check has refused it, but its route waives that refusal
 
     def with_body(self, body: bytes) -> Request:
         """Return the request with a body. Half a microsecond; `_replace` needs two."""
@@ -2112,7 +2138,7 @@ class Request(NamedTuple):
         """Return the value of a header by its name in lower case, "" if it is not there."""
         return self.fields.headers.get(name, "")
 
-    def parameter(self, name: str, pattern: str, example: str) -> str | None:
+    def parameter(self, name: str, pattern: str, *, example: str) -> str | None:
         """Return a parameter of the query, None if it is not there.
 
         HTTPError 400: it is there twice, or does not match the pattern; `example` shows what would.
@@ -2140,18 +2166,24 @@ class Response(NamedTuple):
 class Later(NamedTuple):
     """Returned by an endpoint that cannot answer yet. The connection waits, and no thread does.
 
-    `watch(wake)` is called once; from then on any thread may call `wake`, once or more. When that
-    has happened, or after `seconds`, or when the server stops or the client has closed its sending
-    side, `unwatch(wake)` is called and then, once, `answer()`; it is called by the server's loop,
-    and so must not block. If the client is gone, only `unwatch(wake)` is called.
+    The server's loop calls `watch(wake)`. From then on any thread may call `wake`, once or more.
+    The wait is over at the first of these:
+
+    - `wake` was called;
+    - `seconds` have passed;
+    - the server shuts down;
+    - the client has closed its sending side (then the answer is made at once).
+
+    Then the loop calls `unwatch(wake)` and `answer()`, which must not block. If the client is gone,
+    it calls `unwatch(wake)` alone.
     """
 
     seconds: float
     watch: Callable[[Callable[[], None]], None]
     unwatch: Callable[[Callable[[], None]], None]
     answer: Callable[[], Response]
-    # False, if an early answer() would take long: then it is not called early because a client has
-    # closed its sending side.
+    # False if answer() takes long unless `wake` was called. Then the wait goes on when the client
+    # has closed its sending side.
     can_hurry: bool = True
 
 
@@ -2197,7 +2229,7 @@ class Route(NamedTuple):
     parameters: tuple[Mapping[str, Any], ...] = ()
 
 
-class Call(NamedTuple):
+class Verdict(NamedTuple):
     """What answers a request: a route, with the arguments of its endpoint, or else a refusal."""
 
     route: Route
@@ -2238,8 +2270,8 @@ class Router:
         - `answer`, `body`: the schemas of the answer and of what is posted, or their names; None
           where there is nothing. One with a title becomes a type of that name in clients.
         - `media_type`: that of the answer.
-        - `parameters`: those of query and headers, as OpenAPI describes them. {id} is among them
-          only if it is no UUID.
+        - `parameters`: those of query and headers, as OpenAPI describes them; {id} as well, if it
+          is something else than a UUID.
         """
         route = Route(method, pattern, endpoint, **more)
         segments = [None if segment == "{id}" else segment for segment in pattern.split("/")]
@@ -2250,14 +2282,14 @@ class Router:
         self.routes.append(route)
         self.match.cache_clear()
 
-    def _match(self, method: str, path: str) -> Call:
+    def _match(self, method: str, path: str) -> Verdict:
         """Return what answers a method at a path.
 
         HTTPError 404: no such path; 405: no such method there. A path is split before it is
         decoded, once, so that %2F is no slash (RFC 3986, 2.4).
         """
         if path == "*":  # only OPTIONS asks so, about the server as a whole (RFC 9110, 9.3.7)
-            return Call(_options_route(path, "GET, HEAD, OPTIONS, POST"))
+            return Verdict(_options_route(path, "GET, HEAD, OPTIONS, POST"))
         segments = tuple(path.split("/"))
         if "%" in path:
             segments = tuple(map(urllib.parse.unquote, segments))
@@ -2271,10 +2303,10 @@ class Router:
             raise HTTPError(404, sentence)
         route = methods.get(method)
         if route is not None:
-            return Call(route, arguments)
+            return Verdict(route, arguments)
         allowed = ", ".join(sorted({"OPTIONS", *methods}))
         if method == "OPTIONS":
-            return Call(_options_route(path, allowed))
+            return Verdict(_options_route(path, allowed))
         raise HTTPError(405, f"This path takes another method: {allowed}.", ("Allow", allowed))
 
 
@@ -2602,6 +2634,8 @@ def _is_importable(module: str) -> bool:
 
     This process may have loaded the module in some other way.
     """
+    if module == "":  # some functions that are written in C have no __module__: let them pass
+        return True
     package, _, _ = module.rpartition(".")
     if package and not _is_importable(package):
         return False
@@ -2610,7 +2644,7 @@ def _is_importable(module: str) -> bool:
         find_spec = getattr(finder, "find_spec", None)  # some finders of Python 3.7 lack it
         if find_spec is None or find_spec(module, path) is not None:
             return True
-    return module == ""  # some functions that are written in C have no __module__: let them pass
+    return False
 
 
 class TaskType(NamedTuple):
@@ -2649,8 +2683,8 @@ class Application:
     """The task types, their endpoints, and the life of a task. It knows no sockets.
 
     Building one starts no thread, process or socket. Public attributes may be set until the first
-    request. `main` takes the defaults of its options from here: the bounds of the store and of
-    `pool`, and the workers of `cpu_pool`. With the options it then sets the bounds of all pools.
+    request. Those of the store and of `pool`, and the workers of `cpu_pool`, are the defaults of
+    the command line. `main` then sets the bounds of all pools as its options say.
     """
 
     # A task that waits for a network costs a thread of some 16 KiB, so hundreds fit into the
@@ -2735,37 +2769,37 @@ class Application:
             if task_type.pool is self.cpu_pool:
                 _check_import(task_type.name, task_type.function, self.default)
 
-    def judge(self, request: Request) -> Call:
+    def judge(self, request: Request) -> Verdict:
         """Return what answers a request, judged by its head, once. Raises nothing."""
         try:
             try:
-                call = self.router.match(request.method, request.path)
+                verdict = self.router.match(request.method, request.path)
             except HTTPError as error:  # answer() sends it, unless a check refuses first
-                call = Call(_NO_ROUTE, (), error.response)
+                verdict = Verdict(_NO_ROUTE, (), error.response)
             for check in self.checks:
                 try:
                     check(request)
                 except HTTPError as refusal:
-                    if refusal.status not in call.route.waived:
-                        return Call(call.route, (), refusal.response)
-                    call = call._replace(trusted=False)
-            if call.refusal is None and call.route.check is not None:
+                    if refusal.status not in verdict.route.waived:
+                        return Verdict(verdict.route, (), refusal.response)
+                    verdict = verdict._replace(trusted=False)
+            if verdict.refusal is None and verdict.route.check is not None:
                 try:
-                    call.route.check(request)
+                    verdict.route.check(request)
                 except HTTPError as refusal:
-                    return Call(call.route, (), refusal.response)
-            return call
+                    return Verdict(verdict.route, (), refusal.response)
+            return verdict
         except BaseException as error:
-            return Call(_NO_ROUTE, (), self._fault(request, error))
+            return Verdict(_NO_ROUTE, (), self._fault(request, error))
 
-    def answer(self, call: Call, request: Request) -> Response | Later:
+    def answer(self, verdict: Verdict, request: Request) -> Response | Later:
         """Return the answer to a request that was judged and is complete. Raises nothing."""
-        if call.refusal is not None:
-            return call.refusal
-        if not call.trusted:
+        if verdict.refusal is not None:
+            return verdict.refusal
+        if not verdict.trusted:
             request = request._replace(trusted=False)
         try:
-            return call.route.endpoint(request, *call.arguments)
+            return verdict.route.endpoint(request, *verdict.arguments)
         except HTTPError as refusal:
             return refusal.response
         except BaseException as error:  # even SystemExit ends this answer alone
@@ -2787,9 +2821,10 @@ class Application:
         if isinstance(answer, Response):
             return answer
         woken = threading.Event()
-        answer.watch(woken.set)
+        wake = woken.set
+        answer.watch(wake)
         woken.wait(answer.seconds)
-        answer.unwatch(woken.set)
+        answer.unwatch(wake)
         return self.answer_later(answer, request)
 
     def wake_workers(self) -> None:
@@ -2912,7 +2947,9 @@ class Application:
             raise unavailable(error) from None
         except RecordRefused as error:
             raise HTTPError(400, f"The journal cannot take this task: {error}.") from None
-        task_type.pool.put(live, record)  # does nothing if it was cancelled since it was stored
+        # This does nothing if the task was cancelled since it was stored. The server wakes a worker
+        # for it, see `wake_workers`.
+        task_type.pool.put(live, record)
 
     def _repeat(self, task_type: TaskType, task_id: str, name: str) -> Response | None:
         """Return the answer to a create whose key was used before, None if it was not.
@@ -2947,7 +2984,7 @@ class Application:
         record = self._find(task_type, task_id)
         if not request.query:
             return Response(200, encode_cached(record))
-        seconds = float(request.parameter("wait", r"[0-9]+(\.[0-9]+)?", "30") or 0)
+        seconds = float(request.parameter("wait", r"[0-9]+(\.[0-9]+)?", example="30") or 0)
         if record.status != PENDING or not seconds:
             return Response(200, encode_cached(record))
         answer = functools.partial(self._answer_poll, task_type, record.id)
@@ -2957,7 +2994,7 @@ class Application:
         return Response(200, encode_cached(self._find(task_type, task_id)))
 
     def _when_final(self, record: Record, seconds: float, answer: Callable[[], Response]) -> Later:
-        """Answer when a record is final, or after so many seconds."""
+        """Return what has `answer` called when a record is final, or after so many seconds."""
         watch = functools.partial(self.store.watch, record.id)
         unwatch = functools.partial(self.store.unwatch, record.id)
         return Later(seconds, watch, unwatch, answer)
@@ -2975,7 +3012,7 @@ class Application:
         if is_first:
             self.log_task("task %s is to be cancelled", record.id)
             self._interrupt(task_type, record, live)
-        if not live.withdrawn:
+        if not live.withdrawn:  # it runs; the answer does not wait for its end
             return Response(200, encode_record(self._find(task_type, task_id)))
         answer = functools.partial(self._answer_cancel, task_type, record.id)
         return self._when_final(record, CANCEL_SECONDS, answer)
@@ -3040,8 +3077,9 @@ class Application:
 
     def _finish(self, record: Record, result: bytes | None, error: BaseException | None) -> None:
         """Make a record final: completed, or failed with an error. Raises nothing."""
-        # The next owner decides what becomes of the task.
         if isinstance(error, JournalLost) and self.store.lost:
+            # The server that owns the journal now decides what becomes of the task. (A function may
+            # raise JournalLost, too; then nothing is lost.)
             return
         live = record.live
         assert live is not None  # each pending record has one
@@ -3150,17 +3188,17 @@ _CHUNK_LINE = re.compile(  # RFC 9112, 7.1 and 7.1.1
 _FORBIDDEN = re.compile(rb"[^\t\r\n\x20-\x7e\x80-\xff]|(?<!\r)\n|\r(?!\n|\Z)")
 
 
-# A connection is always in one of these phases. Most have a deadline, for the whole of the phase.
+# What a connection waits for. Most have a deadline, for the whole of the phase.
 HANDSHAKE = "handshake"  # it waits for what TLS needs; its deadline is that of the first header
 HEADER = "header"
 BODY = "body"
-RUNNING = "running"  # a thread works on its answer
+LENT = "lent"  # a thread works on its answer
 WAITING = "waiting"  # its answer comes later; the endpoint has set the deadline
 ANSWER = "answer"  # it sends one
 IDLE = "idle"  # between two requests
 LINGER = "linger"  # it has sent its last answer, and waits for the client to close
 
-PHASE_SECONDS = {HEADER: 10, BODY: 20, RUNNING: math.inf, ANSWER: 20, IDLE: 75, LINGER: 5}
+PHASE_SECONDS = {HEADER: 10, BODY: 20, LENT: math.inf, ANSWER: 20, IDLE: 75, LINGER: 5}
 
 
 # Reading a request. A reader is a generator: it takes bytes out of a buffer, and yields the phase
@@ -3179,7 +3217,7 @@ def read_head(buffer: bytearray, peer: str = "") -> Generator[str, Any, Request]
 
     HTTPError: it is refused, and nobody can tell where the next one begins.
     """
-    if buffer.startswith(b"\r"):  # there is a byte at least
+    if buffer.startswith(b"\r"):  # the caller has waited for the first byte
         yield from _skip_empty_lines(buffer)
     seen = 0  # bytes that earlier rounds have looked at
     line_end = -1  # where the request line ends; -1 until that is known
@@ -3189,7 +3227,8 @@ def read_head(buffer: bytearray, peer: str = "") -> Generator[str, Any, Request]
         end = buffer.find(b"\r\n\r\n", max(0, seen - 3))
         if end >= 0:
             head = bytes(buffer[:end])
-            request = parse_head(head, peer)  # if this is refused, the buffer still has the method
+            # If this is refused, `next_answer` still finds the method in the buffer.
+            request = parse_head(head, peer)
             del buffer[: end + 4]
             return request
         # Not complete, but wrong already? The sender may be waiting for an answer.
@@ -3267,9 +3306,10 @@ def _read_chunks(buffer: bytearray) -> Generator[str, Any, bytes]:
 
 
 def _read_line(buffer: bytearray, limit: int, status: int) -> Generator[str, Any, bytes]:
-    """Return a line without its end. With it, the line has `limit` bytes at most.
+    """Return a line without its CR LF.
 
-    HTTPError 400, or with this status: it has more.
+    HTTPError: with `status`, the line and its CR LF have more than `limit` bytes; 400, it has a
+    control character.
     """
     seen = 0
     while True:
@@ -3473,12 +3513,14 @@ class Connection:
     wait in, and is resumed by
 
         HANDSHAKE            ready(), when the socket can be read
-        HEADER, BODY, IDLE   ready(), when more has arrived and is in the buffer; a HEADER that has
-                             begun, and BODY, also by expire(), which throws an HTTPError into it
-        RUNNING              resume(answer), when a thread has it
+        HEADER, BODY, IDLE   ready(), when more has arrived and is in the buffer
+        LENT                 resume(answer), when a thread has it
         WAITING              resume(), when the answer is due, or nothing more will come
         ANSWER               ready(), when the socket takes more
-        LINGER               ready(), to no purpose but to see the end
+        LINGER               ready(), which drops what has arrived, until the client closes
+
+    When the deadline of a phase passes, expire() resumes a WAITING, throws an HTTPError into a
+    HEADER that has begun or a BODY, and ends the connection in the other phases.
 
     An OSError, whoever raises it, means that the connection is over.
     """
@@ -3531,7 +3573,7 @@ class Connection:
             return selectors.EVENT_READ
         if self.phase == ANSWER:
             return selectors.EVENT_WRITE
-        if self.phase == RUNNING:
+        if self.phase == LENT:
             return 0
         reads_ahead = len(self.buffer) < MAX_PIPELINED and not self.ended
         if self.phase == WAITING and not reads_ahead:
@@ -3556,7 +3598,7 @@ class Connection:
             # answers now, then the connection ends (RFC 9112, 9.5). This has to be remembered,
             # because TLS reports an end of file only once.
             self.ended = True
-            if self.later is None or self.later.can_hurry:
+            if self.later is not None and self.later.can_hurry:
                 self.resume()
         else:
             raise ConnectionError
@@ -3584,10 +3626,10 @@ class Connection:
             self.unsent = yield from self.next_answer()
             while self.send():
                 yield ANSWER
-            if self.buffer:  # of many requests at once, others have their turn after each
+            if self.buffer:  # the next request is here: other connections have their turn first
                 yield ANSWER
-            # The next answer may follow without another phase between, and is to have a deadline of
-            # its own: see enter().
+            # Another ANSWER may follow without a phase between them. So that enter() does not take
+            # it for the same one, and begins a new deadline:
             self.phase = ""
         # A plain close would reset the connection, and a client that is still sending would lose
         # the answer. So end this side only, and drop what still comes (RFC 9112, 9.6).
@@ -3604,14 +3646,14 @@ class Connection:
             while not self.buffer:
                 yield IDLE
             request = yield from read_head(self.buffer, self.peer)
-            call = application.judge(request)
+            verdict = application.judge(request)
             if request.fields.has_body():
-                request = yield from self.with_body(request, call)
-            if call.refusal is None and call.route.blocks(request):
-                self.server.lend(self, functools.partial(application.answer, call, request))
-                answer = yield RUNNING
+                request = yield from self.with_body(request, verdict)
+            if verdict.refusal is None and verdict.route.blocks(request):
+                self.server.lend(self, functools.partial(application.answer, verdict, request))
+                answer = yield LENT
             else:
-                answer = application.answer(call, request)
+                answer = application.answer(verdict, request)
             if isinstance(answer, Later):
                 yield from self.wait_for(answer)
                 answer = application.answer_later(answer, request)
@@ -3628,14 +3670,14 @@ class Connection:
             log.debug("%s %s: %d", self.peer, what, answer.status)
         return encode_response(answer, request, self.closing)
 
-    def with_body(self, request: Request, call: Call) -> Generator[str, Any, Request]:
-        """Return a request with its body. A client that waits for 100 Continue is told so first.
+    def with_body(self, request: Request, verdict: Verdict) -> Generator[str, Any, Request]:
+        """Return a request with its body. If the client waits for 100 Continue, send that first.
 
         If the request is refused, such a client may send its body or not. Then there is no telling
         what follows, and the connection ends (RFC 9110, 10.1.1).
         """
         if request.fields.expects_continue and not self.buffer:
-            if call.refusal is not None:
+            if verdict.refusal is not None:
                 self.closing = True
                 return request
             self.unsent = b"HTTP/1.1 100 Continue\r\n\r\n"
@@ -3645,12 +3687,11 @@ class Connection:
         return request.with_body(body)
 
     def wait_for(self, later: Later) -> Generator[str, Any, None]:
-        """Wait until an answer is due; as a rule at once, if the client sends no more."""
+        """Wait until an answer is due. Not at all, if the client has closed its sending side."""
         if self.ended and later.can_hurry:
             return
         wake = functools.partial(self.server.wake, self, later)
         self.later = later
-        self.phase = WAITING
         self.deadline = time.monotonic() + later.seconds
         later.watch(wake)
         try:
@@ -3678,14 +3719,14 @@ class Connection:
     def shake_hands(self) -> Generator[str, Any, None]:
         """Begin TLS. That takes milliseconds of computing, so a thread does it.
 
-        One deadline holds for the handshake and the first header. Entering RUNNING sets the
+        One deadline holds for the handshake and the first header. Entering LENT sets the
         deadline to infinity, so it is restored after each step.
         """
         deadline = self.deadline
         outcome = ""
         while outcome != "done":
             self.server.lend(self, self.try_handshake)
-            outcome = yield RUNNING
+            outcome = yield LENT
             self.deadline = deadline
             if outcome == "more":
                 yield HANDSHAKE
@@ -3739,7 +3780,7 @@ class Server(http.server.ThreadingHTTPServer):
         application.check_types()
         self.application, self.tls = application, tls
         self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
-        # Connections leave some descriptors to children, each of which needs six.
+        # Connections leave some descriptors to children, each of which needs six, at most eight.
         limit = raise_descriptor_limit()
         reserved = 8 * application.cpu_pool.max_workers
         self._max_connections = int(max(limit // 4, limit - reserved))
@@ -3811,7 +3852,7 @@ class Server(http.server.ThreadingHTTPServer):
         """Do what is due from time to time (a hook of the base class)."""
         self._pool.wake()
         store = self.application.store
-        store.spare_collector()
+        store.freeze_records()
         if (store.has_expired() or store.has_doomed()) and not self._is_evicting:
             self._is_evicting = True
             self._pool.call(self._evict)
@@ -3848,8 +3889,8 @@ class Server(http.server.ThreadingHTTPServer):
                 self._forget_wakes()
         for _ in range(min(len(self._due), self.MAX_RESUMED)):
             connection, later, answer = self._due.popleft()
-            # With the answer of a thread, `later` is None, as is connection.later then. With a wake
-            # it is what the connection waited for; if that wait is over, the wake is dropped.
+            # With the answer of a thread, both are None. A wake counts only as long as the
+            # connection waits for the same Later.
             if later is connection.later:
                 self._act(connection, functools.partial(connection.resume, answer))
 
@@ -3973,12 +4014,12 @@ class Server(http.server.ThreadingHTTPServer):
             self._is_accepting = True
 
     def _drain(self) -> bool:
-        """Close what has no answer to come, let others end with theirs; return if there are any.
+        """Close what has no answer to come, and give the others time to send theirs.
 
-        Who lingers may still be sending, and would lose the last answer, see `Connection.serve`.
+        Return whether there are such connections, and time. Who lingers may still be sending, and would lose the last answer, see `Connection.serve`.
         """
         for connection in list(self._connections):
-            if connection.phase not in (RUNNING, WAITING, ANSWER, LINGER):
+            if connection.phase not in (LENT, WAITING, ANSWER, LINGER):
                 self._close(connection)
                 continue
             connection.closing = True
@@ -4122,7 +4163,7 @@ def run_until_stopped(server: Server, grace: float) -> int:
     def on_signal(number: int, frame: object) -> None:
         signals.append(number)
         if len(signals) > 1:
-            # So that no task is noted there as failed, because its child is ended now.
+            # The children are killed next. The journal must not note their tasks as failed.
             application.store.journal = None
             application.children.kill()
             os._exit(128 + number)
@@ -4139,7 +4180,7 @@ def run_until_stopped(server: Server, grace: float) -> int:
             stop_in_order(server, seconds)
 
     application.store.journal_lost = on_journal_lost
-    if application.store.lost:  # since the start
+    if application.store.lost:  # while it was loaded
         on_journal_lost(application.store.lost)
     if threading.current_thread() is threading.main_thread():
         handle_stop_signals(on_signal)
@@ -4269,10 +4310,12 @@ class Monitoring:
     def tasks(self, request: Request) -> Later:
         """Answer with the newest tasks, once a worker has put their records together."""
         # float, because int takes no more than 4,300 digits in newer Pythons.
-        wanted = float(request.parameter("limit", "[0-9]+", "50") or 50)
+        wanted = float(request.parameter("limit", "[0-9]+", example="50") or 50)
         limit = int(min(wanted, MAX_LIMIT))
-        status = request.parameter("status", f"{PENDING}|{COMPLETED}|{FAILED}", FAILED) or ""
-        type_name = request.parameter("type", ".*", next(iter(self._application.types), "")) or ""
+        statuses = f"{PENDING}|{COMPLETED}|{FAILED}"
+        status = request.parameter("status", statuses, example=FAILED) or ""
+        some_type = next(iter(self._application.types), "")
+        type_name = request.parameter("type", ".*", example=some_type) or ""
         if type_name and type_name not in self._known_types():
             known = ", ".join(sorted(self._known_types()))
             raise HTTPError(400, f"Send a type that there is: {known}.")
@@ -4341,9 +4384,9 @@ class Journal:
     """Where records outlive the process: the contract of `application.store.journal`.
 
     A journal is an object with the three methods below. To write one, nothing else of this file
-    needs to be known. `load` is the place to open its database: what goes wrong there is said in
-    one line. (SQLiteJournal opens its file when it is made; `main` says in one line, too, what
-    goes wrong there.) The server never closes a journal: it is there until the process ends.
+    needs to be known. It opens its database in `load`, whose errors are shown in one line. (`main`
+    makes an SQLiteJournal itself, and shows its errors in the same way.) The server never closes a
+    journal: it is there until the process ends.
 
     What is kept of a record are the fields in JOURNALED, each exactly as it is:
 
@@ -4361,7 +4404,8 @@ class Journal:
 
     *One server.* A journal belongs to one server at a time, because each server holds all records
     in memory. `load` keeps a second one out, or has it wait until the first has ended: by a lock
-    that goes when its owner dies. A journal that finds that another server has taken over raises
+    that goes when its owner dies. (A copy that a task forks must not keep it: one of `flock` would
+    be kept, see os.register_at_fork.) A journal that finds that another server has taken over raises
     JournalLost, from any method and from then on: the server begins nothing more, and ends with
     status 1.
 
@@ -4371,18 +4415,19 @@ class Journal:
 
     *Errors.* RecordRefused from `save` says that this record can never be written: a create is
     refused with 400; if the record is the outcome of a task, that task becomes failed. Other
-    records that are written at the same time must not suffer. Any other exception says that the
-    record is not written now, or that nobody knows, because a connection broke before the commit
-    was confirmed. Then a create is refused with 503, and its record is deleted later, in case that
-    it is there; what must not be lost is saved again until that works. So a call that is repeated
-    must do no harm. An OSError with one sentence that says what to do is best, because the log
-    shows it.
+    records that are written at the same time must not suffer.
+
+    Any other exception says that the record is not written now, or that nobody knows, because a
+    connection broke before the commit was confirmed. Then a create is refused with 503, and
+    `delete` is called for its id later, in case that it was written. For a start or an outcome,
+    `save` is called again until it works. So a repeated call must do no harm. An OSError with one
+    sentence that says what to do is best, because the log shows it.
     """
 
     def load(self) -> Iterable[Record]:
         """Return all records in the order of their sequence; may be a generator.
 
-        Called once and first, by the main thread, while the server does not listen yet. It may take
+        Called once and first, by the thread that starts the server, while the server does not listen yet. It may take
         its time. An exception ends the start: its text is shown in one line, and the exit status
         is 1.
         """
@@ -4404,9 +4449,8 @@ class Journal:
         """Delete some hundred records; return when that survives a crash.
 
         Called by one thread at a time, some time after the records were evicted. Some of the ids
-        may not be there: those of creates whose `save` raised. What a crash leaves behind is loaded
-        at the next start; so a task may run although its create was refused, because nobody knew
-        whether it had been written.
+        may not be there: those of creates whose `save` raised. If the process dies before such a
+        delete, the next start loads the record and runs its task, although the create was refused.
         """
         raise NotImplementedError
 
@@ -4445,10 +4489,10 @@ def recover(application: Application) -> None:
             task_type.pool.put(record.live, record)
 
 
-def _lock(path: str) -> Any:
-    """Lock a file, which is made if there is none; return it. OSError: it stays locked. POSIX only.
+def _locked_file(path: str) -> Any:
+    """Lock a file, made if there is none, and return it; the lock ends when it is closed.
 
-    The lock ends when the file is closed. Waits up to a second for a process that is just ending.
+    POSIX only. OSError: another process has the lock, and keeps it for a second.
     """
     import fcntl  # POSIX only
 
@@ -4475,8 +4519,8 @@ class SQLiteJournal(Journal):
     One thread writes. What many threads hand to it while it waits for the disk shares its next
     transaction, and so the next wait.
 
-    A lock on a file beside it keeps a second server out, too. SQLite's own does not always: on
-    POSIX systems it goes when a task opens the database, say to copy it, and closes it again.
+    A lock on a file beside it keeps a second server out. SQLite's own lock is not enough: POSIX
+    drops it when any code of this process opens the database and closes it again, say to copy it.
     """
 
     # Of the table; in the file as user_version. Version 1 has the fields of JOURNALED as above;
@@ -4505,7 +4549,7 @@ class SQLiteJournal(Journal):
             if os.path.isdir(self._path):
                 raise OSError("it is a folder")
             if _POSIX:
-                self._lock_file = _lock(self._path + "-lock")
+                self._lock_file = _locked_file(self._path + "-lock")
             self._database = sqlite3.connect(
                 self._path, timeout=1, isolation_level=None, check_same_thread=False
             )
@@ -4602,7 +4646,7 @@ class SQLiteJournal(Journal):
                 jobs.append(self._jobs.get())
             work = [job for job in jobs if job is not None]
             error = self._write(work)
-            if isinstance(error, RecordRefused):  # it lies in one of them; the others are written
+            if isinstance(error, RecordRefused):  # write each alone: the others must not suffer
                 for job in work:
                     job[2].put(self._write([job]))
             else:
@@ -6179,7 +6223,7 @@ def _parse_options(argv: list[str] | None, application: Application) -> argparse
 def _switch_interval(workers: int) -> float:
     """Return for how many seconds a thread that computes may keep the interpreter.
 
-    With the 5 ms of Python, some clients starve. But each thread that waits for the interpreter
+    It goes to sys.setswitchinterval. With Python's default of 5 ms, some clients starve. But each thread that waits for the interpreter
     wakes once in such an interval; if it is short, thousands of threads do nothing else.
     """
     return min(max(0.0005, 5e-6 * workers), 0.05)
@@ -6374,7 +6418,8 @@ def _start(application: Application, options: argparse.Namespace) -> tuple[Serve
         raise _cannot_listen(options, error) from None
     address = _address(options, server.server_port)
     lines = _first_lines(application, options, address)
-    # A thread writes them, because stdout may be a full pipe. A file may have any name.
+    # A thread writes them, because stdout may be a full pipe. The file of --db may have a name that
+    # is not UTF-8.
     data = lines.encode("utf-8", "backslashreplace")
     threading.Thread(target=write_all, args=(1, data), daemon=True).start()
     return server, address

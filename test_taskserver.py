@@ -2803,10 +2803,10 @@ def test_a_request_with_a_body_is_the_same_request():
 def test_a_parameter_of_the_query_matches_its_pattern_or_is_400_with_an_example(query, value):
     request = Request("GET", "/x", query)
     if value is not HTTPError:
-        assert request.parameter("n", "[0-9]", "7") == value
+        assert request.parameter("n", "[0-9]", example="7") == value
         return
     with pytest.raises(HTTPError, match="n=7") as caught:
-        request.parameter("n", "[0-9]", "7")
+        request.parameter("n", "[0-9]", example="7")
     assert caught.value.status == 400
 
 
@@ -9249,7 +9249,7 @@ def test_the_garbage_collector_overlooks_many_records_and_only_many(monkeypatch)
     def add(n):
         for record in many(n, "held"):
             store.add(record)
-        store.spare_collector()
+        store.freeze_records()
         return collected("held")
 
     try:
@@ -9267,7 +9267,7 @@ def test_the_garbage_collector_looks_at_few_records_of_many_that_came_and_went(m
         store.evict()
         store.add(*many(1, "evicted"))
     try:
-        store.spare_collector()
+        store.freeze_records()
         assert collected("evicted") == 1
     finally:
         gc.unfreeze()
@@ -9290,11 +9290,11 @@ def test_a_cycle_that_was_frozen_is_freed_when_there_are_few_records_again(monke
     try:
         for now in [0.0] * 150 + [30.0] * 150:
             store.add(*many(1))
-        store.spare_collector()
+        store.freeze_records()
         del cycle
         for now, held in ((61.0, 150), (91.0, 0)):  # half of them are not few
             store.evict()
-            store.spare_collector()
+            store.freeze_records()
             gc.collect()
             assert collected("many") == 0
             assert is_freed.is_set() == (not held), held
