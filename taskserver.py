@@ -70,15 +70,16 @@ outlive the process. To *wake* a thread, a loop or a connection is to have it lo
 it waits for; it may find nothing. Durations are in seconds, sizes in bytes.
 
 What is used of `http.server.ThreadingHTTPServer`: its socket and its address; how it is bound,
-closed and shut down; the names of its hooks. Two things are replaced. Its threads: here, one loop
-serves all connections, because a thread for each would cost 16 KiB while it is idle, and time to
-be woken for every answer. And its request parser, because that one ignores Transfer-Encoding,
-accepts malformed requests, and takes most of the time of an answer.
+closed and shut down; the names of the methods that it calls. Two of its parts are replaced. The
+first is its threads: here, one loop serves all connections, because a thread for each would cost
+16 KiB while it is idle, and time to be woken for every answer. The second is its request parser,
+because it ignores Transfer-Encoding, accepts malformed requests, and takes most of the time of an
+answer.
 
-Why not asyncio's streams? They would serve just as many idle connections. But a server made of
-them needs four fifths of the time of a complete poll here just to read a head and to send a fixed
-answer. And buffers, limits, deadlines and wake-ups would be handled inside asyncio, where the reader of
-this file cannot see them.
+Why not asyncio's streams? They would serve just as many idle connections. But a server made of them
+needs four fifths of the time of a complete poll here just to read a head and to send a fixed
+answer. And buffers, limits, deadlines and wake-ups would be handled inside asyncio, where the
+reader of this file cannot see them.
 
 Docstrings name the exceptions that a caller has to expect, each with its reason:
 "KeyError: there is no such record."
@@ -171,7 +172,7 @@ class ReadersWriterLock:
     """
 
     def __init__(self) -> None:
-        # Guards the two below. Readers hold it for a few instructions; a writer, while it writes.
+        # Guards the two below. A reader holds it to enter and to leave, a writer while it writes.
         self.mutex = threading.Lock()
         self.readers = 0  # threads that read
         self.waiting_writers = 0  # threads that wait for readers to leave
@@ -672,7 +673,7 @@ class Store:
         return record
 
     def newest(self, limit: int, status: str = "", type_name: str = "") -> list[Record]:
-        """Return at most so many records, the newest first; all, or those of a status and type."""
+        """Return the newest records, at most `limit`; of one status or one type alone, if given."""
         with self._lock.read:
             if not status and not type_name:
                 seen = filter(None, reversed(self._records.values()))
@@ -745,7 +746,7 @@ class Store:
             raise JournalLost("the server has ended")
 
     def finish(self, record: Record) -> Record:
-        """Replace a record by its final successor, once that is saved; wake who waits for it.
+        """Save the final record of a task, put it in the place of the pending one, wake who waits.
 
         Return it as it is held: failed, if the journal has refused it. JournalLost: it stays
         pending, and the next owner of the journal decides what becomes of it.
@@ -807,8 +808,8 @@ class Store:
         """Drop final records that have outlived their time; return how many.
 
         At most EVICTED_AT_ONCE of them, so that readers never wait for long: call it until it
-        returns 0. The journal deletes them in `delete_doomed`, so that a create that makes room
-        does not wait for the disk.
+        returns 0. `delete_doomed` deletes them in the journal later. So `add`, which calls this to
+        make room, does not wait for the disk.
         """
         ids: list[str] = []
         with self._lock.write:
@@ -1156,10 +1157,10 @@ class BoundedQueue:
 class WorkerPool(BoundedQueue):
     """Threads that are made when there is work, and end when there has been none for a while.
 
-    Each takes one item after the other out of the queue and calls `work` with it, which lets no
-    exception out. As a rule one worker at a time is being woken or made; a worker that takes an
-    item and sees more wakes the next. So a burst of short items wakes few threads, and long ones
-    get a thread each.
+    Each takes one item after the other out of the queue and calls `work` with it. `work` must not
+    raise. As a rule one worker at a time is being woken or made; a worker that takes an item and
+    sees more wakes the next. So a burst of short items wakes few threads, and long ones get a
+    thread each.
     """
 
     IDLE_SECONDS = 10.0  # without work, after which a worker ends
@@ -1297,8 +1298,8 @@ class CoroutinePool(BoundedQueue):
         in a thread     after(item, value, error)          one of the two is None
 
     `start` is None if there is nothing to run, `seconds` if there is no limit. The first and the
-    last step may wait for a disk, and decode or encode what is long, so threads do them. They let
-    no exception out.
+    last step may wait for a disk, and decode or encode what is long, so threads do them. They must
+    not raise.
     """
 
     # For the first and the last step. With a journal, each thread waits for the disk, and all that
@@ -1565,8 +1566,8 @@ def _outcome(run: CoroutineRun) -> tuple[Any, BaseException | None]:
 #                <--  PROGRESS: a report, ten a second  --
 #                <--  RESULT, or ERROR  --
 #
-# A cancel does not reach the child: it wakes the worker, through a pipe of the worker's own, and the
-# worker ends the child. When either side ends, the other one meets the end of the file.
+# A cancel does not reach the child: it wakes the worker, through a pipe of the worker's own, and
+# the worker ends the child. When either side ends, the other one meets the end of the file.
 #
 # From the child come bytes and JSON: the server never unpickles what a task made.
 
@@ -1865,7 +1866,8 @@ class Child:
     has ended. On Windows, what a task has started itself may outlive it.
 
     A worker that has a child blocks the stop signals in its thread for good. The child starts with
-    them blocked, and unblocks them once its handlers are set. So call() is not for the main thread.
+    them blocked, and unblocks them once its handlers are set. So call() is not for the main thread,
+    which has to receive them.
     """
 
     def __init__(self, reaping: threading.Lock) -> None:
@@ -2012,7 +2014,7 @@ class Child:
         """Start a process."""
         _working_directory()  # without one, `multiprocessing` fails and does not say why
         if _POSIX:
-            _start_tracker()  # before signals are blocked, because it unblocks them
+            _start_tracker()  # before signals are blocked, because this would unblock them
             # Inherited by the child, so that none reaches it before it can handle it.
             signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         with self._reaping, _starting:
@@ -2324,7 +2326,7 @@ def never_blocks(request: Request) -> bool:
 MAX_DEPTH = 100  # of nested arrays and objects
 MAX_DIGITS = 4300  # of an integer; the bound of newer Pythons
 
-# A string is matched as a whole, even one that is cut short, because brackets in it do not count.
+# Brackets in a string do not count. So a string is matched as a whole, even if its end is missing.
 _BRACKET_OR_STRING = re.compile(
     r"""
     [\[{\]}]
@@ -3752,7 +3754,7 @@ _servers: weakref.WeakSet[Server] = weakref.WeakSet()
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Accepts connections, watches all of them in one loop, lends a thread to who would block it.
+    """Accepts connections, and watches all of them in one loop; threads do what would block it.
 
     The preface says what is used of the base class. `tls`, an `ssl.SSLContext`, makes it HTTPS.
     """
@@ -4016,7 +4018,8 @@ class Server(http.server.ThreadingHTTPServer):
     def _drain(self) -> bool:
         """Close what has no answer to come, and give the others time to send theirs.
 
-        Return whether there are such connections, and time. Who lingers may still be sending, and would lose the last answer, see `Connection.serve`.
+        Return whether there are such connections, and time. Who lingers may still be sending, and
+        would lose the last answer, see `Connection.serve`.
         """
         for connection in list(self._connections):
             if connection.phase not in (LENT, WAITING, ANSWER, LINGER):
@@ -4405,9 +4408,9 @@ class Journal:
     *One server.* A journal belongs to one server at a time, because each server holds all records
     in memory. `load` keeps a second one out, or has it wait until the first has ended: by a lock
     that goes when its owner dies. (A copy that a task forks must not keep it: one of `flock` would
-    be kept, see os.register_at_fork.) A journal that finds that another server has taken over raises
-    JournalLost, from any method and from then on: the server begins nothing more, and ends with
-    status 1.
+    be kept, see os.register_at_fork.) A journal that finds that another server has taken over
+    raises JournalLost, from any method and from then on: the server begins nothing more, and ends
+    with status 1.
 
     *Order.* For one id the calls follow each other: the next one begins after the last one has
     returned or raised. Once a call has raised, it must not take effect later. Calls for different
@@ -4427,9 +4430,9 @@ class Journal:
     def load(self) -> Iterable[Record]:
         """Return all records in the order of their sequence; may be a generator.
 
-        Called once and first, by the thread that starts the server, while the server does not listen yet. It may take
-        its time. An exception ends the start: its text is shown in one line, and the exit status
-        is 1.
+        Called once and first, by the thread that starts the server, while the server does not
+        listen yet. It may take its time. An exception ends the start: its text is shown in one
+        line, and the exit status is 1.
         """
         raise NotImplementedError
 
@@ -4661,7 +4664,7 @@ class SQLiteJournal(Journal):
             self._commit(records, deleted)
             return None
         except Exception as exception:  # whatever it is: nobody may be left waiting
-            with contextlib.suppress(Exception):  # if this fails, the next BEGIN does, and says so
+            with contextlib.suppress(Exception):  # else the next BEGIN fails, too, and says why
                 self._database.rollback()
             if isinstance(exception, (UnicodeError, OverflowError)):
                 return RecordRefused(describe(exception))
@@ -6223,8 +6226,9 @@ def _parse_options(argv: list[str] | None, application: Application) -> argparse
 def _switch_interval(workers: int) -> float:
     """Return for how many seconds a thread that computes may keep the interpreter.
 
-    It goes to sys.setswitchinterval. With Python's default of 5 ms, some clients starve. But each thread that waits for the interpreter
-    wakes once in such an interval; if it is short, thousands of threads do nothing else.
+    It goes to sys.setswitchinterval. With Python's default of 5 ms, some clients starve. But each
+    thread that waits for the interpreter wakes once in such an interval; if it is short, thousands
+    of threads do nothing else.
     """
     return min(max(0.0005, 5e-6 * workers), 0.05)
 
