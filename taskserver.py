@@ -28,7 +28,8 @@ What it promises:
 - With a journal, what was acknowledged outlives `kill -9`.
 - A stop finishes what it can in the time that it is given, and says what it could not.
 
-The file is one story: what a section uses stands above it.
+The file is one story: what a section uses stands above it. (What the store asks of a journal is an
+exception: it stands in section 10.)
 
     1 Lock      2 Records and store    3 Workers        4 Child processes
     5 Requests, responses, routes      6 Application    7 HTTP    8 Running
@@ -69,17 +70,17 @@ holds records, a *worker* is a thread that runs tasks, a *pool* owns workers. A 
 outlive the process. To *wake* a thread, a loop or a connection is to have it look again for what
 it waits for; it may find nothing. Durations are in seconds, sizes in bytes.
 
-What is used of `http.server.ThreadingHTTPServer`: its socket and its address; how it is bound,
-closed and shut down; the names of the methods that it calls. Two of its parts are replaced. The
+Of `http.server.ThreadingHTTPServer` this file uses the socket and its address; how it is bound,
+closed and shut down; and the names of the methods that it calls. Two of its parts are replaced. The
 first is its threads: here, one loop serves all connections, because a thread for each would cost
 16 KiB while it is idle, and time to be woken for every answer. The second is its request parser,
 because it ignores Transfer-Encoding, accepts malformed requests, and takes most of the time of an
 answer.
 
-Why not asyncio's streams? They would serve just as many idle connections. But a server made of them
-needs four fifths of the time of a complete poll here just to read a head and to send a fixed
-answer. And buffers, limits, deadlines and wake-ups would be handled inside asyncio, where the
-reader of this file cannot see them.
+Why not asyncio's streams? They would serve just as many idle connections. But with
+them, to read a head and to send a fixed answer alone takes four fifths of the time that this server
+needs for a whole poll. And buffers, limits, deadlines and wake-ups would be handled inside asyncio,
+where the reader of this file cannot see them.
 
 Docstrings name the exceptions that a caller has to expect, each with its reason:
 "KeyError: there is no such record."
@@ -209,7 +210,9 @@ class _WriteSide:
 
     def __enter__(self) -> None:
         lock = self._lock
-        lock.mutex.acquire()  # and keep it until __exit__; only wait() gives it back meanwhile
+        # It is kept until __exit__, so nobody enters or leaves while this one writes. Only wait()
+        # gives it back meanwhile.
+        lock.mutex.acquire()
         if not lock.readers:
             return
         lock.waiting_writers += 1  # each keeps new readers out; the last one lets them in again
@@ -281,7 +284,8 @@ class Live:
         if message is None:
             message = last_message
         elif isinstance(message, str):
-            # Cut before, so that it takes no time, and afterwards, because escapes are longer.
+            # Cut first, so that a huge message takes no time, and again, because escapes are
+            # longer.
             message = escape_surrogates(message[:MAX_MESSAGE])[:MAX_MESSAGE]
         else:
             raise ValueError(
@@ -341,7 +345,7 @@ class Record(NamedTuple):
     error: str | None = None
     payload: bytes | None = None  # JSON as it was posted; dropped when the task is final
     sequence: int = 0  # its place in the order of creation, if there is a journal
-    live: Live | None = None  # of a pending task; of it, clients see the progress
+    live: Live | None = None  # while the task is pending; clients see its progress alone
 
     def size(self) -> int:
         """Return the number of bytes that count against the store's `max_memory`."""
@@ -406,8 +410,8 @@ def encode_cached(record: Record, with_result: bool = True) -> bytes:
 
 # The three kinds of escapes in a text of JSON: a pair of surrogates, a lone surrogate (which sets
 # group 1), any other. The pair is tried first; otherwise its halves would match as lone ones. The
-# last kind takes an escaped backslash as a whole; otherwise it would make an escape of "ud800", if
-# these five characters follow it.
+# last kind takes an escaped backslash (two characters) as a whole; otherwise the second of them
+# would look like the beginning of an escape.
 _JSON_ESCAPE = re.compile(r"\\ud[89ab]..\\ud[c-f]..|\\(ud[89a-f]..)|\\.")
 
 
@@ -424,8 +428,8 @@ def encode_result(value: object, default: Callable[[Any], Any] | None = None) ->
     if default is not None:
         encoder = json.JSONEncoder(allow_nan=False, default=functools.partial(_convert, default))
     try:
-        # First, because no other thread can go on while the encoder works: for seconds, if the
-        # value is huge.
+        # This is checked first, because no other thread can go on while the encoder works: for
+        # seconds, if the value is huge.
         _check_members(value)
         text = encoder.encode(value)
     except _Huge:
@@ -595,7 +599,7 @@ class Store:
 
     A final record stays for `keep` seconds; then `evict` drops it. A new record is refused while
     there are `max_tasks` records, or payloads and results of `max_memory` bytes. A result is stored
-    all the same. With a `journal` (its contract stands in section
+    even beyond that. With a `journal` (its contract stands in section
     10), a record is written there before anybody sees it: `add`, `save` and `finish` block until it
     is. `delete_doomed` deletes there what was evicted here.
     """
@@ -735,14 +739,16 @@ class Store:
         journal is another server's, or this process is ending.
         """
         attempts = 0
-        while self.journal is not None:  # it becomes None when the process is ending
+        while self.journal is not None:  # `main` sets it so when the process is ending
             try:
                 self._save_once(record)
                 return
             except JournalError:  # nothing tells when a disk has room again
                 time.sleep(self.PAUSES[min(attempts, len(self.PAUSES) - 1)])
                 attempts += 1
-        if attempts:  # the journal was taken away meanwhile; else there never was one
+        # It was taken away during the attempts. (If it was so before, or if there never was one,
+        # there is nothing to do.)
+        if attempts:
             raise JournalLost("the server has ended")
 
     def finish(self, record: Record) -> Record:
@@ -770,9 +776,10 @@ class Store:
         return record
 
     def watch(self, task_id: str, wake: Callable[[], None]) -> None:
-        """Have `wake` called once the record is final, or when the store begins to stop.
+        """Have `wake` called once the record is final or gone, or when the store begins to stop.
 
-        At once, if the record is final already. Any thread may call it, so it must not block.
+        If the record is final already, `wake` is called at once. Any thread may call `wake`, so it
+        must not block.
         """
         with self._lock.write:
             record = self._records.get(task_id)
@@ -866,8 +873,8 @@ class Store:
         records. gc.freeze() hides from it whatever there is. So after every MANY_NEW new records
         this has it look at what is not hidden yet (30 ms, and the first time 60), and hides that.
 
-        What is hidden is still freed when nothing refers to it any more. The cost: a reference
-        cycle is not, until there are few records again and nothing is hidden any more. With the
+        What is hidden is still freed when nothing refers to it any more. The cost: a hidden
+        reference cycle is not freed until there are few records again. With the
         default of --max-tasks, which is MANY, there are never more than MANY records, and this does
         nothing. CPython can do it from 3.7 on; in free-threaded builds the pause is shorter, but
         not gone; PyPy needs none of it.
@@ -881,14 +888,14 @@ class Store:
         elif held < self.MANY / 2 and self._is_frozen:
             gc.unfreeze()
             self._is_frozen = False
-            self._count_new(held)
+            self._set_new(held)
 
     def _freeze(self) -> None:
         gc.freeze()
         self._is_frozen = True
-        self._count_new(0)
+        self._set_new(0)
 
-    def _count_new(self, count: int) -> None:
+    def _set_new(self, count: int) -> None:
         """Say how many records are new to the collector."""
         with self._lock.write:
             self._new = count
@@ -920,7 +927,8 @@ class Store:
             seconds = 2.0
             while not done.wait(seconds):
                 log.info("loading the journal: %d tasks so far", len(loaded))
-                seconds *= 2  # less and less often: load() may wait for days for another server
+                # Less and less often, because load() may wait until another server has ended.
+                seconds *= 2
 
         threading.Thread(target=say_how_far, name="loading", daemon=True).start()
         try:
@@ -1261,8 +1269,8 @@ class WorkerPool(BoundedQueue):
             notified = self._not_empty.wait(self.IDLE_SECONDS)
         finally:
             self._idle -= 1
-        # After a timeout, too: a notify may have reached this worker just as its time was over. No
-        # other worker gets that notify, so if there is an item, this worker has to take it.
+        # This is cleared after a timeout, too: a notify may have been meant for this worker just as
+        # its time was over. Nobody else gets that notify. So if there is an item, it takes it.
         self._on_the_way = False
         return notified or self._has_item()
 
@@ -1303,7 +1311,7 @@ class CoroutinePool(BoundedQueue):
     """
 
     # For the first and the last step. With a journal, each thread waits for the disk, and all that
-    # wait share one commit: 10,000 starts took 4 to 9 seconds with 8 threads, 1 with 32.
+    # wait share one commit: 10,000 starts took 4 to 9 s with 8 threads, 1 s with 32.
     THREADS, THREADS_WITH_JOURNAL = 8, 32
 
     def __init__(
@@ -1321,7 +1329,8 @@ class CoroutinePool(BoundedQueue):
         self._runs: dict[Hashable, CoroutineRun] = {}  # by key
         # Set by shut_down: from then on each coroutine is interrupted, a new one at once.
         self._stop_reason: Exception | None = None
-        # Set by _end_loop. If the loop ends without it, a coroutine has stopped it, and it goes on.
+        # Set by _end_loop. If the loop ends while this is false, a coroutine has called
+        # loop.stop(); then _run_loop runs the loop again.
         self._is_ending = False
         # Guarded by the lock:
         self._loop: Any = None
@@ -1441,13 +1450,12 @@ class CoroutinePool(BoundedQueue):
     def _outlive_exit(self, error: BaseException) -> None:
         """Go on after an exception that has ended the loop: SystemExit, KeyboardInterrupt.
 
-        What our coroutines raise goes to `_catch_all`. So this comes from something that a
-        coroutine has left in the loop:
+        What our coroutines raise goes to `_catch_all`. So something that a coroutine has left in
+        the loop has raised it. The traceback tells what:
 
-        - from a task: asyncio logs the exception as soon as that task is deleted. The traceback
-          keeps it alive, through the frames of the loop; so these frames are cleared here.
-        - from a callback, if the traceback has no frame of a coroutine: it is logged here, because
-          asyncio does not log it.
+        - It has the frame of a coroutine: a task. asyncio logs the exception as soon as that task
+          is deleted. But the frames of the loop keep the task alive, so they are cleared here.
+        - It has none: a callback. asyncio does not log that, so it is logged here.
         """
         trace = error.__traceback__
         if trace is not None:
@@ -1587,9 +1595,9 @@ STOP_SIGNALS = [
 _POSIX = os.name == "posix"  # Windows has neither signal masks nor groups of processes
 _SPAWN = multiprocessing.get_context("spawn")  # never fork: the server has threads
 
-# What a copy of this process must give up when a task calls os.fork: the handlers of signals, pipes
-# to children, and the lock of a journal. While a copy keeps a pipe open, its other end does not see
-# that this process has ended; and a lock that a copy keeps outlives this process.
+# A task may call os.fork. What the copy of this process must give up: the handlers of signals,
+# pipes to children, and the lock of a journal. Who reads from a pipe that the copy keeps open never
+# sees that this process has ended; and a lock that the copy keeps outlives this process.
 _own_handlers: list[Any] = []
 _own_files: weakref.WeakSet[Any] = weakref.WeakSet()
 _starting = threading.Lock()  # held while a pipe to a child is made, and while a task forks
@@ -1728,7 +1736,8 @@ def _set_resource_limits(limits: dict[int, tuple[int, int]]) -> None:
 
     for number, (soft, hard) in limits.items():
         _, hard_now = resource.getrlimit(number)
-        # As it was; else below the lower hard limit; else as much as that one lets it have.
+        # Try both limits as they were; then the old soft limit under the hard limit of now; then
+        # the hard limit of now for both.
         for limit in (soft, hard), (soft, hard_now), (hard_now, hard_now):
             with contextlib.suppress(OSError, ValueError):
                 resource.setrlimit(number, limit)
@@ -1800,7 +1809,8 @@ def _child_main(pipe: Any) -> None:
         handle_stop_signals(_outlive)  # the server decides what becomes of its tasks
         make_printing_safe()
         surroundings = Surroundings()
-        surroundings.restore()  # this unblocks what Child._start has blocked
+        # This unblocks the stop signals: Child._start blocks them before it starts this process.
+        surroundings.restore()
         while True:
             # The server waits for this before it sends: to send to a child that hangs would block.
             pipe.send_bytes(READY)
@@ -1876,9 +1886,9 @@ class Child:
         self._process: Any = None
         self._pipe: Any = None  # our end
         # Through this pipe wake() has call() look whether its task was cancelled. The lock is used
-        # as a flag. wake() takes it, if it is free, and sends a message; _receive() releases it
-        # and reads the message. Between these two steps one more can be sent. So there are never
-        # more than two in the pipe, and sending does not block.
+        # as a flag: it is locked from the moment at which wake() sends a message until _receive()
+        # is about to read it. _receive() unlocks before it reads, so one more message may be sent
+        # in between. There are never more than two in the pipe, and sending does not block.
         self._wake_receiver, self._wake_sender = _SPAWN.Pipe(duplex=False)
         self._wake_under_way = threading.Lock()
 
@@ -2083,8 +2093,10 @@ class Children:
     def _add(self) -> None:
         child = Child(self._reaping)
         with self._lock:
-            # `multiprocessing` has registered a function that waits for children. kill() has to
-            # be called before it. What is registered last is called first, so register it here.
+            # When Python ends, `multiprocessing` waits for children; kill() has to come before.
+            # What is registered last is called first. `multiprocessing` registers its function when
+            # the first child is made ready, so this is done after that, and anew for each first
+            # child.
             if not self._all:
                 atexit.unregister(self.kill)  # so that it is registered once
                 atexit.register(self.kill)
@@ -2184,8 +2196,8 @@ class Later(NamedTuple):
     watch: Callable[[Callable[[], None]], None]
     unwatch: Callable[[Callable[[], None]], None]
     answer: Callable[[], Response]
-    # False if answer() takes long unless `wake` was called. Then the wait goes on when the client
-    # has closed its sending side.
+    # False if answer() would have to compute as long as `wake` was not called. Then a client that
+    # closes its sending side does not cut the wait short.
     can_hurry: bool = True
 
 
@@ -2591,7 +2603,7 @@ def _problem_of(function: Any) -> str:
 
 
 def _problem_with_cpu(function: Any) -> str:
-    """Return why a function cannot run in a child process, "" if nothing is known yet."""
+    """Return why a function cannot run in a child process, "" if none is seen yet."""
     if is_coroutine_function(function):
         return "a coroutine waits and does not compute: leave out cpu=True"
     function = _unwrapped(function)
@@ -2685,8 +2697,9 @@ class Application:
     """The task types, their endpoints, and the life of a task. It knows no sockets.
 
     Building one starts no thread, process or socket. Public attributes may be set until the first
-    request. Those of the store and of `pool`, and the workers of `cpu_pool`, are the defaults of
-    the command line. `main` then sets the bounds of all pools as its options say.
+    request. What is set on `store` and `pool`, and `cpu_pool.max_workers`, are the defaults of the
+    options. `main` then sets all pools as the options say: what was set on `coroutine_pool` is
+    overwritten.
     """
 
     # A task that waits for a network costs a thread of some 16 KiB, so hundreds fit into the
@@ -2739,7 +2752,8 @@ class Application:
         The function gets the posted object and `report(fraction, message=None)`; what it returns is
         the result. It runs in a thread; if it is an `async def`, in the event loop of all such;
         with `cpu`, in a process of its own. `timeout` ends a coroutine or process after that time.
-        `rerun`: if the server is ended while it runs, it may run again. `payload` describes members
+        `rerun`: a task that was running when the server ended runs again at the next start;
+        otherwise it fails. `payload` describes members
         of the payload by JSON Schemas; they stand in /openapi.json, and are not enforced.
 
         ValueError: a bad or taken name, options that exclude each other, or a function that cannot
@@ -2918,7 +2932,7 @@ class Application:
             raise HTTPError(400, f'Send a "name": a string that is {bounds}.')
         key = idempotency_key(request)
         if key is not None:
-            repeated = self._repeat(task_type, key, name)
+            repeated = self._answer_repeat(task_type, key, name)
             if repeated is not None:
                 return repeated
         task_id = key or new_id()
@@ -2929,7 +2943,7 @@ class Application:
         try:
             self._add(task_type, record, live)
         except Duplicate:  # another client with this key was faster
-            repeated = self._repeat(task_type, task_id, name)
+            repeated = self._answer_repeat(task_type, task_id, name)
             if repeated is None:  # that one has been refused meanwhile
                 raise _still_being_stored() from None
             return repeated
@@ -2953,7 +2967,7 @@ class Application:
         # for it, see `wake_workers`.
         task_type.pool.put(live, record)
 
-    def _repeat(self, task_type: TaskType, task_id: str, name: str) -> Response | None:
+    def _answer_repeat(self, task_type: TaskType, task_id: str, name: str) -> Response | None:
         """Return the answer to a create whose key was used before, None if it was not.
 
         HTTPError 409: the first one is just being stored; 422: the key was used for something else.
@@ -3070,7 +3084,8 @@ class Application:
         live = record.live
         assert live is not None  # each pending record has one
         now = live.start()
-        # The next start of the server has to know what had begun, unless it runs this type again.
+        # The next start of the server fails what had begun and is not `rerun`. So the beginning of
+        # such a task is written down.
         if self.store.journal is not None and not task_type.rerun:
             self.store.save(record._replace(started_at=now))
         if live.cancel_requested:
@@ -3137,8 +3152,8 @@ class Application:
 
     def _end_coroutine(self, record: Record, value: Any, error: BaseException | None) -> None:
         """Make the record of a coroutine final."""
-        # The next start decides what becomes of it.
         if isinstance(error, Stopped) and self.store.stopping:
+            # With a journal, the next start decides what becomes of it; else it is lost.
             log.info("task %s is interrupted by the stop", record.id)
             return
         result = None
@@ -3190,12 +3205,13 @@ _CHUNK_LINE = re.compile(  # RFC 9112, 7.1 and 7.1.1
 _FORBIDDEN = re.compile(rb"[^\t\r\n\x20-\x7e\x80-\xff]|(?<!\r)\n|\r(?!\n|\Z)")
 
 
-# What a connection waits for. Most have a deadline, for the whole of the phase.
-HANDSHAKE = "handshake"  # it waits for what TLS needs; its deadline is that of the first header
+# What a connection waits for. PHASE_SECONDS has the time for the whole of a phase; the deadline of
+# a HANDSHAKE is that of the first HEADER, and `wait_for` sets that of WAITING.
+HANDSHAKE = "handshake"  # it waits for what TLS needs
 HEADER = "header"
 BODY = "body"
 LENT = "lent"  # a thread works on its answer
-WAITING = "waiting"  # its answer comes later; the endpoint has set the deadline
+WAITING = "waiting"  # its answer comes later
 ANSWER = "answer"  # it sends one
 IDLE = "idle"  # between two requests
 LINGER = "linger"  # it has sent its last answer, and waits for the client to close
@@ -3245,7 +3261,7 @@ def read_head(buffer: bytearray, peer: str = "") -> Generator[str, Any, Request]
                 parse_request_line(bytes(buffer))  # raises because it is too long
         if line_end >= 0:
             length = len(buffer) - (line_end + 2)
-            if length > MAX_HEADERS + 3:  # three bytes of their end may be counted in
+            if length > MAX_HEADERS + 3:  # of the end, CR LF CR LF, three bytes may be here
                 raise HTTPError(431, f"Send at most {MAX_HEADERS} bytes of headers.")
         seen = len(buffer)
         yield HEADER
@@ -3403,7 +3419,7 @@ def _check_host(headers: Mapping[str, str], minor: int) -> None:
     if "host" not in headers and minor == 0:
         return
     host = headers.get("host")
-    if host == "":  # parse_head knows for what that is allowed
+    if host == "":  # parse_head judges this, because it knows the path
         return
     if host is None or not _WELL_FORMED_HOST.fullmatch(host):
         raise HTTPError(400, "Send one well-formed Host.")
@@ -3429,7 +3445,7 @@ def _content_length(headers: Mapping[str, str]) -> int:
     if not re.fullmatch("[0-9]+", text):
         raise HTTPError(400, "Send one Content-Length, a plain number.")
     digits = text.lstrip("0") or "0"
-    # Their number first, because int takes no more than 4,300 of them in newer Pythons.
+    # The number of digits is compared first: newer Pythons convert no more than 4,300 of them.
     if len(digits) > len(str(MAX_BODY)) or int(digits) > MAX_BODY:
         raise HTTPError(413, f"Send at most {MAX_BODY} bytes.")
     return int(digits)
@@ -3552,7 +3568,8 @@ class Connection:
         self.later: Later | None = None  # what it waits for
         self.deadline = time.monotonic() + PHASE_SECONDS[HEADER]
         self.phase = HEADER
-        self.story = self.serve()  # suspended in a yield when there is something to wait for
+        # Not begun before something has arrived; then suspended in a yield while it waits.
+        self.story = self.serve()
         if server.tls is not None:
             self.phase = HANDSHAKE
             self.socket = server.tls.wrap_socket(
@@ -3611,10 +3628,9 @@ class Connection:
 
     def expire(self) -> None:
         """End the phase, whose deadline has passed."""
-        has_begun = self.phase == BODY or len(self.buffer) > 0
         if self.phase == WAITING:
             self.resume()
-        elif self.phase in (HEADER, BODY) and has_begun:
+        elif self.phase == BODY or (self.phase == HEADER and self.buffer):
             refusal = HTTPError(408, "Send a request without long pauses.")
             self.enter(self.story.throw(refusal))
         else:
@@ -3629,9 +3645,9 @@ class Connection:
             while self.send():
                 yield ANSWER
             if self.buffer:  # the next request is here: other connections have their turn first
-                yield ANSWER
-            # Another ANSWER may follow without a phase between them. So that enter() does not take
-            # it for the same one, and begins a new deadline:
+                yield ANSWER  # with nothing to send, this is over in the next round of the loop
+            # Forget the phase. Otherwise enter() would take the next ANSWER for this one, and keep
+            # its deadline.
             self.phase = ""
         # A plain close would reset the connection, and a client that is still sending would lose
         # the answer. So end this side only, and drop what still comes (RFC 9112, 9.6).
@@ -3789,7 +3805,7 @@ class Server(http.server.ThreadingHTTPServer):
         self._connections: set[Connection] = set()
         self._is_accepting = False
         self._refused_at = -math.inf  # when it was last logged that no connection can be accepted
-        self._next_check = -math.inf  # when the first of all deadlines may pass
+        self._next_check = -math.inf  # when deadlines are checked next, and service_actions called
         # Filled by any thread: the connection to resume, the Later that it waited for, its answer.
         self._due: collections.deque[tuple[Connection, Later | None, Any]] = collections.deque()
         self._is_woken = False  # whether the loop will look at these before it sleeps
@@ -3891,8 +3907,9 @@ class Server(http.server.ThreadingHTTPServer):
                 self._forget_wakes()
         for _ in range(min(len(self._due), self.MAX_RESUMED)):
             connection, later, answer = self._due.popleft()
-            # With the answer of a thread, both are None. A wake counts only as long as the
-            # connection waits for the same Later.
+            # A thread's answer comes with None, and its connection has no `later`. A wake comes
+            # with the Later that it belongs to; if the connection waits for that no more, drop the
+            # wake.
             if later is connection.later:
                 self._act(connection, functools.partial(connection.resume, answer))
 
@@ -3925,13 +3942,14 @@ class Server(http.server.ThreadingHTTPServer):
             self._wake_loop()
 
     def _wake_loop(self) -> None:
-        with contextlib.suppress(OSError):  # full: it is about to wake; closed: it has ended
+        with contextlib.suppress(OSError):  # it is full, so the loop wakes anyway; or it is closed
             self._wake_sender.send(b"\0")
 
     def _forget_wakes(self) -> None:
         with contextlib.suppress(BlockingIOError):
             self._wake_receiver.recv(4096)
-        # From now on _put_due() sends a new byte. What was put before is seen in this round.
+        # From now on _put_due() sends a new byte. What was put before is seen without one: in this
+        # round or the next, which does not sleep.
         self._is_woken = False
 
     def _act(self, connection: Connection, act: Callable[[], None]) -> None:
@@ -3995,7 +4013,7 @@ class Server(http.server.ThreadingHTTPServer):
     def _refuse(self, reason: str) -> None:
         """Accept no more until a connection is closed or the next check, else the loop would spin.
 
-        The connection that has been idle for the longest time, at least some seconds, gives way.
+        If a connection has been idle for more than 5 seconds, the one idle for longest is closed.
         """
         self._selector.unregister(self.socket)
         self._is_accepting = False
@@ -4048,7 +4066,6 @@ def raise_descriptor_limit() -> int:
     import resource  # POSIX only
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    limit = soft
     # macOS calls the hard limit infinite, refuses that as the soft one, but takes 10,240.
     for limit in hard, max(soft, 10_240), soft:
         with contextlib.suppress(ValueError, OSError):
@@ -4156,9 +4173,9 @@ def run_until_stopped(server: Server, grace: float) -> int:
     are no signals. Status 1: the journal was lost.
     """
     application = server.application
-    # Gets how many seconds running tasks have when the stop begins; None, if somebody has called
-    # server.shutdown. A signal handler may interrupt put() and call it again; Event.set() would
-    # deadlock then.
+    # What is put here begins the stop: the seconds that running tasks have, or None if somebody has
+    # called server.shutdown. A signal handler may interrupt put() and call it again; Event.set()
+    # would deadlock then.
     stops: queue.SimpleQueue[float | None] = queue.SimpleQueue()
     signals: list[int] = []
     losses: list[str] = []
@@ -4263,7 +4280,7 @@ class Listing:
         """Have the response ready, and call `wake`, unless nobody waits for that any more."""
         if self._is_dropped:
             return
-        with contextlib.suppress(Exception):  # response() raises it again, to who answers
+        with contextlib.suppress(Exception):  # response() is called again, and its error answered
             self.response()
         wake()
 
@@ -4387,9 +4404,9 @@ class Journal:
     """Where records outlive the process: the contract of `application.store.journal`.
 
     A journal is an object with the three methods below. To write one, nothing else of this file
-    needs to be known. It opens its database in `load`, whose errors are shown in one line. (`main`
-    makes an SQLiteJournal itself, and shows its errors in the same way.) The server never closes a
-    journal: it is there until the process ends.
+    needs to be known. One of your own opens its database in `load`, whose errors are shown in one
+    line. (`main` makes an SQLiteJournal itself, and shows its errors in the same way.) The server
+    never closes a journal: it is there until the process ends.
 
     What is kept of a record are the fields in JOURNALED, each exactly as it is:
 
@@ -4407,10 +4424,10 @@ class Journal:
 
     *One server.* A journal belongs to one server at a time, because each server holds all records
     in memory. `load` keeps a second one out, or has it wait until the first has ended: by a lock
-    that goes when its owner dies. (A copy that a task forks must not keep it: one of `flock` would
-    be kept, see os.register_at_fork.) A journal that finds that another server has taken over
-    raises JournalLost, from any method and from then on: the server begins nothing more, and ends
-    with status 1.
+    that goes when its owner dies. (A lock of `flock` lives on in a process that a task forks: close
+    its file there, by a function given to os.register_at_fork.) A journal that finds that another
+    server has taken over raises JournalLost, from any method and from then on: the server begins
+    nothing more, and ends with status 1.
 
     *Order.* For one id the calls follow each other: the next one begins after the last one has
     returned or raised. Once a call has raised, it must not take effect later. Calls for different
@@ -4664,7 +4681,7 @@ class SQLiteJournal(Journal):
             self._commit(records, deleted)
             return None
         except Exception as exception:  # whatever it is: nobody may be left waiting
-            with contextlib.suppress(Exception):  # else the next BEGIN fails, too, and says why
+            with contextlib.suppress(Exception):  # if it fails, the next BEGIN does, and is logged
                 self._database.rollback()
             if isinstance(exception, (UnicodeError, OverflowError)):
                 return RecordRefused(describe(exception))
@@ -4918,7 +4935,8 @@ class Description:
         self._routes = application.router.routes
         self._schemas: dict[str, Any] = {}  # those that are used
         self._responses: dict[str, Any] = {}  # the same
-        # Of each kind, the names in use (lower case, letters and digits alone), and whose they are.
+        # Of each kind: a name in use (lower case, letters and digits alone), and the thing that has
+        # it.
         self._named: dict[str, dict[str, Any]] = {"schema": {}, "operation": {}, "tag": {}}
         for name, schema in SCHEMAS.items():
             self._unique("schema", name, schema)
@@ -4989,7 +5007,11 @@ class Description:
         return "Endpoints that belong to no single type of task."
 
     def _unique(self, kind: str, name: str, thing: Any) -> str:
-        """Return a name for a thing, changed if another one has it. Types may be a-b and ab."""
+        """Return a name for a thing, changed if another thing has it.
+
+        Names are compared without case and punctuation, because types a-b and ab would both become
+        CreateAb.
+        """
         while True:
             plain = re.sub("[^a-z0-9]", "", name.lower())
             if self._named[kind].setdefault(plain, thing) == thing:
