@@ -48,8 +48,8 @@ The way of a create:
  4. The endpoint reserves a place in a pool of workers (3) and adds a pending record to the store
     (2), a dict behind a lock (1). With a journal (10), the record is written to disk before that.
  5. The connection sends the answer, status 201, and waits for the next request (7).
- 6. A worker takes the record and calls its function: in this thread, in the event loop of the
-    coroutines (both 3), or in a child process (4).
+ 6. A worker takes the record and calls its function in this thread or in a child process (both
+    4); a coroutine runs in an event loop (3).
  7. The worker replaces the record by a final one (2), which polls will see.
 
 The way of a long poll, `GET /poll-TYPE/<id>?wait=30`:
@@ -627,7 +627,7 @@ class Store:
         self.lost = ""  # why the journal belongs to this server no more; set once, by any thread
         self._clock = clock
         self._failed_at = -math.inf  # when the journal failed, by the monotonic clock
-        self._lock = ReadersWriterLock()  # guards all from here to `_new`
+        self._lock = ReadersWriterLock()  # guards all to `_new`; a glance without it is a guess
         # In the order of creation. None keeps the place of a record that is just being saved.
         self._records: dict[str, Record | None] = collections.OrderedDict()
         if sys.version_info >= (3, 8):
@@ -1032,7 +1032,11 @@ class Store:
             self._doomed.discard(task_id)
 
     def _save_once(self, record: Record) -> None:
-        """Save a record. JournalError: it may have worked or not; RecordRefused; JournalLost."""
+        """Save a record.
+
+        JournalError: nobody knows whether it is saved. RecordRefused: it can never be. JournalLost:
+        the journal is another server's.
+        """
         if self.lost:
             raise JournalLost(self.lost)
         try:
@@ -1303,7 +1307,7 @@ class CoroutinePool(BoundedQueue):
 
         in a thread     start, seconds = before(item)      a function and a time limit
         in the loop     value = await start()
-        in a thread     after(item, value, error)          one of the two is None
+        in a thread     after(item, value, error)          what it returned or raised
 
     `start` is None if there is nothing to run, `seconds` if there is no limit. The first and the
     last step may wait for a disk, and decode or encode what is long, so threads do them. They must
@@ -3962,7 +3966,7 @@ class Server(http.server.ThreadingHTTPServer):
             if events != connection.watched:
                 if connection.watched:
                     self._selector.unregister(connection.socket)
-                connection.watched = 0  # the next line may fail: a selector can be full
+                connection.watched = 0  # register() may fail: a selector can be full
                 if events:
                     self._selector.register(connection.socket, events, connection)
                 connection.watched = events
@@ -4429,9 +4433,9 @@ class Journal:
     server has taken over raises JournalLost, from any method and from then on: the server begins
     nothing more, and ends with status 1.
 
-    *Order.* For one id the calls follow each other: the next one begins after the last one has
-    returned or raised. Once a call has raised, it must not take effect later. Calls for different
-    ids come from many threads at once.
+    *Order.* The server promises that for one id the calls follow each other: the next one begins
+    after the last one has returned or raised. Calls for different ids come from many threads at
+    once. The journal has to see to it that a call which has raised never takes effect later.
 
     *Errors.* RecordRefused from `save` says that this record can never be written: a create is
     refused with 400; if the record is the outcome of a task, that task becomes failed. Other
