@@ -77,10 +77,10 @@ first is its threads: here, one loop serves all connections, because a thread fo
 because it ignores Transfer-Encoding, accepts malformed requests, and takes most of the time of an
 answer.
 
-Why not asyncio's streams? They would serve just as many idle connections. But with
-them, to read a head and to send a fixed answer alone takes four fifths of the time that this server
-needs for a whole poll. And buffers, limits, deadlines and wake-ups would be handled inside asyncio,
-where the reader of this file cannot see them.
+Why not asyncio's streams? They would serve just as many idle connections. But with them,
+to read a head and to send a fixed answer alone takes four fifths of the time that this server needs
+for a whole poll. And buffers, limits, deadlines and wake-ups would be handled inside asyncio, where
+the reader of this file cannot see them.
 
 Docstrings name the exceptions that a caller has to expect, each with its reason:
 "KeyError: there is no such record."
@@ -599,9 +599,11 @@ class Store:
 
     A final record stays for `keep` seconds; then `evict` drops it. A new record is refused while
     there are `max_tasks` records, or payloads and results of `max_memory` bytes. A result is stored
-    even beyond that. With a `journal` (its contract stands in section
-    10), a record is written there before anybody sees it: `add`, `save` and `finish` block until it
-    is. `delete_doomed` deletes there what was evicted here.
+    even beyond that.
+
+    With a `journal` (its contract stands in section 10), a record is written there before anybody
+    sees it: `add`, `save` and `finish` block until it is. `delete_doomed` deletes there what was
+    evicted here.
     """
 
     FAILING_SECONDS = 30.0  # for which the journal counts as failing after a failure
@@ -874,10 +876,10 @@ class Store:
         this has it look at what is not hidden yet (30 ms, and the first time 60), and hides that.
 
         What is hidden is still freed when nothing refers to it any more. The cost: a hidden
-        reference cycle is not freed until there are few records again. With the
-        default of --max-tasks, which is MANY, there are never more than MANY records, and this does
-        nothing. CPython can do it from 3.7 on; in free-threaded builds the pause is shorter, but
-        not gone; PyPy needs none of it.
+        reference cycle is not freed until there are few records again. With the default of
+        --max-tasks, which is MANY, there are never more than MANY records, and this does nothing.
+        CPython can do it from 3.7 on; in free-threaded builds the pause is shorter, but not gone;
+        PyPy needs none of it.
         """
         if not _CAN_FREEZE:
             return
@@ -1620,7 +1622,7 @@ def call_here(
     function: Callable[..., Any], payload: bytes, report: Report, default: Default
 ) -> bytes:
     """Call a function in this thread; return the encoded result."""
-    # json.loads would first have to find out the encoding of bytes.
+    # json.loads would look at the type of its argument and at its options first.
     result = function(_PLAIN_DECODER.decode(payload.decode()), report)
     if hasattr(result, "__await__"):
         if inspect.iscoroutine(result):
@@ -2395,7 +2397,7 @@ _DECODER = json.JSONDecoder(
 )
 
 
-WHITE_SPACE = " \t\r\n"  # of JSON (RFC 8259, 2)
+_WHITE_SPACE = " \t\r\n"  # of JSON (RFC 8259, 2)
 
 
 def decode_object(body: bytes) -> dict[str, Any]:
@@ -2410,8 +2412,8 @@ def decode_object(body: bytes) -> dict[str, Any]:
         text = body.decode()
         _check_depth(text)
         # _DECODER.decode() would skip the white space around the value by regular expressions.
-        text = text.rstrip(WHITE_SPACE)
-        begin = len(text) - len(text.lstrip(WHITE_SPACE))
+        text = text.rstrip(_WHITE_SPACE)
+        begin = len(text) - len(text.lstrip(_WHITE_SPACE))
         value, end = _DECODER.raw_decode(text, begin)
         if end < len(text):
             raise ValueError("something follows the value")
@@ -2757,8 +2759,8 @@ class Application:
         the result. It runs in a thread; if it is an `async def`, in the event loop of all such;
         with `cpu`, in a process of its own. `timeout` ends a coroutine or process after that time.
         `rerun`: a task that was running when the server ended runs again at the next start;
-        otherwise it fails. `payload` describes members
-        of the payload by JSON Schemas; they stand in /openapi.json, and are not enforced.
+        otherwise it fails. `payload` describes members of the payload by JSON Schemas; they stand
+        in /openapi.json, and are not enforced.
 
         ValueError: a bad or taken name, options that exclude each other, or a function that cannot
         work. What a child cannot import is found when the server starts.
@@ -3014,7 +3016,7 @@ class Application:
         return Response(200, encode_cached(self._find(task_type, task_id)))
 
     def _when_final(self, record: Record, seconds: float, answer: Callable[[], Response]) -> Later:
-        """Return what has `answer` called when a record is final, or after so many seconds."""
+        """Return a Later: `answer` is called when a record is final, or after so many seconds."""
         watch = functools.partial(self.store.watch, record.id)
         unwatch = functools.partial(self.store.unwatch, record.id)
         return Later(seconds, watch, unwatch, answer)
@@ -3634,11 +3636,13 @@ class Connection:
         """End the phase, whose deadline has passed."""
         if self.phase == WAITING:
             self.resume()
-        elif self.phase == BODY or (self.phase == HEADER and self.buffer):
-            refusal = HTTPError(408, "Send a request without long pauses.")
-            self.enter(self.story.throw(refusal))
-        else:
+            return
+        if self.phase not in (HEADER, BODY):
             raise TimeoutError
+        if self.phase == HEADER and not self.buffer:  # no request has begun
+            raise TimeoutError
+        refusal = HTTPError(408, "Send a request without long pauses.")
+        self.enter(self.story.throw(refusal))
 
     def serve(self) -> Generator[str, Any, None]:
         """Answer requests in their order."""
@@ -3875,7 +3879,8 @@ class Server(http.server.ThreadingHTTPServer):
         self._pool.wake()
         store = self.application.store
         store.freeze_records()
-        if (store.has_expired() or store.has_doomed()) and not self._is_evicting:
+        has_work = store.has_expired() or store.has_doomed()
+        if has_work and not self._is_evicting:
             self._is_evicting = True
             self._pool.call(self._evict)
         self._accept_again()
@@ -4978,7 +4983,8 @@ class Description:
             "responses": {str(status): self._success(route, status) for status in route.statuses},
         }
         for status in route.refusals:
-            if status != 401 or self._is_secured:
+            needs_token = status == 401
+            if self._is_secured or not needs_token:
                 operation["responses"][str(status)] = self._refusal(status)
         if self._is_secured and 401 in route.waived:
             operation["security"] = [{"token": []}, {}]  # with a token or without
