@@ -3211,18 +3211,26 @@ _CHUNK_LINE = re.compile(  # RFC 9112, 7.1 and 7.1.1
 _FORBIDDEN = re.compile(rb"[^\t\r\n\x20-\x7e\x80-\xff]|(?<!\r)\n|\r(?!\n|\Z)")
 
 
-# What a connection waits for. PHASE_SECONDS has the time for the whole of a phase; the deadline of
-# a HANDSHAKE is that of the first HEADER, and `wait_for` sets that of WAITING.
-HANDSHAKE = "handshake"  # it waits for what TLS needs
-HEADER = "header"
-BODY = "body"
-LENT = "lent"  # a thread works on its answer
-WAITING = "waiting"  # its answer comes later
-ANSWER = "answer"  # it sends one
-IDLE = "idle"  # between two requests
-LINGER = "linger"  # it has sent its last answer, and waits for the client to close
+class Phase(NamedTuple):
+    """What a connection waits for."""
 
-PHASE_SECONDS = {HEADER: 10, BODY: 20, LENT: math.inf, ANSWER: 20, IDLE: 75, LINGER: 5}
+    name: str
+    events: int  # what the selector waits for meanwhile; 0 for nothing
+    receives: bool  # whether the bytes that have come then go into the buffer
+    seconds: float  # from its beginning to its deadline
+
+
+_READ, _WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
+
+HANDSHAKE = Phase("handshake", _READ, False, 10)  # for bytes that TLS needs
+HEADER = Phase("header", _READ, True, 10)  # for the rest of a request's head
+BODY = Phase("body", _READ, True, 20)  # for the rest of its body
+LENT = Phase("lent", 0, False, math.inf)  # for a thread that works on the answer
+WAITING = Phase("waiting", _READ, True, math.inf)  # for an answer that comes later: `wait_for`
+ANSWER = Phase("answer", _WRITE, False, 20)  # for the socket to take more of an answer
+TURN = Phase("turn", _WRITE, False, 20)  # for its next turn: the next request is here already
+IDLE = Phase("idle", _READ, True, 75)  # for the next request
+LINGER = Phase("linger", _READ, True, 5)  # for the client to close, after the last answer
 
 
 # Reading a request. A reader is a generator: it takes bytes out of a buffer, and yields the phase
@@ -3236,7 +3244,7 @@ def take(buffer: bytearray, size: int) -> bytes:
     return taken
 
 
-def read_head(buffer: bytearray, peer: str = "") -> Generator[str, Any, Request]:
+def read_head(buffer: bytearray, peer: str = "") -> Generator[Phase, Any, Request]:
     """Return the next request, without its body.
 
     HTTPError: it is refused, and nobody can tell where the next one begins.
@@ -3273,7 +3281,7 @@ def read_head(buffer: bytearray, peer: str = "") -> Generator[str, Any, Request]
         yield HEADER
 
 
-def _skip_empty_lines(buffer: bytearray) -> Generator[str, Any, None]:
+def _skip_empty_lines(buffer: bytearray) -> Generator[Phase, Any, None]:
     """Wait for a request; a client may send empty lines before it (RFC 9112, 2.2)."""
     skipped = 0
     while True:
@@ -3287,7 +3295,7 @@ def _skip_empty_lines(buffer: bytearray) -> Generator[str, Any, None]:
         yield IDLE
 
 
-def read_body(fields: Fields, buffer: bytearray) -> Generator[str, Any, bytes]:
+def read_body(fields: Fields, buffer: bytearray) -> Generator[Phase, Any, bytes]:
     """Return the body that belongs to a head.
 
     HTTPError 400, 413: it is refused, and nobody can tell where the next request begins.
@@ -3299,7 +3307,7 @@ def read_body(fields: Fields, buffer: bytearray) -> Generator[str, Any, bytes]:
     return take(buffer, fields.length)
 
 
-def _read_chunks(buffer: bytearray) -> Generator[str, Any, bytes]:
+def _read_chunks(buffer: bytearray) -> Generator[Phase, Any, bytes]:
     """Return a body that comes in chunks (RFC 9112, 7.1)."""
     body = bytearray()
     while True:
@@ -3329,7 +3337,7 @@ def _read_chunks(buffer: bytearray) -> Generator[str, Any, bytes]:
     return bytes(body)
 
 
-def _read_line(buffer: bytearray, limit: int, status: int) -> Generator[str, Any, bytes]:
+def _read_line(buffer: bytearray, limit: int, status: int) -> Generator[Phase, Any, bytes]:
     """Return a line without its CR LF.
 
     HTTPError: with `status`, the line and its CR LF have more than `limit` bytes; 400, it has a
@@ -3533,18 +3541,18 @@ class Connection:
     """One client's socket, what has arrived on it, and the phase that it waits in.
 
     It belongs to the server's loop, which alone calls it. Nothing here blocks: what might block
-    is done by a thread of `server`. Its story is a generator, `serve`, which yields the phase to
-    wait in, and is resumed by
+    is done by a thread of `server`. Its story is a generator, `serve`: it yields the phase to wait
+    in, and goes on when it is resumed.
 
-        HANDSHAKE            ready(), when the socket can be read
-        HEADER, BODY, IDLE   ready(), when more has arrived and is in the buffer
-        LENT                 resume(answer), when a thread has it
-        WAITING              resume(), when the answer is due, or nothing more will come
-        ANSWER               ready(), when the socket takes more
-        LINGER               ready(), which drops what has arrived, until the client closes
-
-    When the deadline of a phase passes, expire() resumes a WAITING, throws an HTTPError into a
-    HEADER that has begun or a BODY, and ends the connection in the other phases.
+        phase                      what resumes it             what its deadline does
+        -------------------------  --------------------------  -----------------------
+        HEADER, BODY               more bytes, in the buffer   refuses with status 408
+        IDLE                       more bytes, in the buffer   closes the connection
+        LENT                       the answer of the thread    (there is none)
+        WAITING                    see `wait_for`              resumes it
+        ANSWER, TURN               a socket that takes bytes   closes the connection
+        HANDSHAKE                  bytes, still in the socket  closes the connection
+        LINGER                     more bytes, to be dropped   closes the connection
 
     An OSError, whoever raises it, means that the connection is over.
     """
@@ -3571,43 +3579,39 @@ class Connection:
         self.closing = False  # the answer under way is the last
         self.ended = False  # the client sends no more
         self.watched = 0  # the events that the selector waits for
-        self.later: Later | None = None  # what it waits for
-        self.deadline = time.monotonic() + PHASE_SECONDS[HEADER]
-        self.phase = HEADER
+        self.later: Later | None = None  # what it waits for while it is WAITING
+        self.begin(HEADER)
         # Not begun before something has arrived; then suspended in a yield while it waits.
         self.story = self.serve()
         if server.tls is not None:
-            self.phase = HANDSHAKE
+            self.begin(HANDSHAKE)
             self.socket = server.tls.wrap_socket(
                 sock, server_side=True, do_handshake_on_connect=False
             )
 
-    def enter(self, phase: str) -> None:
-        """Wait in a phase. To enter another one begins its deadline; to stay in one does not."""
+    def begin(self, phase: Phase, deadline: float | None = None) -> None:
+        """Begin a phase, with the usual deadline or another one."""
+        self.phase = phase
+        self.deadline = time.monotonic() + phase.seconds if deadline is None else deadline
+
+    def enter(self, phase: Phase) -> None:
+        """Wait in a phase: begin it, or stay in it and keep its deadline."""
         if self.ended and phase in (HEADER, BODY, IDLE, LINGER):  # nothing more will come
             raise ConnectionError
-        if phase == self.phase:
-            return
-        self.phase = phase
-        if phase in PHASE_SECONDS:
-            self.deadline = time.monotonic() + PHASE_SECONDS[phase]
+        if phase is not self.phase:
+            self.begin(phase)
 
     def events(self) -> int:
         """Return what the selector has to wait for; 0 for nothing."""
-        if self.phase == IDLE:  # nearly always
-            return selectors.EVENT_READ
-        if self.phase == ANSWER:
-            return selectors.EVENT_WRITE
-        if self.phase == LENT:
+        if self.phase is WAITING and (self.ended or len(self.buffer) >= MAX_PIPELINED):
+            # Nothing more will come; or nothing more is read ahead, and what follows, such as the
+            # end of what the client sends, is seen after the answer.
             return 0
-        reads_ahead = len(self.buffer) < MAX_PIPELINED and not self.ended
-        if self.phase == WAITING and not reads_ahead:
-            return 0  # what follows, such as an end of file, is seen only after the answer
-        return selectors.EVENT_READ
+        return self.phase.events
 
     def ready(self) -> None:
-        """Go on: the socket can be read, or takes more of an answer."""
-        if self.phase == ANSWER or self.phase == HANDSHAKE:
+        """Go on: the socket has bytes, or takes some."""
+        if not self.phase.receives:
             self.resume()
             return
         try:
@@ -3616,9 +3620,9 @@ class Connection:
             return
         if data:
             self.buffer += data
-            if self.phase != WAITING:  # else it belongs to the next request
+            if self.phase is not WAITING:  # there it belongs to the next request
                 self.resume()
-        elif self.phase == WAITING:
+        elif self.phase is WAITING:
             # The client is gone, or has closed its sending side only and still reads. It gets its
             # answers now, then the connection ends (RFC 9112, 9.5). This has to be remembered,
             # because TLS reports an end of file only once.
@@ -3633,18 +3637,17 @@ class Connection:
         self.enter(self.story.send(answer))
 
     def expire(self) -> None:
-        """End the phase, whose deadline has passed."""
-        if self.phase == WAITING:
+        """Do what the deadline of the phase does, which has passed."""
+        is_receiving = self.phase is BODY or (self.phase is HEADER and self.buffer)
+        if self.phase is WAITING:
             self.resume()
-            return
-        if self.phase not in (HEADER, BODY):
+        elif is_receiving:
+            refusal = HTTPError(408, "Send a request without long pauses.")
+            self.enter(self.story.throw(refusal))
+        else:  # also a HEADER of which nothing has come
             raise TimeoutError
-        if self.phase == HEADER and not self.buffer:  # no request has begun
-            raise TimeoutError
-        refusal = HTTPError(408, "Send a request without long pauses.")
-        self.enter(self.story.throw(refusal))
 
-    def serve(self) -> Generator[str, Any, None]:
+    def serve(self) -> Generator[Phase, Any, None]:
         """Answer requests in their order."""
         if self.server.tls is not None:
             yield from self.shake_hands()
@@ -3652,11 +3655,11 @@ class Connection:
             self.unsent = yield from self.next_answer()
             while self.send():
                 yield ANSWER
-            if self.buffer:  # the next request is here: other connections have their turn first
-                yield ANSWER  # with nothing to send, this is over in the next round of the loop
-            # Forget the phase. Otherwise enter() would take the next ANSWER for this one, and keep
-            # its deadline.
-            self.phase = ""
+            if self.buffer:
+                yield TURN  # until the loop has looked at the other connections
+            # It may be IDLE still, if the last request came and went at once. But each pause has a
+            # deadline of its own.
+            self.begin(IDLE)
         # A plain close would reset the connection, and a client that is still sending would lose
         # the answer. So end this side only, and drop what still comes (RFC 9112, 9.6).
         self.end_sending()
@@ -3664,7 +3667,7 @@ class Connection:
             self.buffer.clear()
             yield LINGER  # until ready() sees the end of what comes, or the deadline passes
 
-    def next_answer(self) -> Generator[str, Any, bytes]:
+    def next_answer(self) -> Generator[Phase, Any, bytes]:
         """Take a request; return its answer as it is sent."""
         application = self.server.application
         request = None
@@ -3696,7 +3699,7 @@ class Connection:
             log.debug("%s %s: %d", self.peer, what, answer.status)
         return encode_response(answer, request, self.closing)
 
-    def with_body(self, request: Request, verdict: Verdict) -> Generator[str, Any, Request]:
+    def with_body(self, request: Request, verdict: Verdict) -> Generator[Phase, Any, Request]:
         """Return a request with its body. If the client waits for 100 Continue, send that first.
 
         If the request is refused, such a client may send its body or not. Then there is no telling
@@ -3712,13 +3715,23 @@ class Connection:
         body = yield from read_body(request.fields, self.buffer)
         return request.with_body(body)
 
-    def wait_for(self, later: Later) -> Generator[str, Any, None]:
-        """Wait until an answer is due. Not at all, if the client has closed its sending side."""
-        if self.ended and later.can_hurry:
+    def wait_for(self, later: Later) -> Generator[Phase, Any, None]:
+        """Wait until an answer is due.
+
+        Four things resume the connection, all of them in the server's loop: a wake that has gone
+        through the loop's queue of what is due; the deadline (`expire`); the client that closes its
+        sending side (`ready`); and the end of the server. The first of them is the only one. After
+        it `later` is no more what this connection waits for, so the loop drops a wake that comes
+        too late; and the phase is another one, so the other three have no occasion.
+
+        Nor is a wake lost that comes early: watch() is called before anybody waits, and a wake from
+        then on stays in that queue until the loop looks at it.
+        """
+        if self.ended and later.can_hurry:  # the client has closed its sending side already
             return
         wake = functools.partial(self.server.wake, self, later)
         self.later = later
-        self.deadline = time.monotonic() + later.seconds
+        self.begin(WAITING, time.monotonic() + later.seconds)
         later.watch(wake)
         try:
             yield WAITING
@@ -3742,24 +3755,23 @@ class Connection:
                 self.socket.unwrap()  # does not wait for the same from the client
         self.socket.shutdown(socket.SHUT_WR)
 
-    def shake_hands(self) -> Generator[str, Any, None]:
+    def shake_hands(self) -> Generator[Phase, Any, None]:
         """Begin TLS. That takes milliseconds of computing, so a thread does it.
 
-        One deadline holds for the handshake and the first header. Entering LENT sets the
-        deadline to infinity, so it is restored after each step.
+        One deadline holds for the handshake and for the head of the first request.
         """
         deadline = self.deadline
         outcome = ""
         while outcome != "done":
             self.server.lend(self, self.try_handshake)
             outcome = yield LENT
-            self.deadline = deadline
             if outcome == "more":
+                self.begin(HANDSHAKE, deadline)
                 yield HANDSHAKE
             elif outcome != "done":
                 log.info("no TLS with %s: %s", self.peer, outcome)
                 raise ConnectionError
-        self.phase = HEADER  # not by enter(), which would begin another deadline
+        self.begin(HEADER, deadline)
         yield HEADER
 
     def try_handshake(self) -> str:
@@ -3916,9 +3928,8 @@ class Server(http.server.ThreadingHTTPServer):
                 self._forget_wakes()
         for _ in range(min(len(self._due), self.MAX_RESUMED)):
             connection, later, answer = self._due.popleft()
-            # A thread's answer comes with None, and its connection has no `later`. A wake comes
-            # with the Later that it belongs to; if the connection waits for that no more, drop the
-            # wake.
+            # A thread's answer comes without a Later, and its connection has none. A wake comes
+            # with its own, and is dropped if the connection does not wait for that any more.
             if later is connection.later:
                 self._act(connection, functools.partial(connection.resume, answer))
 
@@ -4030,11 +4041,11 @@ class Server(http.server.ThreadingHTTPServer):
         if now - self._refused_at > 60:
             self._refused_at = now
             log.warning("new connections have to wait: %s", reason)
-        idle = [connection for connection in self._connections if connection.phase == IDLE]
+        idle = [connection for connection in self._connections if connection.phase is IDLE]
         oldest = min(idle, key=lambda connection: connection.deadline, default=None)
         if oldest is not None:
-            seconds = PHASE_SECONDS[IDLE] - (oldest.deadline - now)
-            if seconds > 5:
+            idle_since = oldest.deadline - IDLE.seconds
+            if now - idle_since > 5:
                 self._close(oldest)
 
     def _accept_again(self) -> None:
@@ -4049,11 +4060,11 @@ class Server(http.server.ThreadingHTTPServer):
         would lose the last answer, see `Connection.serve`.
         """
         for connection in list(self._connections):
-            if connection.phase not in (LENT, WAITING, ANSWER, LINGER):
+            if connection.phase not in (LENT, WAITING, ANSWER, TURN, LINGER):
                 self._close(connection)
                 continue
             connection.closing = True
-            if connection.phase == WAITING:
+            if connection.phase is WAITING:
                 self._act(connection, connection.resume)
         return bool(self._connections) and time.monotonic() < self._end
 
