@@ -1172,9 +1172,11 @@ class WorkerPool(BoundedQueue):
     """Threads that are made when there is work, and end when there has been none for a while.
 
     Each takes one item after the other out of the queue and calls `work` with it. `work` must not
-    raise. As a rule one worker at a time is being woken or made; a worker that takes an item and
-    sees more wakes the next. So a burst of short items wakes few threads, and long ones get a
-    thread each.
+    raise.
+
+    One worker at a time is on the way, that is, it was made or notified and has not arrived yet.
+    When it takes an item and there are more, it calls wake() for the next worker. So a burst of
+    short items wakes few threads, and long ones get a thread each.
     """
 
     IDLE_SECONDS = 10.0  # without work, after which a worker ends
@@ -1285,6 +1287,99 @@ class Stopped(Exception):
     """The error of a coroutine that is interrupted because the server stops."""
 
 
+class EventLoop:
+    """An event loop of asyncio, in a thread of its own."""
+
+    def __init__(self) -> None:
+        self.loop: Any = None  # asyncio's; None before the start and after the end
+        self._lock = threading.Lock()  # guards `loop` in other threads than its own
+        # Set by end(), in the loop's thread. If asyncio's loop stops while this is false, a
+        # coroutine has stopped it; then it is run again.
+        self._is_ending = False
+
+    def start(self) -> bool:
+        """Start the loop unless it runs; return whether it does now."""
+        import asyncio  # needs a tenth of a second and 6 MiB, which only coroutines are worth
+
+        with self._lock:
+            if self.loop is not None:
+                return True
+            try:
+                loop = asyncio.new_event_loop()
+            except Exception as error:  # no descriptor to be had, or a policy of somebody's own
+                log.error("no event loop for coroutines: %s", describe(error))
+                return False
+            loop.set_exception_handler(self._log_stray_exception)
+            thread = threading.Thread(
+                target=self._run, args=(loop,), name="event-loop", daemon=True
+            )
+            try:
+                thread.start()
+            except (RuntimeError, MemoryError):  # no thread to be had
+                loop.close()
+                return False
+            self.loop = loop
+            return True
+
+    def call(self, function: Callable[..., None], *arguments: Any) -> None:
+        """Have the loop's thread call a function. Does not block.
+
+        Without a loop, nothing is called: none has been started, or it has ended, so nobody needs
+        the call.
+        """
+        with self._lock:
+            if self.loop is not None:
+                self.loop.call_soon_threadsafe(function, *arguments)
+
+    def end(self) -> None:
+        """End the loop. To be called in its thread."""
+        self._is_ending = True
+        self.loop.stop()
+
+    def _run(self, loop: Any) -> None:
+        """Be the loop's thread."""
+        self._is_ending = False
+        while not self._is_ending:
+            try:
+                loop.run_forever()  # returns, too, when a coroutine stops the loop
+            except BaseException as error:
+                self._outlive_exit(error)
+        with self._lock:
+            self.loop = None
+        loop.close()
+
+    def _outlive_exit(self, error: BaseException) -> None:
+        """Go on after a SystemExit or a KeyboardInterrupt, which end asyncio's loop.
+
+        Something has raised it that a coroutine has left behind in the loop: a task of its own, or
+        a callback. (What our coroutines raise themselves is caught in CoroutinePool.) It has to be
+        in the log once, and asyncio logs the exception of a task as soon as nothing refers to that
+        task. But the traceback refers to frames of the loop, and these to the task. So they are
+        cleared, down to the first frame of a coroutine. If there is none, it was a callback, which
+        asyncio does not log.
+        """
+        trace = error.__traceback__
+        if trace is not None:
+            trace = trace.tb_next  # the first frame is that of _run, which goes on
+        while trace is not None and (trace.tb_frame.f_code.co_flags & _ASYNC) == 0:
+            trace.tb_frame.clear()
+            trace = trace.tb_next
+        if trace is None:
+            log.warning("what a coroutine left behind failed: %s", traceback_of(error))
+
+    def _log_stray_exception(self, loop: Any, context: dict[str, Any]) -> None:
+        """Log what asyncio says of an exception that nobody awaits (a hook of asyncio)."""
+        error = context.get("exception")
+        if error is not None:
+            text = traceback_of(error)
+        else:  # for example "Task was destroyed but it is pending!"
+            text = f"{context.get('message')} {context.get('task', '')}"
+        log.warning("what a coroutine left behind failed: %s", text)
+
+
+_ASYNC = inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR  # of the code of a function
+
+
 class CoroutineRun:
     """One call of a coroutine function, from its start in the event loop to its end."""
 
@@ -1296,24 +1391,32 @@ class CoroutineRun:
         self.timer: Any = None  # set to the time limit; after an interrupt, to the end of the grace
         self.reason: Exception | None = None  # why it was interrupted
         self.outcome: tuple[Any, BaseException | None] | None = None  # its value and its error
-        self.given_up = False  # it goes on, but its record is final already
-
-
-_ASYNC = inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR  # of the code of a function
+        self.given_up = False  # it goes on, but its last step was taken already
 
 
 class CoroutinePool(BoundedQueue):
-    """Coroutines in one event loop, which has a thread of its own; it starts with the first item.
+    """Coroutines in one event loop, which starts with the first item.
 
     An item goes through three steps:
 
-        in a thread     start, seconds = before(item)      a function and a time limit
-        in the loop     value = await start()
-        in a thread     after(item, value, error)          what it returned or raised
+        first, in a thread    start, seconds = before(item)    a function and a time limit
+        in the event loop     value = await start()
+        last, in a thread     after(item, value, error)        what it returned or raised
 
     `start` is None if there is nothing to run, `seconds` if there is no limit. The first and the
     last step may wait for a disk, and decode or encode what is long, so threads do them. They must
-    not raise.
+    not raise. The item holds its slot, one of `max_workers`, from its first step to the end of its
+    last:
+
+        queued --> first step --> runs --> last step --> gone, and its slot is free
+
+    A coroutine that runs can be interrupted, for one of three reasons: it was cancelled, its time
+    is over, or the server stops. asyncio then raises a CancelledError where it waits. Usually it
+    ends by that, and its error is the reason. If it still goes on after its `grace`, it is given
+    up:
+
+        runs --> interrupted --> last step --> gone
+        runs --> interrupted --> given up: its last step, at once --> ends some day, its slot is free
     """
 
     # For the first and the last step. With a journal, each thread waits for the disk, and all that
@@ -1331,16 +1434,13 @@ class CoroutinePool(BoundedQueue):
         self.grace = 10.0  # seconds for which a coroutine that was interrupted may go on
         self._before, self._after = before, after
         self._threads = WorkerPool("coroutine", lambda step: step(), self.THREADS)
-        # For the loop's thread alone:
+        self._event_loop = EventLoop()
+        # Guarded by the lock: a thread was told to begin the next item, and has not taken it.
+        self._is_beginning = False
+        # For the event loop's thread alone:
         self._runs: dict[Hashable, CoroutineRun] = {}  # by key
         # Set by shut_down: from then on each coroutine is interrupted, a new one at once.
         self._stop_reason: Exception | None = None
-        # Set by _end_loop. If the loop ends while this is false, a coroutine has called
-        # loop.stop(); then _run_loop runs the loop again.
-        self._is_ending = False
-        # Guarded by the lock:
-        self._loop: Any = None
-        self._on_the_way = False  # a thread was told to begin the next item, and has not taken it
 
     def wake(self) -> None:
         """Have coroutines begin if there are items for them. Does not block.
@@ -1351,9 +1451,9 @@ class CoroutinePool(BoundedQueue):
         if not self._queue:  # a glance without the lock, as in WorkerPool
             return
         with self._lock:
-            if self._on_the_way or not self._has_item():
+            if self._is_beginning or not self._has_item():
                 return
-            self._on_the_way = True
+            self._is_beginning = True
         self._threads.call(self._begin_next)
 
     def expect_journal(self) -> None:
@@ -1363,35 +1463,26 @@ class CoroutinePool(BoundedQueue):
     def interrupt(self, key: Hashable, reason: Exception) -> None:
         """Cancel a coroutine where it waits. It fails with `reason`, unless it ends in another way.
 
-        Does nothing if it has not begun or has ended. Does not block.
+        Does nothing if it does not run. Does not block.
         """
-        self._call_in_loop(self._interrupt_key, key, reason)
+        self._event_loop.call(self._interrupt_key, key, reason)
 
     def shut_down(self, seconds: float) -> None:
         """Interrupt all coroutines, wait for them at most so long, and end the event loop."""
-        self._call_in_loop(self._interrupt_all, Stopped())
+        self._event_loop.call(self._interrupt_all, Stopped())
         self.join(seconds)
-        self._call_in_loop(self._end_loop)
+        self._event_loop.call(self._event_loop.end)
 
     def _has_item(self) -> bool:
         return super()._has_item() and self._running < self.max_workers
 
-    def _call_in_loop(self, function: Callable[..., None], *arguments: Any) -> None:
-        """Have the loop's thread call a function. Does not block.
-
-        There is no loop before the first item, and after the stop: then nobody needs the call.
-        """
-        with self._lock:
-            if self._loop is not None:
-                self._loop.call_soon_threadsafe(function, *arguments)
-
-    # In a thread
+    # In a thread of the pool
 
     def _begin_next(self) -> None:
-        """Begin the oldest item, if it may begin now, and have another thread begin the next."""
-        has_loop = self._start_loop()
+        """Take the first step of the oldest item, and have another thread take that of the next."""
+        has_loop = self._event_loop.start()
         with self._lock:
-            self._on_the_way = False
+            self._is_beginning = False
             if not has_loop or not self._has_item():
                 return
             key, item = self._take()
@@ -1400,7 +1491,7 @@ class CoroutinePool(BoundedQueue):
         if function is None:
             self._free_slot()
         else:
-            self._call_in_loop(self._start, key, CoroutineRun(item), function, seconds)
+            self._event_loop.call(self._start, key, CoroutineRun(item), function, seconds)
 
     def _last_step(self, item: Any, value: Any, error: BaseException | None) -> None:
         self._after(item, value, error)
@@ -1411,84 +1502,18 @@ class CoroutinePool(BoundedQueue):
         self._done()
         self.wake()
 
-    def _start_loop(self) -> bool:
-        """Start the event loop unless it runs; return whether it does now."""
-        import asyncio  # needs a tenth of a second and 6 MiB, which only coroutines are worth
-
-        with self._lock:
-            if self._loop is not None:
-                return True
-            try:
-                loop = asyncio.new_event_loop()
-            except Exception as error:  # no descriptor to be had, or a policy of somebody's own
-                log.error("no event loop for coroutines: %s", describe(error))
-                return False
-            loop.set_exception_handler(self._log_stray_exception)
-            thread = threading.Thread(
-                target=self._run_loop, args=(loop,), name="event-loop", daemon=True
-            )
-            try:
-                thread.start()
-            except (RuntimeError, MemoryError):  # no thread to be had
-                loop.close()
-                return False
-            self._loop = loop
-            return True
-
     # In the thread of the event loop
-
-    def _run_loop(self, loop: Any) -> None:
-        """Be that thread."""
-        self._is_ending = False
-        while not self._is_ending:
-            try:
-                loop.run_forever()  # returns, too, when a coroutine stops the loop
-            except BaseException as error:
-                self._outlive_exit(error)
-        with self._lock:
-            self._loop = None
-        loop.close()
-
-    def _end_loop(self) -> None:
-        self._is_ending = True
-        self._loop.stop()
-
-    def _outlive_exit(self, error: BaseException) -> None:
-        """Go on after an exception that has ended the loop: SystemExit, KeyboardInterrupt.
-
-        What our coroutines raise goes to `_catch_all`. So something that a coroutine has left in
-        the loop has raised it. The traceback tells what:
-
-        - It has the frame of a coroutine: a task. asyncio logs the exception as soon as that task
-          is deleted. But the frames of the loop keep the task alive, so they are cleared here.
-        - It has none: a callback. asyncio does not log that, so it is logged here.
-        """
-        trace = error.__traceback__
-        if trace is not None:
-            trace = trace.tb_next  # the first frame is that of _run_loop, which goes on
-        while trace is not None and (trace.tb_frame.f_code.co_flags & _ASYNC) == 0:
-            trace.tb_frame.clear()
-            trace = trace.tb_next
-        if trace is None:  # there was no frame of a coroutine
-            log.warning("what a coroutine left behind failed: %s", traceback_of(error))
-
-    def _log_stray_exception(self, loop: Any, context: dict[str, Any]) -> None:
-        """Log what asyncio says of an exception that nobody awaits (a hook of the event loop)."""
-        error = context.get("exception")
-        if error is not None:
-            text = traceback_of(error)
-        else:  # for example "Task was destroyed but it is pending!"
-            text = f"{context.get('message')} {context.get('task', '')}"
-        log.warning("what a coroutine left behind failed: %s", text)
 
     def _start(
         self, key: Hashable, run: CoroutineRun, function: Callable[[], Any], seconds: float | None
     ) -> None:
+        """Have a coroutine run."""
+        loop = self._event_loop.loop
         self._runs[key] = run
         context = contextvars.Context()  # no task sees the context variables of another
         coroutine = self._catch_all(run, function)
         try:
-            run.aio_task = context.run(self._loop.create_task, coroutine)
+            run.aio_task = context.run(loop.create_task, coroutine)
         except Exception as error:  # a coroutine has given the loop a task factory that fails
             coroutine.close()
             del self._runs[key]
@@ -1497,7 +1522,7 @@ class CoroutinePool(BoundedQueue):
         run.aio_task.add_done_callback(functools.partial(self._ended, key, run))
         if seconds is not None:
             reason = TaskError(f"timed out after {seconds} seconds")
-            run.timer = self._loop.call_later(seconds, self._interrupt, run, reason)
+            run.timer = loop.call_later(seconds, self._interrupt, run, reason)
         if self._stop_reason is not None:  # the stop began during its first step
             self._interrupt(run, self._stop_reason)
 
@@ -1526,20 +1551,20 @@ class CoroutinePool(BoundedQueue):
         run.reason = reason
         if run.timer is not None:
             run.timer.cancel()
-        run.timer = self._loop.call_later(self.grace, self._give_up, run)
+        run.timer = self._event_loop.loop.call_later(self.grace, self._give_up, run)
         try:
             run.aio_task.cancel()  # calls cancel() of what the coroutine waits for
         except Exception as error:  # RecursionError, say, if it waits for a long chain of others
             log.warning("a coroutine cannot be cancelled: %s", describe(error))
 
     def _give_up(self, run: CoroutineRun) -> None:
-        """Settle the outcome of a coroutine that goes on after its grace; its slot stays taken."""
+        """Take the last step of a coroutine that goes on after its grace; its slot stays taken."""
         if not run.aio_task.done():
             run.given_up = True
             self._threads.call(functools.partial(self._after, run.item, None, run.reason))
 
     def _ended(self, key: Hashable, run: CoroutineRun, task: Any) -> None:
-        """Take what a coroutine returned or raised."""
+        """Have the last step of a coroutine taken that has ended, unless it was given up."""
         del self._runs[key]
         if run.timer is not None:
             run.timer.cancel()
@@ -1569,6 +1594,45 @@ def _outcome(run: CoroutineRun) -> tuple[Any, BaseException | None]:
     return value, error
 
 
+class Waker:
+    """Wakes one thread that waits for sockets or pipes: this is one more socket for it to wait for.
+
+    wake() may be called by any thread, and never blocks. The thread that is woken calls clear(),
+    and only after that looks for what there is to do.
+    """
+
+    def __init__(self) -> None:
+        self._receiver, self._sender = socket.socketpair()
+        self._receiver.setblocking(False)
+        self._sender.setblocking(False)
+        self._is_woken = False  # whether a byte is under way, so that no other is needed
+
+    def fileno(self) -> int:
+        """Return the descriptor to wait for until it can be read."""
+        return self._receiver.fileno()
+
+    def wake(self) -> None:
+        """Wake the thread."""
+        if self._is_woken:
+            return
+        self._is_woken = True
+        with contextlib.suppress(OSError):  # full: then it wakes anyway; or closed
+            self._sender.send(b"\0")
+
+    def clear(self) -> None:
+        """Forget that wake() was called."""
+        with contextlib.suppress(BlockingIOError):
+            self._receiver.recv(4096)
+        # Until this line, a wake() may have sent no byte. It needs none: what it was called for was
+        # there before, and is found by whoever looks for it after clear().
+        self._is_woken = False
+
+    def close(self) -> None:
+        """Close both ends."""
+        self._receiver.close()
+        self._sender.close()
+
+
 # -- 4. Child processes ----------------------------------------------------------------------------
 #
 # What a worker's thread and its child process say to each other, through one pipe:
@@ -1580,8 +1644,7 @@ def _outcome(run: CoroutineRun) -> tuple[Any, BaseException | None]:
 #                <--  PROGRESS: a report, ten a second  --
 #                <--  RESULT, or ERROR  --
 #
-# A cancel does not reach the child: it wakes the worker, through a pipe of the worker's own, and
-# the worker ends the child. When either side ends, the other one meets the end of the file.
+# A cancel does not reach the child: it wakes the worker, and the worker ends the child. When either side ends, the other one meets the end of the file.
 #
 # From the child come bytes and JSON: the server never unpickles what a task made.
 
@@ -1891,12 +1954,7 @@ class Child:
         self._reaping = reaping
         self._process: Any = None
         self._pipe: Any = None  # our end
-        # Through this pipe wake() has call() look whether its task was cancelled. The lock is used
-        # as a flag: it is locked from the moment at which wake() sends a message until _receive()
-        # is about to read it. _receive() unlocks before it reads, so one more message may be sent
-        # in between. There are never more than two in the pipe, and sending does not block.
-        self._wake_receiver, self._wake_sender = _SPAWN.Pipe(duplex=False)
-        self._wake_under_way = threading.Lock()
+        self._waker = Waker()  # has call() look whether its task was cancelled
 
     def call(
         self,
@@ -1937,9 +1995,7 @@ class Child:
 
     def wake(self) -> None:
         """Have call() look whether its task was cancelled. Never blocks; called by any thread."""
-        if self._wake_under_way.acquire(blocking=False):  # else there is such a message already
-            with contextlib.suppress(OSError):
-                self._wake_sender.send_bytes(b"!")  # Windows may take no notice of an empty message
+        self._waker.wake()
 
     def kill(self) -> None:
         """End the process at once, if there is one. Waits for no lock."""
@@ -1966,8 +2022,7 @@ class Child:
     def close(self) -> None:
         """End the process for good."""
         self.end()
-        self._wake_receiver.close()
-        self._wake_sender.close()
+        self._waker.close()
 
     def _hand_over(
         self, function: Callable[..., Any], payload: bytes, live: Live, default: Default
@@ -2007,16 +2062,12 @@ class Child:
                 raise Cancelled
             seconds = None if deadline is None else max(0.0, deadline - time.monotonic())
             # The pipe alone is not enough: on Windows a process may die and leave it open.
-            sources = [self._pipe, self._process.sentinel, self._wake_receiver]
-            ready = multiprocessing.connection.wait(sources, seconds)
+            sources: list[Any] = [self._pipe, self._process.sentinel, self._waker]
+            ready: list[Any] = multiprocessing.connection.wait(sources, seconds)
             if not ready:
                 raise TimeoutError
-            if self._wake_receiver in ready:
-                # Release first: a wake() after that sends a new message. A wake() before that may
-                # have sent none; its `cancel_requested` was set earlier, and the top of this loop
-                # looks at it next.
-                self._wake_under_way.release()
-                self._wake_receiver.recv_bytes()
+            if self._waker in ready:
+                self._waker.clear()  # next, `cancel_requested` is looked at, which was set before
             elif self._pipe.poll():
                 message: bytes = self._pipe.recv_bytes()
                 return message
@@ -3828,17 +3879,14 @@ class Server(http.server.ThreadingHTTPServer):
         self._next_check = -math.inf  # when deadlines are checked next, and service_actions called
         # Filled by any thread: the connection to resume, the Later that it waited for, its answer.
         self._due: collections.deque[tuple[Connection, Later | None, Any]] = collections.deque()
-        self._is_woken = False  # whether the loop will look at these before it sleeps
         self._end = math.inf  # when answers under way are given up; set by any thread
         self._is_evicting = False
         self._stopped = threading.Event()  # clear while serve_forever runs
         self._stopped.set()
         self._pool = WorkerPool("request", lambda work: work())
         self._selector = selectors.DefaultSelector()
-        self._wake_receiver, self._wake_sender = socket.socketpair()
-        self._wake_sender.setblocking(False)
-        self._wake_receiver.setblocking(False)
-        self._selector.register(self._wake_receiver, selectors.EVENT_READ)
+        self._waker = Waker()  # has the loop look at `_due` and `_end`
+        self._selector.register(self._waker, selectors.EVENT_READ)
         super().__init__(address, http.server.BaseHTTPRequestHandler, bind_and_activate)
         self.socket.setblocking(False)
         _servers.add(self)
@@ -3871,14 +3919,14 @@ class Server(http.server.ThreadingHTTPServer):
         Waits for that, and so must not be called in its thread.
         """
         self._end = time.monotonic() + seconds
-        self._wake_loop()
+        self._waker.wake()
         self._stopped.wait()
 
     def server_close(self) -> None:
         """Close the sockets; to be called after `serve_forever` has ended."""
         super().server_close()
-        for resource in (self._selector, self._wake_sender, self._wake_receiver):
-            resource.close()
+        self._selector.close()
+        self._waker.close()
 
     def abandon(self) -> None:
         """Close the sockets in a copy of this process, which must not keep them."""
@@ -3925,7 +3973,7 @@ class Server(http.server.ThreadingHTTPServer):
             elif key.fileobj is self.socket:
                 self._accept()
             else:
-                self._forget_wakes()
+                self._waker.clear()
         for _ in range(min(len(self._due), self.MAX_RESUMED)):
             connection, later, answer = self._due.popleft()
             # A thread's answer comes without a Later, and its connection has none. A wake comes
@@ -3957,20 +4005,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     def _put_due(self, connection: Connection, later: Later | None, answer: Any) -> None:
         self._due.append((connection, later, answer))
-        if not self._is_woken:
-            self._is_woken = True
-            self._wake_loop()
-
-    def _wake_loop(self) -> None:
-        with contextlib.suppress(OSError):  # it is full, so the loop wakes anyway; or it is closed
-            self._wake_sender.send(b"\0")
-
-    def _forget_wakes(self) -> None:
-        with contextlib.suppress(BlockingIOError):
-            self._wake_receiver.recv(4096)
-        # From now on _put_due() sends a new byte. What was put before is seen without one: in this
-        # round or the next, which does not sleep.
-        self._is_woken = False
+        self._waker.wake()
 
     def _act(self, connection: Connection, act: Callable[[], None]) -> None:
         """Have a connection do something; then tell the selector what it waits for now."""

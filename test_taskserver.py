@@ -5569,7 +5569,7 @@ def test_a_coroutine_that_is_cancelled_before_the_loop_knows_of_it_is_not_called
     coroutines, monkeypatch
 ):
     pool, answers, called = coroutines.coroutine_pool, [], []
-    call_in_loop, start = pool._call_in_loop, pool._start
+    call_in_loop, start = pool._event_loop.call, pool._start
 
     def call_late(function, *arguments):
         if function == start:
@@ -5581,7 +5581,7 @@ def test_a_coroutine_that_is_cancelled_before_the_loop_knows_of_it_is_not_called
     async def note(payload, report):
         called.append(payload["name"])
 
-    monkeypatch.setattr(pool, "_call_in_loop", call_late)
+    monkeypatch.setattr(pool._event_loop, "call", call_late)
     record = final(coroutines, create(coroutines, "note"))
     consistent(record)
     assert (record["error"], record["started_at"]) == (BY_REQUEST, answers[0]["started_at"])
