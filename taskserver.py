@@ -48,8 +48,8 @@ The way of a create:
  4. The endpoint reserves a place in a pool of workers (3) and adds a pending record to the store
     (2), a dict behind a lock (1). With a journal (10), the record is written to disk before that.
  5. The connection sends the answer, status 201, and waits for the next request (7).
- 6. A worker takes the record and calls its function in this thread or in a child process (both
-    4); a coroutine runs in an event loop (3).
+ 6. A worker, which is a thread, takes the record. It calls the function itself, or has its child
+    process do so (4); a coroutine it hands to an event loop (3).
  7. The worker replaces the record by a final one (2), which polls will see.
 
 The way of a long poll, `GET /poll-TYPE/<id>?wait=30`:
@@ -67,20 +67,23 @@ Words: a *task* is one request to run a *task type*, that is, a function and its
 *failed*. The *payload* is what was posted, the *result* what the function returned. The *store*
 holds records, a *worker* is a thread that runs tasks, a *pool* owns workers. A *coroutine* and a
 *child* process are the two other places where a function can run. The *journal* is where records
-outlive the process. To *wake* a thread, a loop or a connection is to have it look again for what
-it waits for; it may find nothing. Durations are in seconds, sizes in bytes.
+outlive the process; it is *lost* when another server has taken it over. To *wake* a thread, a loop
+or a connection is to have it look again for what it waits for; it may find nothing. A *final*
+record that has outlived its time is *evicted*. Words such as --keep are options of the command
+line (14). Durations are in seconds, sizes in bytes.
 
-Of `http.server.ThreadingHTTPServer` this file uses the socket and its address; how it is bound,
-closed and shut down; and the names of the methods that it calls. Two of its parts are replaced. The
-first is its threads: here, one loop serves all connections, because a thread for each would cost
+Of `http.server.ThreadingHTTPServer` this file uses three things: the socket that listens, with its
+address; how that is bound and closed; and the names of the methods (`serve_forever`, `shutdown`,
+`service_actions`), so that whoever knows them finds them here. Two parts are replaced. The first is
+its threads: here, one loop serves all connections, because a thread for each would cost
 16 KiB while it is idle, and time to be woken for every answer. The second is its request parser,
 because it ignores Transfer-Encoding, accepts malformed requests, and takes most of the time of an
 answer.
 
-Why not asyncio's streams? They would serve just as many idle connections. But with them,
-to read a head and to send a fixed answer alone takes four fifths of the time that this server needs
-for a whole poll. And buffers, limits, deadlines and wake-ups would be handled inside asyncio, where
-the reader of this file cannot see them.
+Why not asyncio's streams? They would serve just as many idle connections. But they are slow: when
+they only read a head and send a fixed answer, that takes four fifths of the time in which this
+server answers a poll. And buffers, limits, deadlines and wake-ups would be handled inside asyncio,
+where the reader of this file cannot see them.
 
 Docstrings name the exceptions that a caller has to expect, each with its reason:
 "KeyError: there is no such record."
@@ -210,12 +213,12 @@ class _WriteSide:
 
     def __enter__(self) -> None:
         lock = self._lock
-        # It is kept until __exit__, so nobody enters or leaves while this one writes. Only wait()
-        # gives it back meanwhile.
+        # This thread keeps the mutex until __exit__. So nobody can enter or leave while it writes.
+        # Only wait(), below, gives the mutex back for a while.
         lock.mutex.acquire()
         if not lock.readers:
             return
-        lock.waiting_writers += 1  # each keeps new readers out; the last one lets them in again
+        lock.waiting_writers += 1  # while this is above 0, no new reader enters
         while lock.readers:
             lock.may_write.wait()
         lock.waiting_writers -= 1
@@ -408,11 +411,15 @@ def encode_cached(record: Record, with_result: bool = True) -> bytes:
     return _encode_final_record(record, with_result)
 
 
-# The three kinds of escapes in a text of JSON: a pair of surrogates, a lone surrogate (which sets
-# group 1), any other. The pair is tried first; otherwise its halves would match as lone ones. The
-# last kind takes an escaped backslash (two characters) as a whole; otherwise the second of them
-# would look like the beginning of an escape.
-_JSON_ESCAPE = re.compile(r"\\ud[89ab]..\\ud[c-f]..|\\(ud[89a-f]..)|\\.")
+# The escapes in a text of JSON, tried in this order.
+_JSON_ESCAPE = re.compile(
+    r"""
+    \\ud[89ab].. \\ud[c-f]..  # a pair of surrogates, which stand for one character
+    | \\(ud[89a-f]..)          # a surrogate without the other half: group 1
+    | \\.                      # any other; an escaped backslash begins no further escape
+    """,
+    re.VERBOSE,
+)
 
 
 class _Huge(Exception):
@@ -457,8 +464,8 @@ def _convert(default: Callable[[Any], Any], value: object) -> object:
 def _check_members(value: object) -> None:
     """Check a value before it is encoded.
 
-    ValueError: two keys of a dict would be the same in JSON, such as 1 and "1". _Huge: it has more
-    members and characters than a result may have bytes, and each needs one byte at least.
+    ValueError: two keys of a dict would be the same in JSON, such as 1 and "1". _Huge: its members
+    and characters, of which each needs a byte at least, are more than MAX_RESULT.
     """
     size = 0
     rest = [value]
@@ -480,7 +487,7 @@ def _check_members(value: object) -> None:
         if size > MAX_RESULT:
             raise _Huge
         for member in members:
-            # Not numbers: a result may hold a hundred thousand of them.
+            # Other members, such as numbers, have none of their own, and were counted above.
             if isinstance(member, (str, dict, list, tuple)):
                 rest.append(member)
 
@@ -502,6 +509,8 @@ def _json_key(key: object) -> str:
 
 def _place_of_fault(value: object, encoder: json.JSONEncoder) -> str:
     """Return where the part that cannot be encoded stands in a value, such as " at ['a'][0]"."""
+    # Go from the value to its first member that cannot be encoded, from there to the first such
+    # member of that, and so on, until there is none.
     place = ""
     while len(place) < 200:  # a value that contains itself would go on for ever
         members: Iterable[tuple[Any, Any]] = ()
@@ -511,8 +520,8 @@ def _place_of_fault(value: object, encoder: json.JSONEncoder) -> str:
             members = enumerate(value)
         for key, member in members:
             try:
-                encoder.encode(member)
                 _check_members(member)
+                encoder.encode(member)
             except Exception:
                 place += f"[{key!r:.50}]"
                 value = member
@@ -525,9 +534,9 @@ def _place_of_fault(value: object, encoder: json.JSONEncoder) -> str:
 
 
 def _escape_lone_surrogate(escape: re.Match[str]) -> str:
-    """Return an escape as it is, unless it is a lone surrogate: then double its backslash.
+    r"""Return an escape as it is; but of a lone surrogate, such as \udc80, return \\udc80.
 
-    So clients get its six characters, and no surrogate.
+    A client decodes that to six plain characters: a backslash and "udc80".
     """
     lone = escape.group(1)
     if lone:
@@ -629,7 +638,9 @@ class Store:
         self.lost = ""  # why the journal belongs to this server no more; set once, by any thread
         self._clock = clock
         self._failed_at = -math.inf  # when the journal failed, by the monotonic clock
-        self._lock = ReadersWriterLock()  # guards all to `_new`; a glance without it is a guess
+        # Guards every attribute from here down to `_new`. Where one is read without it, the value
+        # may be out of date.
+        self._lock = ReadersWriterLock()
         # In the order of creation. None keeps the place of a record that is just being saved.
         self._records: dict[str, Record | None] = collections.OrderedDict()
         if sys.version_info >= (3, 8):
@@ -645,7 +656,9 @@ class Store:
         self._watchers: dict[str, set[Callable[[], None]]] = {}
         self._new = 0  # records that were put in since the last gc.freeze(), see freeze_records
         self._is_frozen = False  # whether that was called; for the server's loop alone
-        self._deleted = threading.Condition()  # guards all below; notified when a delete has ended
+        # Guards all below, except that has_doomed() looks without it. Notified when a delete of the
+        # journal has ended.
+        self._deleted = threading.Condition()
         self._doomed: set[str] = set()  # ids that the journal may hold and is to delete
         self._deleting: set[str] = set()  # ids that journal.delete() is deleting now
         self._delete_at = -math.inf  # when a failed delete may be tried again (monotonic)
@@ -727,7 +740,7 @@ class Store:
         finally:
             with self._lock.write:
                 if saved:
-                    self._bytes -= size  # was counted by _hold_place, and _insert counts it again
+                    self._bytes -= size  # _hold_place has counted it, and _insert counts it again
                     self._insert(record)
                 else:
                     self._free_place(record.id, size)
@@ -741,17 +754,17 @@ class Store:
         journal is another server's, or this process is ending.
         """
         attempts = 0
-        while self.journal is not None:  # `main` sets it so when the process is ending
+        while self.journal is not None:
             try:
                 self._save_once(record)
                 return
             except JournalError:  # nothing tells when a disk has room again
                 time.sleep(self.PAUSES[min(attempts, len(self.PAUSES) - 1)])
                 attempts += 1
-        # It was taken away during the attempts. (If it was so before, or if there never was one,
-        # there is nothing to do.)
+        # There is no journal. Either there never was one; or the process is ending, and `main` (14)
+        # or a second signal (8) has taken it away from the store.
         if attempts:
-            raise JournalLost("the server has ended")
+            raise JournalLost("the server has ended before the record was saved")
 
     def finish(self, record: Record) -> Record:
         """Save the final record of a task, put it in the place of the pending one, wake who waits.
@@ -873,7 +886,8 @@ class Store:
 
         Now and then the collector looks at everything, while everybody waits: 0.5 s for a million
         records. gc.freeze() hides from it whatever there is. So after every MANY_NEW new records
-        this has it look at what is not hidden yet (30 ms, and the first time 60), and hides that.
+        this method has the collector look once at what is not hidden yet (30 ms, and the first time
+        60), and then hides that, too.
 
         What is hidden is still freed when nothing refers to it any more. The cost: a hidden
         reference cycle is not freed until there are few records again. With the default of
@@ -929,12 +943,12 @@ class Store:
             seconds = 2.0
             while not done.wait(seconds):
                 log.info("loading the journal: %d tasks so far", len(loaded))
-                # Less and less often, because load() may wait until another server has ended.
+                # Say it less and less often: load() may wait for hours until another server ends.
                 seconds *= 2
 
         threading.Thread(target=say_how_far, name="loading", daemon=True).start()
         try:
-            loaded.extend(self.journal.load())
+            loaded.extend(self.journal.load())  # one by one, so len(loaded) grows meanwhile
         except (OSError, JournalLost):  # their text says already what to do
             raise
         except Exception as error:
@@ -963,7 +977,7 @@ class Store:
             final.sort(key=lambda record: record.finished_at or now)
             for record in final:
                 age = now - (record.finished_at or now)
-                age = min(max(0.0, age), self.keep)  # the clock may have been set back
+                age = max(0.0, age)  # the clock may have been set back
                 self._finished.append(record.id)
                 self._finished_at.append(moment - age)
         return pending
@@ -1130,7 +1144,10 @@ class BoundedQueue:
                 self._queue[key] = item
 
     def withdraw(self, key: Hashable) -> bool:
-        """Take an item back; return whether it had not begun. Its place is free from now on."""
+        """Take back an item that no worker has taken. Return whether that was so.
+
+        If it was, the item's place is free from now on. Otherwise it is in work, or done.
+        """
         with self._lock:
             if key in self._queue:
                 del self._queue[key]
@@ -1239,10 +1256,12 @@ class WorkerPool(BoundedQueue):
                 self.wake()  # if there are more items, for another worker
                 self._work_on(item)
                 item = self._get()
-        except BaseException as error:  # a task may throw one in (PyThreadState_SetAsyncExc)
+        except BaseException as error:
+            # Nothing above raises. But Python's C interface (PyThreadState_SetAsyncExc) lets a task
+            # raise an exception in any thread, at any point.
             log.error("a worker ends: %s", describe(error))
             with self._lock:
-                self._workers -= 1  # a worker that ends otherwise has been counted out by _get
+                self._workers -= 1  # _get does so when a worker has nothing to do
                 self._on_the_way = False
         self._at_end()
         self.wake()  # for items that came meanwhile
@@ -1277,14 +1296,18 @@ class WorkerPool(BoundedQueue):
             notified = self._not_empty.wait(self.IDLE_SECONDS)
         finally:
             self._idle -= 1
-        # This is cleared after a timeout, too: a notify may have been meant for this worker just as
-        # its time was over. Nobody else gets that notify. So if there is an item, it takes it.
+        # After a timeout, too, this worker may be the one on the way: wake() may have notified it
+        # when its time was over, but before it had the lock again. Nobody else gets that notify. So
+        # it has arrived, and takes an item if there is one.
         self._on_the_way = False
         return notified or self._has_item()
 
 
 class Stopped(Exception):
     """The error of a coroutine that is interrupted because the server stops."""
+
+
+_ASYNC = inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR  # flags of the code of a coroutine
 
 
 class EventLoop:
@@ -1377,9 +1400,6 @@ class EventLoop:
         log.warning("what a coroutine left behind failed: %s", text)
 
 
-_ASYNC = inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR  # of the code of a function
-
-
 class CoroutineRun:
     """One call of a coroutine function, from its start in the event loop to its end."""
 
@@ -1403,10 +1423,10 @@ class CoroutinePool(BoundedQueue):
         in the event loop     value = await start()
         last, in a thread     after(item, value, error)        what it returned or raised
 
-    `start` is None if there is nothing to run, `seconds` if there is no limit. The first and the
-    last step may wait for a disk, and decode or encode what is long, so threads do them. They must
-    not raise. The item holds its slot, one of `max_workers`, from its first step to the end of its
-    last:
+    `start` is None if there is nothing to run; `seconds` is None if there is no limit. The first
+    and the last step may wait for a disk, and decode or encode what is long, so threads do them.
+    They must not raise. The item holds its slot, one of `max_workers`, from its first step to the
+    end of its last:
 
         queued --> first step --> runs --> last step --> gone, and its slot is free
 
@@ -1416,7 +1436,7 @@ class CoroutinePool(BoundedQueue):
     up:
 
         runs --> interrupted --> last step --> gone
-        runs --> interrupted --> given up: its last step, at once --> ends some day, its slot is free
+        runs --> interrupted --> given up, last step --> ends some day --> gone
     """
 
     # For the first and the last step. With a journal, each thread waits for the disk, and all that
@@ -1533,7 +1553,8 @@ class CoroutinePool(BoundedQueue):
             run.outcome = (await function(), None)
         except BaseException as error:
             run.outcome = None, error
-        if os.getpid() != own:  # a copy that this coroutine has forked must not run the others
+        # The coroutine may have called os.fork. The copy must not run the other coroutines.
+        if os.getpid() != own:
             os._exit(0)
 
     def _interrupt_key(self, key: Hashable, reason: Exception) -> None:
@@ -1583,10 +1604,12 @@ def _outcome(run: CoroutineRun) -> tuple[Any, BaseException | None]:
     """
     import asyncio  # costs nothing: the loop runs, so it was imported before
 
-    value: Any = None
-    error: BaseException | None = asyncio.CancelledError()
-    if run.outcome is not None:  # it is None only if the task was cancelled before its first step
+    value: Any
+    error: BaseException | None
+    if run.outcome is not None:
         value, error = run.outcome
+    else:  # it was cancelled before asyncio had begun it
+        value, error = None, asyncio.CancelledError()
     if error is not None and isinstance(run.reason, Stopped):
         return None, run.reason  # whatever it raised, it did so because of the stop
     if isinstance(error, asyncio.CancelledError) and run.reason is not None:
@@ -1644,9 +1667,23 @@ class Waker:
 #                <--  PROGRESS: a report, ten a second  --
 #                <--  RESULT, or ERROR  --
 #
-# A cancel does not reach the child: it wakes the worker, and the worker ends the child. When either side ends, the other one meets the end of the file.
+# A cancel does not reach the child: it wakes the worker, and the worker ends the child. When either
+# side ends, the other one meets the end of the file. From the child come bytes and JSON: the server
+# never unpickles what a task made.
 #
-# From the child come bytes and JSON: the server never unpickles what a task made.
+# Five facts about processes explain most of the rest:
+#
+# - Ctrl-C in a terminal and service managers send their signals to the children as well. A child
+#   does nothing about them, because the server decides when a task ends.
+# - A thread can block signals: they wait until it unblocks them. A process or thread that it starts
+#   begins with the same signals blocked.
+# - To *reap* an ended process is to fetch its exit status, which can be done once. Only then may
+#   the system give its number to another process.
+# - A task may call os.fork. The *copy* of the process that this makes has the same handlers of
+#   signals and the same open files. While it keeps a pipe open, nobody meets the end of that file,
+#   though this process has ended; and a lock on a file lasts until the copy has closed it, too.
+# - What a function changes in its process, such as the working directory, is still changed for the
+#   next function.
 
 READY, BEGUN, PROGRESS, RESULT, ERROR = b"ready", b"begun", b"progress", b"result", b"error"
 
@@ -1654,31 +1691,16 @@ START_SECONDS = 120.0  # in which a child must have imported its modules
 REPORT_SECONDS = 0.1  # between two reports that cross the border
 CHILD_NAME = "taskserver-child"  # of each child in `multiprocessing`
 
-# Whoever sends one of these may send it to all processes at once: a terminal, a service manager.
-STOP_SIGNALS = [
-    signal.Signals[name]
-    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")  # the last one exists on Windows
-    if name in signal.Signals.__members__
-]
-
 _POSIX = os.name == "posix"  # Windows has neither signal masks nor groups of processes
 _SPAWN = multiprocessing.get_context("spawn")  # never fork: the server has threads
-
-# A task may call os.fork. What the copy of this process must give up: the handlers of signals,
-# pipes to children, and the lock of a journal. Who reads from a pipe that the copy keeps open never
-# sees that this process has ended; and a lock that the copy keeps outlives this process.
-_own_handlers: list[Any] = []
-_own_files: weakref.WeakSet[Any] = weakref.WeakSet()
-_starting = threading.Lock()  # held while a pipe to a child is made, and while a task forks
-_forking = threading.local()  # .mask: the signals that this thread blocked before the fork
-_setting_handlers: Any = contextlib.nullcontext()
-if sys.implementation.name == "pypy":  # there a copy may set handlers only inside this context
-    _setting_handlers = importlib.import_module("__pypy__.thread").signals_enabled
 
 _PLAIN_DECODER = json.JSONDecoder()
 
 Report = Callable[..., None]  # report(fraction, message=None)
 Default = Union[Callable[[Any], Any], None]  # as in json.dumps
+
+
+# What a worker does in its own thread
 
 
 def call_here(
@@ -1692,6 +1714,9 @@ def call_here(
             result.close()
         raise TaskError("the function returned an awaitable; declare it with `async def`")
     return encode_result(result, default)
+
+
+# Printing, in the server and in children
 
 
 class SafeStream:
@@ -1728,26 +1753,22 @@ def make_printing_safe() -> None:
             setattr(sys, name, SafeStream(stream))
 
 
-def _working_directory() -> str:
-    """Return the working directory. OSError: it was deleted."""
-    try:
-        return os.getcwd()
-    except FileNotFoundError:
-        sentence = "the working directory of the server was deleted; start it in another one"
-        raise OSError(sentence) from None
+# Signals, and copies that a task forks
 
+# The signals that ask a process to end.
+STOP_SIGNALS = [
+    signal.Signals[name]
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")  # the last one exists on Windows
+    if name in signal.Signals.__members__
+]
 
-def _end_group(leader: int) -> None:
-    """End a child and all that it has started, where there are groups of processes."""
-    if _POSIX:
-        with contextlib.suppress(OSError):  # it has ended, or has not made its group yet
-            os.killpg(leader, signal.SIGKILL)
+# What a copy of this process must give up: the handlers of these signals; and files, that is, pipes
+# to children and the lock of a journal.
+_own_handlers: list[Any] = []
+_own_files: weakref.WeakSet[Any] = weakref.WeakSet()
 
-
-def _start_tracker() -> None:
-    """Start the process in which `multiprocessing` keeps track of resources, if it is not there."""
-    name = "resource_tracker" if sys.version_info >= (3, 8) else "semaphore_tracker"
-    importlib.import_module(f"multiprocessing.{name}").ensure_running()
+_starting = threading.Lock()  # held while a pipe to a child is made, and while a task forks
+_forking = threading.local()  # .mask: the signals that this thread blocked before the fork
 
 
 def handle_stop_signals(handler: Callable[[int, Any], None]) -> None:
@@ -1760,15 +1781,25 @@ def handle_stop_signals(handler: Callable[[int, Any], None]) -> None:
 
 
 def _before_fork() -> None:
-    """Block signals: one that reaches the copy while it has our handlers would be lost."""
+    """Let no child be started, and block the stop signals, until the fork is over.
+
+    A signal that reached the copy before it has given up our handlers would be lost: they would
+    take it, and do nothing useful there.
+    """
     _starting.acquire()
     _forking.mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
 
 
 def _after_fork() -> None:
-    """Go on as before."""
+    """End what _before_fork has begun, in this process and in the copy."""
     signal.pthread_sigmask(signal.SIG_SETMASK, _forking.mask)
     _starting.release()
+
+
+# What a copy has to enter before it sets handlers: only PyPy asks for that.
+_setting_handlers: Any = contextlib.nullcontext()
+if sys.implementation.name == "pypy":
+    _setting_handlers = importlib.import_module("__pypy__.thread").signals_enabled
 
 
 def _after_fork_in_copy() -> None:
@@ -1787,6 +1818,25 @@ if hasattr(os, "register_at_fork"):  # Windows does not fork
     os.register_at_fork(
         before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork_in_copy
     )
+
+
+# What happens in a child
+
+
+def _working_directory() -> str:
+    """Return the working directory. OSError: it was deleted."""
+    try:
+        return os.getcwd()
+    except FileNotFoundError:
+        sentence = "the working directory of the server was deleted; start it in another one"
+        raise OSError(sentence) from None
+
+
+def _end_group(leader: int) -> None:
+    """End a child and all that it has started, where there are groups of processes."""
+    if _POSIX:
+        with contextlib.suppress(OSError):  # it has ended, or has not made its group yet
+            os.killpg(leader, signal.SIGKILL)
 
 
 def _resource_limits() -> dict[int, tuple[int, int]]:
@@ -1840,8 +1890,9 @@ class Surroundings:
         if _POSIX:
             for timer in signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF:
                 signal.setitimer(timer, 0)
-            # A signal that is ignored for a moment is pending no more. The next loop restores its
-            # handler.
+            # A signal that came while it was blocked is pending: it would arrive at the end of
+            # this, when it is unblocked. To ignore it for a moment discards it. The next loop puts
+            # its handler back.
             for number in signal.sigpending():
                 signal.signal(number, signal.SIG_IGN)
         for number, handler in self._handlers.items():
@@ -1851,11 +1902,11 @@ class Surroundings:
             signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
 
-def _outlive(number: int, frame: object) -> None:
-    """Do nothing about a signal. Unlike SIG_IGN, this is not inherited by programs that are run."""
+def _take_no_notice(number: int, frame: object) -> None:
+    """Do nothing about a signal. Unlike SIG_IGN, programs that a task runs do not inherit this."""
 
 
-def _read_nothing() -> None:
+def _empty_stdin() -> None:
     """Give programs that a task runs an empty stdin.
 
     A terminal would stop them, because only its foreground group may read from it (SIGTTIN).
@@ -1871,22 +1922,24 @@ def _child_main(pipe: Any) -> None:
         if _POSIX:
             os.setpgid(0, 0)  # a group of its own, which ends as a whole
             os.nice(10)  # computing gives way to serving
-            _read_nothing()
-            # Programs that a task runs must not keep the pipe open either, see _own_files.
+            _empty_stdin()
+            # Programs that a task runs must not keep the pipe open, just as copies must not.
             os.set_inheritable(pipe.fileno(), False)
         _own_files.add(pipe)
-        handle_stop_signals(_outlive)  # the server decides what becomes of its tasks
+        handle_stop_signals(_take_no_notice)  # the server decides what becomes of its tasks
         make_printing_safe()
         surroundings = Surroundings()
-        # This unblocks the stop signals: Child._start blocks them before it starts this process.
+        # This unblocks the stop signals, too. They are blocked since before this process was
+        # started, see Child._start.
         surroundings.restore()
         while True:
             # The server waits for this before it sends: to send to a child that hangs would block.
             pipe.send_bytes(READY)
             answer = _run_job(pipe, pipe.recv_bytes())
             if os.getpid() != own:  # a copy that the function has forked must not answer as well
-                return
-            # Before the answer: once that is sent, no alarm of this task may end the child.
+                return  # so it goes to `finally`, and ends there
+            # This comes before the answer, because after the answer the next task may come. An
+            # alarm that this task has set must not end that one.
             surroundings.restore()
             pipe.send_bytes(answer)
     except (EOFError, OSError):  # the server has ended, or this child's worker
@@ -1894,7 +1947,7 @@ def _child_main(pipe: Any) -> None:
     finally:
         if os.getpid() == own:
             _end_group(own)
-        os._exit(1)  # whatever threads a task has left
+        os._exit(1)  # not sys.exit(), which would wait for threads that a task has left running
 
 
 def _run_job(pipe: Any, job: bytes) -> bytes:
@@ -1938,20 +1991,28 @@ def _send_reports(pipe: Any, live: Live, done: threading.Event) -> None:
     os._exit(1)
 
 
+# What happens in the server
+
+
+def _start_tracker() -> None:
+    """Start the process in which `multiprocessing` keeps track of resources, if it is not there."""
+    name = "resource_tracker" if sys.version_info >= (3, 8) else "semaphore_tracker"
+    importlib.import_module(f"multiprocessing.{name}").ensure_running()
+
+
 class Child:
     """A process that runs one task at a time, and a pipe to it. It belongs to one worker.
 
     The process starts with the first call(), serves the later ones, too, and is replaced when it
     has ended. On Windows, what a task has started itself may outlive it.
 
-    A worker that has a child blocks the stop signals in its thread for good. The child starts with
-    them blocked, and unblocks them once its handlers are set. So call() is not for the main thread,
-    which has to receive them.
+    A worker that starts a child blocks the stop signals in its own thread, for good. So the child
+    begins with them blocked, and unblocks them once its handlers are set. The main thread must not
+    use call(), because it has to receive these signals.
     """
 
     def __init__(self, reaping: threading.Lock) -> None:
-        # Held while the exit status of an ended process is fetched; shared by all, see Children.
-        self._reaping = reaping
+        self._reaping = reaping  # held while a process is reaped; the same for all, see Children
         self._process: Any = None
         self._pipe: Any = None  # our end
         self._waker = Waker()  # has call() look whether its task was cancelled
@@ -2001,7 +2062,7 @@ class Child:
         """End the process at once, if there is one. Waits for no lock."""
         process = self._process
         if process is not None:
-            # It may have been reaped an instant ago, but no other process has its number so soon.
+            # Another thread may just have reaped it, but no other process has its number so soon.
             _end_group(process.pid)
             process.kill()
 
@@ -2027,7 +2088,10 @@ class Child:
     def _hand_over(
         self, function: Callable[..., Any], payload: bytes, live: Live, default: Default
     ) -> None:
-        """Have the child begin; start it if there is none. TaskError: it did not. Cancelled."""
+        """Have the child begin; start it if there is none.
+
+        TaskError: it did not begin. Cancelled. ValueError: it sent what no child sends.
+        """
         try:
             job = pickle.dumps((function, payload, default))
             if self._process is None or self._has_ended():
@@ -2082,7 +2146,7 @@ class Child:
         _working_directory()  # without one, `multiprocessing` fails and does not say why
         if _POSIX:
             _start_tracker()  # before signals are blocked, because this would unblock them
-            # Inherited by the child, so that none reaches it before it can handle it.
+            # The child inherits this, so that no signal reaches it before its handlers are set.
             signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         with self._reaping, _starting:
             self._pipe, far_end = _SPAWN.Pipe()
@@ -2097,10 +2161,10 @@ class Children:
     """The children of an application: one for each worker that runs tasks in one."""
 
     def __init__(self) -> None:
-        # Guards every start of a process, and every fetching of an exit status. `multiprocessing`
-        # has one table of children: when two threads fetch the status of the same child, one of
-        # them does not get it. Held around slow system calls; whoever serves clients never takes
-        # it.
+        # Held while a process is started or reaped. `multiprocessing` has one table of children,
+        # and reaps any of them at such a moment: of two threads that reap the same child, one does
+        # not get its exit status. These are slow system calls, but no thread that serves clients
+        # takes this lock.
         self._reaping = threading.Lock()
         self._mine = threading.local()  # .child is that of this thread, if it has one
         self._lock = threading.Lock()  # guards the next two
@@ -2150,13 +2214,10 @@ class Children:
     def _add(self) -> None:
         child = Child(self._reaping)
         with self._lock:
-            # When Python ends, `multiprocessing` waits for children; kill() has to come before.
-            # What is registered last is called first. `multiprocessing` registers its function when
-            # the first child is made ready, so this is done after that, and anew for each first
-            # child.
-            if not self._all:
-                atexit.unregister(self.kill)  # so that it is registered once
-                atexit.register(self.kill)
+            # When Python ends, `multiprocessing` waits for children; kill() is called before,
+            # because what is registered last is called first.
+            atexit.unregister(self.kill)  # so that it is registered once
+            atexit.register(self.kill)
             self._all.add(child)
         self._mine.child = child
 
@@ -2186,11 +2247,15 @@ class Request(NamedTuple):
     method: str
     path: str  # percent-encoded, as it was sent: unquote it before you compare it
     query: str = ""  # the same
-    host: str = ""  # the authority that it is meant for; "" where HTTP/1.0 names none
+    # The host that it was sent to, and the port, if one is given: of the URL or the Host header. ""
+    # if HTTP/1.0 names none.
+    host: str = ""
     fields: Fields = Fields()
     body: bytes = b""
     peer: str = ""  # the address of the client, or of the proxy between
-    trusted: bool = True  # false if a check has refused it, but its route waives that refusal
+    # False if a check has refused it, say, because it has no token, and its route lets such
+    # requests in all the same (`waived` in Router.add).
+    trusted: bool = True
 
     def with_body(self, body: bytes) -> Request:
         """Return the request with a body. Half a microsecond; `_replace` needs two."""
@@ -2235,7 +2300,7 @@ class Response(NamedTuple):
 
 
 class Later(NamedTuple):
-    """Returned by an endpoint that cannot answer yet. The connection waits, and no thread does.
+    """Returned by an endpoint that cannot answer yet. Its connection waits, and no thread does.
 
     The server's loop calls `watch(wake)`. From then on any thread may call `wake`, once or more.
     The wait is over at the first of these:
@@ -2243,7 +2308,7 @@ class Later(NamedTuple):
     - `wake` was called;
     - `seconds` have passed;
     - the server shuts down;
-    - the client has closed its sending side (then the answer is made at once).
+    - the client has closed its sending side, unless `can_hurry` is false.
 
     Then the loop calls `unwatch(wake)` and `answer()`, which must not block. If the client is gone,
     it calls `unwatch(wake)` alone.
@@ -2253,8 +2318,8 @@ class Later(NamedTuple):
     watch: Callable[[Callable[[], None]], None]
     unwatch: Callable[[Callable[[], None]], None]
     answer: Callable[[], Response]
-    # False if answer() would have to compute as long as `wake` was not called. Then a client that
-    # closes its sending side does not cut the wait short.
+    # Whether answer() is quick even before `wake` was called. If not, a client that closes its
+    # sending side waits like any other.
     can_hurry: bool = True
 
 
@@ -2301,14 +2366,15 @@ class Route(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """What answers a request: a route, with the arguments of its endpoint, or else a refusal."""
+    """What is to become of a request: which route answers it; or a refusal, if there is one."""
 
     route: Route
-    arguments: tuple[str, ...] = ()
+    arguments: tuple[str, ...] = ()  # of its endpoint, after the request
     refusal: Response | None = None
     trusted: bool = True  # goes into the request
 
 
+# For a verdict that is a refusal anyway; its endpoint is never called.
 _NO_ROUTE = Route("", "", lambda request: Response(404))
 
 
@@ -2356,8 +2422,8 @@ class Router:
     def _match(self, method: str, path: str) -> Verdict:
         """Return what answers a method at a path.
 
-        HTTPError 404: no such path; 405: no such method there. A path is split before it is
-        decoded, once, so that %2F is no slash (RFC 3986, 2.4).
+        HTTPError 404: no such path; 405: no such method there. A path is split at its slashes
+        first, then each segment is decoded, so that %2F does not split one (RFC 3986, 2.4).
         """
         if path == "*":  # only OPTIONS asks so, about the server as a whole (RFC 9110, 9.3.7)
             return Verdict(_options_route(path, "GET, HEAD, OPTIONS, POST"))
@@ -2395,12 +2461,13 @@ def never_blocks(request: Request) -> bool:
 MAX_DEPTH = 100  # of nested arrays and objects
 MAX_DIGITS = 4300  # of an integer; the bound of newer Pythons
 
-# Brackets in a string do not count. So a string is matched as a whole, even if its end is missing.
+# Brackets in a string do not count. So a string is matched as a whole. One without a closing quote
+# goes on to the end of the text; the decoder refuses it later.
 _BRACKET_OR_STRING = re.compile(
     r"""
     [\[{\]}]
     | " [^"\\]* (?: \\. [^"\\]* )*  # characters and escapes
-      (?: " | \\?\Z )               # the closing quote, or where a text is cut short
+      (?: " | \\?\Z )               # the closing quote; or the end, perhaps after a backslash
     """,
     re.DOTALL | re.VERBOSE,
 )
@@ -2679,13 +2746,15 @@ def _check_import(name: str, function: Any, default: Default) -> None:
         # `python -m package` runs its __main__, which a child does not import.
         is_package = spec is not None and spec.name.rpartition(".")[2] == "__main__"
         file = getattr(main_module, "__file__", "<none>")
-        has_file = not file.startswith("<") or hasattr(sys, "frozen")  # it may be <stdin>
+        # It may be <stdin>. A program packed by PyInstaller sets sys.frozen, and needs no file.
+        has_file = not file.startswith("<") or hasattr(sys, "frozen")
         if is_package or not has_file:
             raise ValueError(
                 f"task type {name!r}: a child process cannot import this program; with cpu=True, "
                 "move the function into a module of its own"
             )
-    # In a child, the file of __main__ is called __mp_main__.
+    # If a process of `multiprocessing` is the server, the program's file is called __mp_main__ there;
+    # its children find that name.
     elif module != "__mp_main__" and not _is_importable(module):
         raise ValueError(
             f"task type {name!r}: a child process cannot import {module}; with cpu=True, put the "
@@ -2696,7 +2765,8 @@ def _check_import(name: str, function: Any, default: Default) -> None:
     except Exception as error:
         raise ValueError(
             f"task type {name!r}: a child process cannot get this function ({describe(error)}); "
-            "with cpu=True, put it at the top level of a module, @application.task above all others"
+            "with cpu=True, put it at the top level of a module, with @application.task as the "
+            "outermost decorator"
         ) from None
 
 
@@ -2737,7 +2807,8 @@ def _create_schema(task_type: TaskType) -> dict[str, Any]:
         "description": "Any text that tells it from others; not blank.",
         "minLength": 1,
         "maxLength": MAX_NAME,
-        "pattern": r"^[\s\S]*\S",  # begins with ^ because some tools match at the start alone
+        # "\S" would do, but some tools look for a pattern at the start alone.
+        "pattern": r"^[\s\S]*\S",
     }
     return {
         "title": "Create" + "".join(words),
@@ -2754,9 +2825,9 @@ class Application:
     """The task types, their endpoints, and the life of a task. It knows no sockets.
 
     Building one starts no thread, process or socket. Public attributes may be set until the first
-    request. What is set on `store` and `pool`, and `cpu_pool.max_workers`, are the defaults of the
-    options. `main` then sets all pools as the options say: what was set on `coroutine_pool` is
-    overwritten.
+    request. If `main` serves it: what is set on `store` and `pool`, and as `cpu_pool.max_workers`,
+    becomes the default of an option. Then `main` sets all three pools as the options say, so what
+    was set on `coroutine_pool` is overwritten.
     """
 
     # A task that waits for a network costs a thread of some 16 KiB, so hundreds fit into the
@@ -3077,7 +3148,7 @@ class Application:
         live = record.live
         if live is None:  # it is final
             return Response(200, encode_cached(record))
-        with self._cancelling:
+        with self._cancelling:  # a second cancel sees both marks or none
             is_first = not live.cancel_requested
             live.cancel_requested = True
             if task_type.pool.withdraw(live):
@@ -3085,7 +3156,7 @@ class Application:
         if is_first:
             self.log_task("task %s is to be cancelled", record.id)
             self._interrupt(task_type, record, live)
-        if not live.withdrawn:  # it runs; the answer does not wait for its end
+        if not live.withdrawn:  # a worker has it; the answer does not wait for its end
             return Response(200, encode_record(self._find(task_type, task_id)))
         answer = functools.partial(self._answer_cancel, task_type, record.id)
         return self._when_final(record, CANCEL_SECONDS, answer)
@@ -3141,8 +3212,8 @@ class Application:
         live = record.live
         assert live is not None  # each pending record has one
         now = live.start()
-        # The next start of the server fails what had begun and is not `rerun`. So the beginning of
-        # such a task is written down.
+        # A task that is not `rerun` must not run twice. So that it has begun is saved; if the
+        # process dies now, the next start of the server makes it failed.
         if self.store.journal is not None and not task_type.rerun:
             self.store.save(record._replace(started_at=now))
         if live.cancel_requested:
@@ -3195,7 +3266,7 @@ class Application:
     def _begin_coroutine(self, record: Record) -> tuple[Callable[[], Any] | None, float | None]:
         """Return what starts the coroutine of a task, and its time limit.
 
-        None, if there is nothing to start: the task is final, or the journal is lost.
+        Twice None if there is nothing to start: the task is final now, or the journal is lost.
         """
         task_type = self.types[record.type]
         try:
@@ -3276,16 +3347,17 @@ _READ, _WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
 HANDSHAKE = Phase("handshake", _READ, False, 10)  # for bytes that TLS needs
 HEADER = Phase("header", _READ, True, 10)  # for the rest of a request's head
 BODY = Phase("body", _READ, True, 20)  # for the rest of its body
-LENT = Phase("lent", 0, False, math.inf)  # for a thread that works on the answer
+LENT = Phase("lent", 0, False, math.inf)  # for a thread that works on the answer, or on TLS
 WAITING = Phase("waiting", _READ, True, math.inf)  # for an answer that comes later: `wait_for`
-ANSWER = Phase("answer", _WRITE, False, 20)  # for the socket to take more of an answer
+ANSWER = Phase("answer", _WRITE, False, 20)  # for the socket to take more of what is sent
 TURN = Phase("turn", _WRITE, False, 20)  # for its next turn: the next request is here already
 IDLE = Phase("idle", _READ, True, 75)  # for the next request
 LINGER = Phase("linger", _READ, True, 5)  # for the client to close, after the last answer
 
 
-# Reading a request. A reader is a generator: it takes bytes out of a buffer, and yields the phase
-# to wait in whenever more have to come.
+# Reading a request. A reader is a generator, so that it can be written as if it could wait: it
+# takes bytes out of a buffer; when it needs more, it yields the phase in which to wait for them,
+# and is resumed when some have been put into the buffer.
 
 
 def take(buffer: bytearray, size: int) -> bytes:
@@ -3300,18 +3372,18 @@ def read_head(buffer: bytearray, peer: str = "") -> Generator[Phase, Any, Reques
 
     HTTPError: it is refused, and nobody can tell where the next one begins.
     """
-    if buffer.startswith(b"\r"):  # the caller has waited for the first byte
+    if buffer.startswith(b"\r"):  # an empty line; the caller has waited for the first byte
         yield from _skip_empty_lines(buffer)
     seen = 0  # bytes that earlier rounds have looked at
     line_end = -1  # where the request line ends; -1 until that is known
     while True:
-        # Look at new bytes alone, and at as many before them as may belong to a line's end that has
-        # come in two parts.
+        # Look at new bytes alone, and at the three before them: CR LF CR LF may come in two parts.
         end = buffer.find(b"\r\n\r\n", max(0, seen - 3))
         if end >= 0:
             head = bytes(buffer[:end])
-            # If this is refused, `next_answer` still finds the method in the buffer.
             request = parse_head(head, peer)
+            # This comes after it, because if it is refused, `next_answer` looks in the buffer for
+            # the method.
             del buffer[: end + 4]
             return request
         # Not complete, but wrong already? The sender may be waiting for an answer.
@@ -3322,11 +3394,11 @@ def read_head(buffer: bytearray, peer: str = "") -> Generator[Phase, Any, Reques
             line_end = buffer.find(b"\r\n", max(0, seen - 1))
             if line_end >= 0:
                 parse_request_line(bytes(buffer[:line_end]))  # raises if it is wrong
-            elif len(buffer) > MAX_LINE + 1:  # the last byte may be the CR of its end
+            elif len(buffer) > MAX_LINE + 1:  # one byte more may be the CR of its end
                 parse_request_line(bytes(buffer))  # raises because it is too long
         if line_end >= 0:
             length = len(buffer) - (line_end + 2)
-            if length > MAX_HEADERS + 3:  # of the end, CR LF CR LF, three bytes may be here
+            if length > MAX_HEADERS + 3:  # up to three bytes of the final CR LF CR LF may be here
                 raise HTTPError(431, f"Send at most {MAX_HEADERS} bytes of headers.")
         seen = len(buffer)
         yield HEADER
@@ -3391,7 +3463,7 @@ def _read_chunks(buffer: bytearray) -> Generator[Phase, Any, bytes]:
 def _read_line(buffer: bytearray, limit: int, status: int) -> Generator[Phase, Any, bytes]:
     """Return a line without its CR LF.
 
-    HTTPError: with `status`, the line and its CR LF have more than `limit` bytes; 400, it has a
+    HTTPError `status`: the line and its CR LF have more than `limit` bytes. HTTPError 400: it has a
     control character.
     """
     seen = 0
@@ -3494,11 +3566,13 @@ def _is_chunked(headers: Mapping[str, str], minor: int) -> bool:
     """Return whether the body is chunked. HTTPError 400, 501 (RFC 9112, 6.1 and 6.3)."""
     if "transfer-encoding" not in headers:
         return False
+    # With both headers, a proxy might see the end of the body at another place than this server
+    # does, and take for a body what is a request here ("request smuggling").
     if not minor or "content-length" in headers:
         raise HTTPError(400, "Send either Content-Length or, in HTTP/1.1, Transfer-Encoding.")
     codings = [coding.strip(" \t") for coding in headers["transfer-encoding"].lower().split(",")]
     if codings[-1] != "chunked" or "" in codings or "chunked" in codings[:-1]:
-        raise HTTPError(400, "Send a body of unknown length chunked, and that once.")
+        raise HTTPError(400, "Name the coding chunked once, as the last one of Transfer-Encoding.")
     if len(codings) > 1:
         raise HTTPError(501, "Send the body chunked, with no other coding.")
     return True
@@ -3592,14 +3666,15 @@ class Connection:
     """One client's socket, what has arrived on it, and the phase that it waits in.
 
     It belongs to the server's loop, which alone calls it. Nothing here blocks: what might block
-    is done by a thread of `server`. Its story is a generator, `serve`: it yields the phase to wait
-    in, and goes on when it is resumed.
+    (an endpoint, a step of TLS) is done by a thread of `server`. What a connection does is written
+    in one generator, `serve`, as if it could wait: it yields the phase to wait in, and is resumed
+    when what it waits for has come, or the deadline of the phase has passed.
 
         phase                      what resumes it             what its deadline does
         -------------------------  --------------------------  -----------------------
         HEADER, BODY               more bytes, in the buffer   refuses with status 408
         IDLE                       more bytes, in the buffer   closes the connection
-        LENT                       the answer of the thread    (there is none)
+        LENT                       what the thread returns     (there is none)
         WAITING                    see `wait_for`              resumes it
         ANSWER, TURN               a socket that takes bytes   closes the connection
         HANDSHAKE                  bytes, still in the socket  closes the connection
@@ -3628,11 +3703,11 @@ class Connection:
         self.buffer = bytearray()  # what belongs to no request yet
         self.unsent = b""  # what the socket has not taken yet of an answer
         self.closing = False  # the answer under way is the last
-        self.ended = False  # the client sends no more
+        self.ended = False  # the client has ended its side: it sends no more, but may still read
         self.watched = 0  # the events that the selector waits for
         self.later: Later | None = None  # what it waits for while it is WAITING
         self.begin(HEADER)
-        # Not begun before something has arrived; then suspended in a yield while it waits.
+        # It begins when the first bytes have arrived; from then on it stands at a yield.
         self.story = self.serve()
         if server.tls is not None:
             self.begin(HANDSHAKE)
@@ -3947,7 +4022,6 @@ class Server(http.server.ThreadingHTTPServer):
 
     def lend(self, connection: Connection, work: Callable[[], Any]) -> None:
         """Have a thread do `work`, which raises nothing; resume the connection with its outcome."""
-
         self._pool.call(lambda: self._put_due(connection, None, work()))
 
     def wake(self, connection: Connection, later: Later) -> None:
@@ -3964,7 +4038,7 @@ class Server(http.server.ThreadingHTTPServer):
                 self.service_actions()
             except Exception as error:
                 log.error("what is due from time to time failed: %s", traceback_of(error))
-        # Once for all that this round has created: to wake a worker costs as much as a create.
+        # For all tasks that the last round has created: to wake a worker costs as much as a create.
         self.application.wake_workers()
         seconds = 0.0 if self._due else max(0.0, self._next_check - now)
         for key, _ in self._selector.select(seconds):
@@ -3976,8 +4050,9 @@ class Server(http.server.ThreadingHTTPServer):
                 self._waker.clear()
         for _ in range(min(len(self._due), self.MAX_RESUMED)):
             connection, later, answer = self._due.popleft()
-            # A thread's answer comes without a Later, and its connection has none. A wake comes
-            # with its own, and is dropped if the connection does not wait for that any more.
+            # What a thread returns comes without a Later, and the connection that it is for has
+            # none either. A wake comes with the Later that it is for; if the connection does not
+            # wait for that any more, the wake is dropped.
             if later is connection.later:
                 self._act(connection, functools.partial(connection.resume, answer))
 
@@ -4229,8 +4304,8 @@ def run_until_stopped(server: Server, grace: float) -> int:
     """
     application = server.application
     # What is put here begins the stop: the seconds that running tasks have, or None if somebody has
-    # called server.shutdown. A signal handler may interrupt put() and call it again; Event.set()
-    # would deadlock then.
+    # called server.shutdown. A signal handler puts, and it may run while the same thread is in the
+    # middle of a put(). A SimpleQueue allows that; Event.set() would wait for itself.
     stops: queue.SimpleQueue[float | None] = queue.SimpleQueue()
     signals: list[int] = []
     losses: list[str] = []
@@ -4264,8 +4339,10 @@ def run_until_stopped(server: Server, grace: float) -> int:
         server.serve_forever()
     finally:
         server.server_close()
-    application.stop()  # somebody may have called server.shutdown
-    stops.put(None)  # then the thread that waits for this has to end
+    # If somebody has called server.shutdown, these two are still to be done: to stop the
+    # application, and to end the thread that waits for a stop. If not, they do nothing.
+    application.stop()
+    stops.put(None)
     if losses:
         log.error("stopped, because the journal belongs to this server no more: %s", losses[0])
     return 1 if losses else 0
@@ -4335,12 +4412,13 @@ class Listing:
         """Have the response ready, and call `wake`, unless nobody waits for that any more."""
         if self._is_dropped:
             return
-        with contextlib.suppress(Exception):  # response() is called again, and its error answered
+        # An error is not lost: the server's loop calls response() again, as Later.answer.
+        with contextlib.suppress(Exception):
             self.response()
         wake()
 
     def response(self) -> Response:
-        """Return the response. It is made now if it has to be sent before its turn has come."""
+        """Return the response; make it now if the worker has not done so in time."""
         if self._response is None:
             records = self._store.newest(self._limit, self._status, self._type)
             documents = [encode_cached(record, False) for record in records]
@@ -4479,10 +4557,10 @@ class Journal:
 
     *One server.* A journal belongs to one server at a time, because each server holds all records
     in memory. `load` keeps a second one out, or has it wait until the first has ended: by a lock
-    that goes when its owner dies. (A lock of `flock` lives on in a process that a task forks: close
-    its file there, by a function given to os.register_at_fork.) A journal that finds that another
-    server has taken over raises JournalLost, from any method and from then on: the server begins
-    nothing more, and ends with status 1.
+    that goes when its owner dies. (One made by `flock` lasts longer if a task has called os.fork:
+    until the copy, too, has closed the file. `os.register_at_fork` has it closed in the copy at
+    once.) A journal that finds that another server has taken over raises JournalLost, from any
+    method and from then on: the server begins nothing more, and ends with status 1.
 
     *Order.* The server promises that for one id the calls follow each other: the next one begins
     after the last one has returned or raised. Calls for different ids come from many threads at
@@ -4531,7 +4609,7 @@ class Journal:
 
 
 # The fields of a record that a journal keeps. Whoever changes this list changes what is in files:
-# give them another SQLiteJournal.VERSION, and say there how an older file is read.
+# so raise SQLiteJournal.VERSION, and have SQLiteJournal._prepare convert older files.
 JOURNALED = (
     "id",
     "name",
@@ -4567,7 +4645,7 @@ def recover(application: Application) -> None:
 def _locked_file(path: str) -> Any:
     """Lock a file, made if there is none, and return it; the lock ends when it is closed.
 
-    POSIX only. OSError: another process has the lock, and keeps it for a second.
+    POSIX only. OSError: after a second, another process still has the lock.
     """
     import fcntl  # POSIX only
 
@@ -4591,11 +4669,11 @@ def _locked_file(path: str) -> Any:
 class SQLiteJournal(Journal):
     """Keeps records in an SQLite file that no other process can open meanwhile.
 
-    One thread writes. What many threads hand to it while it waits for the disk shares its next
-    transaction, and so the next wait.
+    One thread writes. While it waits for the disk, other threads hand records to it. It writes all
+    of them in its next transaction, with one wait.
 
-    A lock on a file beside it keeps a second server out. SQLite's own lock is not enough: POSIX
-    drops it when any code of this process opens the database and closes it again, say to copy it.
+    A lock on a file beside it keeps a second server out. SQLite's own lock is not enough: on POSIX,
+    it is gone as soon as a task opens the database and closes it again, say to copy it.
     """
 
     # Of the table; in the file as user_version. Version 1 has the fields of JOURNALED as above;
@@ -4697,12 +4775,12 @@ class SQLiteJournal(Journal):
         self._query("PRAGMA journal_mode = WAL")
         self._query("PRAGMA synchronous = FULL")
         self._query("PRAGMA fullfsync = 1")  # macOS: a plain fsync leaves data in the drive's cache
-        # A huge transaction leaves no huge log behind. The file reuses pages of deleted records.
+        # In bytes. After a huge transaction, SQLite cuts its log (the -wal file) back to that.
         self._query("PRAGMA journal_size_limit = 16777216")
-        self._query("SELECT 1 FROM task LIMIT 1")  # makes the log, for _stat
+        self._query("SELECT 1 FROM task LIMIT 1")  # makes SQLite's log, which _stat looks at
 
     def _stat(self) -> list[tuple[int, int]]:
-        """Return which files the path and the path of its log name now."""
+        """Return which files are now at the path of the database and at that of SQLite's log."""
         statuses = [os.stat(path) for path in (self._path, self._path + "-wal")]
         return [(status.st_dev, status.st_ino) for status in statuses]
 
@@ -4736,7 +4814,8 @@ class SQLiteJournal(Journal):
             self._commit(records, deleted)
             return None
         except Exception as exception:  # whatever it is: nobody may be left waiting
-            with contextlib.suppress(Exception):  # if it fails, the next BEGIN does, and is logged
+            # If this fails, the next transaction fails as well, and its error is logged.
+            with contextlib.suppress(Exception):
                 self._database.rollback()
             if isinstance(exception, (UnicodeError, OverflowError)):
                 return RecordRefused(describe(exception))
@@ -4842,8 +4921,8 @@ def tls_context(certificate: str, key: str) -> ssl.SSLContext:
 # -- 12. OpenAPI -----------------------------------------------------------------------------------
 
 
-# What each refusal means. All endpoints share these sentences: whoever adds one that refuses for
-# another reason widens the sentence here.
+# What each refusal means. All endpoints share these sentences. If you add an endpoint that refuses
+# for another reason, add that to the sentence.
 REFUSALS = {
     400: "The request is malformed, or says something that cannot be; `error` says what to send.",
     401: "The server asks for a token: send `Authorization: Bearer TOKEN`.",
@@ -4990,8 +5069,7 @@ class Description:
         self._routes = application.router.routes
         self._schemas: dict[str, Any] = {}  # those that are used
         self._responses: dict[str, Any] = {}  # the same
-        # Of each kind: a name in use (lower case, letters and digits alone), and the thing that has
-        # it.
+        # By kind, then by name (in lower case, letters and digits alone): what has that name.
         self._named: dict[str, dict[str, Any]] = {"schema": {}, "operation": {}, "tag": {}}
         for name, schema in SCHEMAS.items():
             self._unique("schema", name, schema)
@@ -5054,8 +5132,10 @@ class Description:
 
     def _tag(self, route: Route) -> str:
         """Return the name of the group of a route."""
-        tag = route.tag or "server"
-        return self._unique("tag", tag, route.tag)
+        name = route.tag or "server"
+        # A type may be called "server", too. Its group is another one, and so one of the two gets
+        # another name.
+        return self._unique("tag", name, route.tag)
 
     def _about(self, tag: str) -> str:
         if tag in self._types:
@@ -5070,7 +5150,8 @@ class Description:
         """
         while True:
             plain = re.sub("[^a-z0-9]", "", name.lower())
-            if self._named[kind].setdefault(plain, thing) == thing:
+            owner = self._named[kind].setdefault(plain, thing)  # the thing, if the name was free
+            if owner == thing:
                 return name
             name += "2"
 
@@ -6389,7 +6470,7 @@ def _open_journal(application: Application, options: argparse.Namespace) -> None
 
 
 def _address(options: argparse.Namespace, port: int) -> str:
-    # The two keys are addresses to listen on, but not to go to.
+    # A server can listen at 0.0.0.0 or ::, that is, at all addresses; but nobody can go to these.
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(options.host, options.host)
     if ":" in host:
         host = f"[{host}]"
@@ -6444,7 +6525,9 @@ def main(application: Application | None = None, argv: list[str] | None = None) 
     Status 0: stopped; 1: could not start, or lost its journal; 2: wrong usage; 128 + its number:
     ended by a second signal. In a thread that is not the main one, signals are left alone.
     """
-    multiprocessing.freeze_support()  # a child of a frozen program goes on in there
+    # A program that was packed into one executable (by PyInstaller, say) begins here in its
+    # children, too. In a child this call does the child's work, and does not return.
+    multiprocessing.freeze_support()
     if multiprocessing.current_process().name == CHILD_NAME:
         sys.exit(
             "taskserver: a child process has called main(); "
