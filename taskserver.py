@@ -2753,8 +2753,8 @@ def _check_import(name: str, function: Any, default: Default) -> None:
                 f"task type {name!r}: a child process cannot import this program; with cpu=True, "
                 "move the function into a module of its own"
             )
-    # If a process of `multiprocessing` is the server, the program's file is called __mp_main__ there;
-    # its children find that name.
+    # If a process of `multiprocessing` is the server, the file of its program is called __mp_main__;
+    # its children find it by that name.
     elif module != "__mp_main__" and not _is_importable(module):
         raise ValueError(
             f"task type {name!r}: a child process cannot import {module}; with cpu=True, put the "
