@@ -584,8 +584,16 @@ class Unavailable(Exception):
         self.retry_after = retry_after
 
 
+# How a journal can fail to save a record, and what becomes of its task:
+#
+#                      a create             a start or an outcome
+#     JournalError     is refused (503)     is saved again until that works
+#     RecordRefused    is refused (400)     makes the task failed
+#     JournalLost      is refused (503)     is left to the new owner; this server ends
+
+
 class JournalError(Unavailable):
-    """A record cannot be made durable now."""
+    """Raised by the store: a record is not saved, or nobody knows whether it is."""
 
 
 class RecordRefused(Exception):
@@ -597,7 +605,7 @@ class JournalLost(Exception):
 
 
 class Duplicate(Exception):
-    """There is a record with this id already; or there will be, for it is just being stored."""
+    """There is a record with this id already; or there will be, for it is just being saved."""
 
 
 _CAN_FREEZE = hasattr(gc, "freeze")  # CPython from 3.7 on
@@ -611,8 +619,14 @@ class Store:
     even beyond that.
 
     With a `journal` (its contract stands in section 10), a record is written there before anybody
-    sees it: `add`, `save` and `finish` block until it is. `delete_doomed` deletes there what was
-    evicted here.
+    sees it: `add`, `save` and `finish` block until it is. So an id goes these ways:
+
+        free --add--> held, until the record is saved --> pending --finish--> final
+        final --evict--> doomed --delete_doomed--> free
+        held --not saved--> doomed, because nobody knows whether the journal has it
+
+    The place of an id that is *held* counts, but nobody gets a record there. An id that is *doomed*
+    is one that the journal is to delete; here its place is free already.
     """
 
     FAILING_SECONDS = 30.0  # for which the journal counts as failing after a failure
@@ -663,11 +677,6 @@ class Store:
         self._deleting: set[str] = set()  # ids that journal.delete() is deleting now
         self._delete_at = -math.inf  # when a failed delete may be tried again (monotonic)
 
-    @property
-    def failing(self) -> bool:
-        """Whether a write has failed in the last FAILING_SECONDS, and none has worked since."""
-        return time.monotonic() - self._failed_at < self.FAILING_SECONDS
-
     def counts(self) -> dict[tuple[str, str], int]:
         """Return the number of records by type and status."""
         with self._lock.read:
@@ -704,6 +713,8 @@ class Store:
             if record and status in ("", record.status) and type_name in ("", record.type)
         )
         return list(itertools.islice(matching, limit))
+
+    # Creating and finishing
 
     def add(self, record: Record) -> Record:
         """Put in a new record; return it as it is held.
@@ -747,6 +758,30 @@ class Store:
                     self._doom([record.id])  # after an error, it may be in the journal or not
         return record
 
+    def finish(self, record: Record) -> Record:
+        """Save the final record of a task, put it in the place of the pending one, wake who waits.
+
+        Return it as it is held: failed, if the journal has refused it. JournalLost: it stays
+        pending, and the new owner of the journal decides what becomes of it.
+        """
+        try:
+            self.save(record)
+        except RecordRefused as refusal:
+            record = record._replace(
+                status=FAILED,
+                message=None,
+                result=None,
+                error=f"the journal cannot take the outcome: {describe(refusal)}",
+            )
+            with contextlib.suppress(RecordRefused):  # the store makes it final in any case
+                self.save(record)
+        with self._lock.write:
+            self._insert(record)
+            watchers = self._watchers.pop(record.id, ())
+        for wake in watchers:
+            wake()
+        return record
+
     def save(self, record: Record) -> None:
         """Have a record outlive a crash, if there is a journal; nobody sees it yet.
 
@@ -766,29 +801,69 @@ class Store:
         if attempts:
             raise JournalLost("the server has ended before the record was saved")
 
-    def finish(self, record: Record) -> Record:
-        """Save the final record of a task, put it in the place of the pending one, wake who waits.
+    def _save_once(self, record: Record) -> None:
+        """Save a record.
 
-        Return it as it is held: failed, if the journal has refused it. JournalLost: it stays
-        pending, and the next owner of the journal decides what becomes of it.
+        JournalError: nobody knows whether it is saved. RecordRefused: it can never be. JournalLost:
+        the journal is another server's.
         """
+        if self.lost:
+            raise JournalLost(self.lost)
         try:
-            self.save(record)
-        except RecordRefused as refusal:
-            record = record._replace(
-                status=FAILED,
-                message=None,
-                result=None,
-                error=f"the journal cannot take the outcome: {describe(refusal)}",
-            )
-            with contextlib.suppress(RecordRefused):  # the store makes it final in any case
-                self.save(record)
-        with self._lock.write:
-            self._insert(record)
-            watchers = self._watchers.pop(record.id, ())
-        for wake in watchers:
-            wake()
-        return record
+            self.journal.save(record)
+        except RecordRefused:
+            raise
+        except JournalLost as loss:
+            self._lose(loss)
+            raise
+        except BaseException as error:
+            if not self.failing:
+                log.error("the journal fails and will be tried again: %s", describe(error))
+            self._failed_at = time.monotonic()
+            raise JournalError("The journal cannot be written; try again later.", 5) from error
+        self._failed_at = -math.inf
+
+    def _has_no_room(self, size: int) -> bool:
+        """Return whether a record of so many bytes would be one too many."""
+        return len(self._records) >= self.max_tasks or self._bytes + size > self.max_memory
+
+    def _refusal(self, what: str, flag: str) -> Unavailable:
+        """Return the refusal of one record too many. The write side is held."""
+        seconds = self.keep
+        if self._finished:
+            seconds += self._finished_at[0] - self._clock()
+        sentence = f"As many {what} are held as {flag} allows; try again when the oldest final task"
+        return Unavailable(f"{sentence} has outlived --keep.", seconds)
+
+    def _hold_place(self, task_id: str, size: int) -> None:
+        """Keep the place of a record that is about to be saved. The write side is held."""
+        self._records[task_id] = None
+        self._bytes += size
+
+    def _free_place(self, task_id: str, size: int) -> None:
+        """Give back the place of a record that could not be saved. The write side is held."""
+        del self._records[task_id]
+        self._bytes -= size
+
+    def _insert(self, record: Record) -> None:
+        """Put a record into its place, which may be that of its predecessor.
+
+        The write side is held.
+        """
+        predecessor = self._records.get(record.id)
+        if predecessor is None:
+            self._new += 1
+        else:
+            self._bytes -= predecessor.size()
+            self._counts[predecessor.type, predecessor.status] -= 1
+        self._records[record.id] = record
+        self._bytes += record.size()
+        self._counts[record.type, record.status] += 1
+        if record.status != PENDING:
+            self._finished.append(record.id)
+            self._finished_at.append(self._clock())
+
+    # Watching, and the stop
 
     def watch(self, task_id: str, wake: Callable[[], None]) -> None:
         """Have `wake` called once the record is final or gone, or when the store begins to stop.
@@ -821,6 +896,8 @@ class Store:
         for wake in watchers:
             wake()
 
+    # Dropping what has outlived its time
+
     def has_expired(self) -> bool:
         """Return whether there are final records that have outlived their time."""
         with self._lock.read:
@@ -846,6 +923,13 @@ class Store:
                 self._doom(ids)
         return len(ids)
 
+    def _remove(self, task_id: str) -> None:
+        """Drop a record. The write side is held."""
+        record = self._records.pop(task_id)
+        if record is not None:
+            self._bytes -= record.size()
+            self._counts[record.type, record.status] -= 1
+
     def has_doomed(self) -> bool:
         """Return whether the journal is to delete something, and that may be tried now."""
         return bool(self._doomed) and not self.lost and time.monotonic() >= self._delete_at
@@ -853,7 +937,7 @@ class Store:
     def delete_doomed(self) -> int:
         """Have the journal delete some of what is evicted; return how many. Blocks.
 
-        Call it until it returns 0. What a lost journal holds is its next owner's business.
+        Call it until it returns 0. What a lost journal holds is its new owner's business.
         """
         if not self.has_doomed():
             return 0
@@ -880,6 +964,38 @@ class Store:
             log.error("the journal has not deleted %d records: %s", len(ids), describe(error))
             return 0
         return len(ids)
+
+    def _doom(self, ids: list[str]) -> None:
+        """Note what the journal is to delete. The write side is held."""
+        with self._deleted:
+            # A journal that never deletes must not fill memory. What is not noted here stays in the
+            # journal; the next start loads it, and evicts it again.
+            if len(self._doomed) < self.max_tasks:
+                self._doomed.update(ids)
+
+    def _await_deletion(self, task_id: str) -> None:
+        """Wait until an old delete of this id is over, and call off one that has not begun.
+
+        Else it would delete the new record of this id. JournalError: it takes too long.
+        """
+        with self._deleted:
+            if not self._deleted.wait_for(lambda: task_id not in self._deleting, 5):
+                raise JournalError("The journal is slow; try again later.", 5)
+            self._doomed.discard(task_id)
+
+    # A journal that fails
+
+    @property
+    def failing(self) -> bool:
+        """Whether a write has failed in the last FAILING_SECONDS, and none has worked since."""
+        return time.monotonic() - self._failed_at < self.FAILING_SECONDS
+
+    def _lose(self, loss: JournalLost) -> None:
+        """Leave the journal alone from now on, and say so."""
+        self.lost = str(loss) or describe(loss)
+        self.journal_lost(self.lost)
+
+    # The garbage collector
 
     def freeze_records(self) -> None:
         """Have Python's garbage collector overlook the records while there are many.
@@ -915,6 +1031,8 @@ class Store:
         """Say how many records are new to the collector."""
         with self._lock.write:
             self._new = count
+
+    # The start
 
     def recover(self) -> list[Record]:
         """Take in what the journal holds; return those records that are pending. Blocks.
@@ -981,98 +1099,6 @@ class Store:
                 self._finished.append(record.id)
                 self._finished_at.append(moment - age)
         return pending
-
-    def _hold_place(self, task_id: str, size: int) -> None:
-        """Keep the place of a record that is about to be saved. The write side is held."""
-        self._records[task_id] = None
-        self._bytes += size
-
-    def _free_place(self, task_id: str, size: int) -> None:
-        """Give back the place of a record that could not be saved. The write side is held."""
-        del self._records[task_id]
-        self._bytes -= size
-
-    def _has_no_room(self, size: int) -> bool:
-        """Return whether a record of so many bytes would be one too many."""
-        return len(self._records) >= self.max_tasks or self._bytes + size > self.max_memory
-
-    def _refusal(self, what: str, flag: str) -> Unavailable:
-        """Return the refusal of one record too many. The write side is held."""
-        seconds = self.keep
-        if self._finished:
-            seconds += self._finished_at[0] - self._clock()
-        sentence = f"As many {what} are held as {flag} allows; try again when the oldest final task"
-        return Unavailable(f"{sentence} has outlived --keep.", seconds)
-
-    def _insert(self, record: Record) -> None:
-        """Put a record into its place, which may be that of its predecessor.
-
-        The write side is held.
-        """
-        predecessor = self._records.get(record.id)
-        if predecessor is None:
-            self._new += 1
-        else:
-            self._bytes -= predecessor.size()
-            self._counts[predecessor.type, predecessor.status] -= 1
-        self._records[record.id] = record
-        self._bytes += record.size()
-        self._counts[record.type, record.status] += 1
-        if record.status != PENDING:
-            self._finished.append(record.id)
-            self._finished_at.append(self._clock())
-
-    def _remove(self, task_id: str) -> None:
-        """Drop a record. The write side is held."""
-        record = self._records.pop(task_id)
-        if record is not None:
-            self._bytes -= record.size()
-            self._counts[record.type, record.status] -= 1
-
-    def _doom(self, ids: list[str]) -> None:
-        """Note what the journal is to delete. The write side is held."""
-        with self._deleted:
-            # A journal that never deletes must not fill memory. What is not noted here stays in the
-            # journal; the next start loads it, and evicts it again.
-            if len(self._doomed) < self.max_tasks:
-                self._doomed.update(ids)
-
-    def _await_deletion(self, task_id: str) -> None:
-        """Wait until an old delete of this id is over, and call off one that has not begun.
-
-        Else it would delete the new record of this id. JournalError: it takes too long.
-        """
-        with self._deleted:
-            if not self._deleted.wait_for(lambda: task_id not in self._deleting, 5):
-                raise JournalError("The journal is slow; try again later.", 5)
-            self._doomed.discard(task_id)
-
-    def _save_once(self, record: Record) -> None:
-        """Save a record.
-
-        JournalError: nobody knows whether it is saved. RecordRefused: it can never be. JournalLost:
-        the journal is another server's.
-        """
-        if self.lost:
-            raise JournalLost(self.lost)
-        try:
-            self.journal.save(record)
-        except RecordRefused:
-            raise
-        except JournalLost as loss:
-            self._lose(loss)
-            raise
-        except BaseException as error:
-            if not self.failing:
-                log.error("the journal fails and will be tried again: %s", describe(error))
-            self._failed_at = time.monotonic()
-            raise JournalError("The journal cannot be written; try again later.", 5) from error
-        self._failed_at = -math.inf
-
-    def _lose(self, loss: JournalLost) -> None:
-        """Leave the journal alone from now on, and say so."""
-        self.lost = str(loss) or describe(loss)
-        self.journal_lost(self.lost)
 
 
 # -- 3. Workers ------------------------------------------------------------------------------------
@@ -2753,8 +2779,8 @@ def _check_import(name: str, function: Any, default: Default) -> None:
                 f"task type {name!r}: a child process cannot import this program; with cpu=True, "
                 "move the function into a module of its own"
             )
-    # If a process of `multiprocessing` is the server, the file of its program is called __mp_main__;
-    # its children find it by that name.
+    # If a process of `multiprocessing` is the server, the file of its program is called
+    # __mp_main__; its children find it by that name.
     elif module != "__mp_main__" and not _is_importable(module):
         raise ValueError(
             f"task type {name!r}: a child process cannot import {module}; with cpu=True, put the "
