@@ -65,12 +65,12 @@ The way of a long poll, `GET /poll-TYPE/<id>?wait=30`:
 Words: a *task* is one request to run a *task type*, that is, a function and its endpoints. A
 *record* describes a task; it is *pending* (the task waits or runs), then *final*: *completed* or
 *failed*. The *payload* is what was posted, the *result* what the function returned. The *store*
-holds records, a *worker* is a thread that runs tasks, a *pool* owns workers. A *coroutine* and a
-*child* process are the two other places where a function can run. The *journal* is where records
+holds records, a *pool* owns *workers*, which are threads; most of them run tasks. A *coroutine* and
+a *child* process are the two other places where a function can run. The *journal* is where records
 outlive the process; it is *lost* when another server has taken it over. To *wake* a thread, a loop
 or a connection is to have it look again for what it waits for; it may find nothing. A *final*
-record that has outlived its time is *evicted*. Words such as --keep are options of the command
-line (14). Durations are in seconds, sizes in bytes.
+record that has outlived its time is *evicted*. Words such as --keep are options of the command line
+(14). Durations are in seconds, sizes in bytes.
 
 Of `http.server.ThreadingHTTPServer` this file uses three things: the socket that listens, with its
 address; how that is bound and closed; and the names of the methods (`serve_forever`, `shutdown`,
@@ -255,6 +255,11 @@ Progress = Tuple[Union[float, None], Union[float, None], Union[str, None]]
 _NOT_STARTED: Progress = (None, None, None)
 
 
+def escape_surrogates(text: str) -> str:
+    """Return a text as UTF-8 can hold it: a lone surrogate, as in a file name, becomes \\udc80."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 class Live:
     """What changes of a task while it is pending: its progress, and the wish to cancel it."""
 
@@ -325,11 +330,6 @@ def _cut_rounding(fraction: float) -> float:
     raise ValueError(
         f"the first argument of report() must be a number from 0 to 1, not {fraction!r}"
     )
-
-
-def escape_surrogates(text: str) -> str:
-    """Return a text as UTF-8 can hold it: a lone surrogate, as in a file name, becomes \\udc80."""
-    return text.encode("utf-8", "backslashreplace").decode()
 
 
 class Record(NamedTuple):
@@ -652,8 +652,8 @@ class Store:
         self.lost = ""  # why the journal belongs to this server no more; set once, by any thread
         self._clock = clock
         self._failed_at = -math.inf  # when the journal failed, by the monotonic clock
-        # Guards every attribute from here down to `_new`. Where one is read without it, the value
-        # may be out of date.
+        # Guards every attribute from here down to `_unfrozen`. Where one is read without it, the
+        # value may be out of date.
         self._lock = ReadersWriterLock()
         # In the order of creation. None keeps the place of a record that is just being saved.
         self._records: dict[str, Record | None] = collections.OrderedDict()
@@ -668,11 +668,11 @@ class Store:
         self._finished: collections.deque[str] = collections.deque()
         self._finished_at: collections.deque[float] = collections.deque()
         self._watchers: dict[str, set[Callable[[], None]]] = {}
-        self._new = 0  # records that were put in since the last gc.freeze(), see freeze_records
+        self._unfrozen = 0  # records put in since the last gc.freeze(), see freeze_records
         self._is_frozen = False  # whether that was called; for the server's loop alone
         # Guards all below, except that has_doomed() looks without it. Notified when a delete of the
         # journal has ended.
-        self._deleted = threading.Condition()
+        self._delete_ended = threading.Condition()
         self._doomed: set[str] = set()  # ids that the journal may hold and is to delete
         self._deleting: set[str] = set()  # ids that journal.delete() is deleting now
         self._delete_at = -math.inf  # when a failed delete may be tried again (monotonic)
@@ -852,7 +852,7 @@ class Store:
         """
         predecessor = self._records.get(record.id)
         if predecessor is None:
-            self._new += 1
+            self._unfrozen += 1
         else:
             self._bytes -= predecessor.size()
             self._counts[predecessor.type, predecessor.status] -= 1
@@ -941,7 +941,7 @@ class Store:
         """
         if not self.has_doomed():
             return 0
-        with self._deleted:
+        with self._delete_ended:
             if self._deleting:  # another thread is at it
                 return 0
             ids = list(itertools.islice(self._doomed, self.DELETED_AT_ONCE))
@@ -954,12 +954,12 @@ class Store:
             self._lose(loss)  # from now on, nothing is to be deleted
         except BaseException as exception:
             error = exception
-        with self._deleted:
+        with self._delete_ended:
             if error is not None:
                 self._doomed.update(ids)
                 self._delete_at = time.monotonic() + self.DELETE_AGAIN_SECONDS
             self._deleting.clear()
-            self._deleted.notify_all()
+            self._delete_ended.notify_all()
         if error is not None:
             log.error("the journal has not deleted %d records: %s", len(ids), describe(error))
             return 0
@@ -967,7 +967,7 @@ class Store:
 
     def _doom(self, ids: list[str]) -> None:
         """Note what the journal is to delete. The write side is held."""
-        with self._deleted:
+        with self._delete_ended:
             # A journal that never deletes must not fill memory. What is not noted here stays in the
             # journal; the next start loads it, and evicts it again.
             if len(self._doomed) < self.max_tasks:
@@ -978,8 +978,8 @@ class Store:
 
         Else it would delete the new record of this id. JournalError: it takes too long.
         """
-        with self._deleted:
-            if not self._deleted.wait_for(lambda: task_id not in self._deleting, 5):
+        with self._delete_ended:
+            if not self._delete_ended.wait_for(lambda: task_id not in self._deleting, 5):
                 raise JournalError("The journal is slow; try again later.", 5)
             self._doomed.discard(task_id)
 
@@ -1014,23 +1014,23 @@ class Store:
         if not _CAN_FREEZE:
             return
         held = len(self._records)
-        if held > self.MANY and self._new >= self.MANY_NEW:
+        if held > self.MANY and self._unfrozen >= self.MANY_NEW:
             gc.collect()  # garbage would be frozen, too
             self._freeze()
         elif held < self.MANY / 2 and self._is_frozen:
             gc.unfreeze()
             self._is_frozen = False
-            self._set_new(held)
+            self._set_unfrozen(held)
 
     def _freeze(self) -> None:
         gc.freeze()
         self._is_frozen = True
-        self._set_new(0)
+        self._set_unfrozen(0)
 
-    def _set_new(self, count: int) -> None:
+    def _set_unfrozen(self, count: int) -> None:
         """Say how many records are new to the collector."""
         with self._lock.write:
-            self._new = count
+            self._unfrozen = count
 
     # The start
 
@@ -3181,13 +3181,13 @@ class Application:
                 live.withdrawn = True
         if is_first:
             self.log_task("task %s is to be cancelled", record.id)
-            self._interrupt(task_type, record, live)
+            self._carry_out_cancel(task_type, record, live)
         if not live.withdrawn:  # a worker has it; the answer does not wait for its end
             return Response(200, encode_record(self._find(task_type, task_id)))
         answer = functools.partial(self._answer_cancel, task_type, record.id)
         return self._when_final(record, CANCEL_SECONDS, answer)
 
-    def _interrupt(self, task_type: TaskType, record: Record, live: Live) -> None:
+    def _carry_out_cancel(self, task_type: TaskType, record: Record, live: Live) -> None:
         """Have a cancel take effect. A function in a thread meets it when it reports next."""
         if live.withdrawn:
             self.fail(record, BY_REQUEST)
@@ -3694,7 +3694,9 @@ class Connection:
     It belongs to the server's loop, which alone calls it. Nothing here blocks: what might block
     (an endpoint, a step of TLS) is done by a thread of `server`. What a connection does is written
     in one generator, `serve`, as if it could wait: it yields the phase to wait in, and is resumed
-    when what it waits for has come, or the deadline of the phase has passed.
+    when what it waits for has come, or the deadline of the phase has passed. A request leads it
+    through HEADER, BODY, LENT or WAITING, and ANSWER; it skips the phases in which there is nothing
+    to wait for.
 
         phase                      what resumes it             what its deadline does
         -------------------------  --------------------------  -----------------------
@@ -3711,9 +3713,9 @@ class Connection:
 
     __slots__ = (
         "buffer",
+        "client_ended",
         "closing",
         "deadline",
-        "ended",
         "later",
         "peer",
         "phase",
@@ -3729,7 +3731,8 @@ class Connection:
         self.buffer = bytearray()  # what belongs to no request yet
         self.unsent = b""  # what the socket has not taken yet of an answer
         self.closing = False  # the answer under way is the last
-        self.ended = False  # the client has ended its side: it sends no more, but may still read
+        # The client has ended its side: it sends no more, but may still read.
+        self.client_ended = False
         self.watched = 0  # the events that the selector waits for
         self.later: Later | None = None  # what it waits for while it is WAITING
         self.begin(HEADER)
@@ -3748,14 +3751,14 @@ class Connection:
 
     def enter(self, phase: Phase) -> None:
         """Wait in a phase: begin it, or stay in it and keep its deadline."""
-        if self.ended and phase in (HEADER, BODY, IDLE, LINGER):  # nothing more will come
+        if self.client_ended and phase in (HEADER, BODY, IDLE, LINGER):  # nothing more will come
             raise ConnectionError
         if phase is not self.phase:
             self.begin(phase)
 
     def events(self) -> int:
         """Return what the selector has to wait for; 0 for nothing."""
-        if self.phase is WAITING and (self.ended or len(self.buffer) >= MAX_PIPELINED):
+        if self.phase is WAITING and (self.client_ended or len(self.buffer) >= MAX_PIPELINED):
             # Nothing more will come; or nothing more is read ahead, and what follows, such as the
             # end of what the client sends, is seen after the answer.
             return 0
@@ -3778,7 +3781,7 @@ class Connection:
             # The client is gone, or has closed its sending side only and still reads. It gets its
             # answers now, then the connection ends (RFC 9112, 9.5). This has to be remembered,
             # because TLS reports an end of file only once.
-            self.ended = True
+            self.client_ended = True
             if self.later is not None and self.later.can_hurry:
                 self.resume()
         else:
@@ -3879,7 +3882,7 @@ class Connection:
         Nor is a wake lost that comes early: watch() is called before anybody waits, and a wake from
         then on stays in that queue until the loop looks at it.
         """
-        if self.ended and later.can_hurry:  # the client has closed its sending side already
+        if self.client_ended and later.can_hurry:  # the client has closed its sending side already
             return
         wake = functools.partial(self.server.wake, self, later)
         self.later = later
@@ -3937,6 +3940,23 @@ class Connection:
         return "done"
 
 
+def raise_descriptor_limit() -> int:
+    """Raise the limit of descriptors; return how many of them connections may take."""
+    if issubclass(selectors.DefaultSelector, selectors.SelectSelector):  # Windows: it takes 512
+        return 480
+    import resource  # POSIX only
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    # macOS calls the hard limit infinite, refuses that as the soft one, but takes 10,240.
+    for limit in hard, max(soft, 10_240), soft:
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+            break
+    if limit == resource.RLIM_INFINITY:
+        return 1 << 20
+    return limit - min(64, limit // 4)
+
+
 # The servers of this process.
 _servers: weakref.WeakSet[Server] = weakref.WeakSet()
 
@@ -3976,7 +3996,7 @@ class Server(http.server.ThreadingHTTPServer):
         self._max_connections = int(max(limit // 4, limit - reserved))
         self._connections: set[Connection] = set()
         self._is_accepting = False
-        self._refused_at = -math.inf  # when it was last logged that no connection can be accepted
+        self._paused_at = -math.inf  # when it was last logged that no connection can be accepted
         self._next_check = -math.inf  # when deadlines are checked next, and service_actions called
         # Filled by any thread: the connection to resume, the Later that it waited for, its answer.
         self._due: collections.deque[tuple[Connection, Later | None, Any]] = collections.deque()
@@ -4003,7 +4023,7 @@ class Server(http.server.ThreadingHTTPServer):
         """Serve until `shutdown`. At least every `poll_interval` seconds, do what is due."""
         self._stopped.clear()
         try:
-            self._accept_again()
+            self._resume_accepting()
             while self._end == math.inf or self._drain():
                 self._serve_once(poll_interval)
         finally:
@@ -4044,7 +4064,7 @@ class Server(http.server.ThreadingHTTPServer):
         if has_work and not self._is_evicting:
             self._is_evicting = True
             self._pool.call(self._evict)
-        self._accept_again()
+        self._resume_accepting()
 
     def lend(self, connection: Connection, work: Callable[[], Any]) -> None:
         """Have a thread do `work`, which raises nothing; resume the connection with its outcome."""
@@ -4139,12 +4159,12 @@ class Server(http.server.ThreadingHTTPServer):
         except Exception as error:
             log.error("a connection failed: %s", traceback_of(error))
         connection.socket.close()
-        self._accept_again()
+        self._resume_accepting()
 
     def _accept(self) -> None:
         room = self._max_connections - len(self._connections)
         if room <= 0:
-            self._refuse("all connections are in use")
+            self._pause_accepting("all connections are in use")
             return
         for _ in range(min(room, self.MAX_ACCEPTED)):
             try:
@@ -4153,7 +4173,7 @@ class Server(http.server.ThreadingHTTPServer):
                 return
             except OSError as error:
                 if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                    self._refuse(str(error))
+                    self._pause_accepting(str(error))
                     return
                 continue  # that client has gone already, or its network (accept(2) lists how)
             try:
@@ -4166,7 +4186,7 @@ class Server(http.server.ThreadingHTTPServer):
             self._connections.add(connection)
             self._act(connection, connection.ready)  # its request may be here already
 
-    def _refuse(self, reason: str) -> None:
+    def _pause_accepting(self, reason: str) -> None:
         """Accept no more until a connection is closed or the next check, else the loop would spin.
 
         If a connection has been idle for more than 5 seconds, the one idle for longest is closed.
@@ -4174,8 +4194,8 @@ class Server(http.server.ThreadingHTTPServer):
         self._selector.unregister(self.socket)
         self._is_accepting = False
         now = time.monotonic()
-        if now - self._refused_at > 60:
-            self._refused_at = now
+        if now - self._paused_at > 60:
+            self._paused_at = now
             log.warning("new connections have to wait: %s", reason)
         idle = [connection for connection in self._connections if connection.phase is IDLE]
         oldest = min(idle, key=lambda connection: connection.deadline, default=None)
@@ -4184,7 +4204,7 @@ class Server(http.server.ThreadingHTTPServer):
             if now - idle_since > 5:
                 self._close(oldest)
 
-    def _accept_again(self) -> None:
+    def _resume_accepting(self) -> None:
         if not self._is_accepting:
             self._selector.register(self.socket, selectors.EVENT_READ)
             self._is_accepting = True
@@ -4215,24 +4235,14 @@ if hasattr(os, "register_at_fork"):  # Windows does not fork
     os.register_at_fork(after_in_child=_leave_servers)
 
 
-def raise_descriptor_limit() -> int:
-    """Raise the limit of descriptors; return how many of them connections may take."""
-    if issubclass(selectors.DefaultSelector, selectors.SelectSelector):  # Windows: it takes 512
-        return 480
-    import resource  # POSIX only
-
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    # macOS calls the hard limit infinite, refuses that as the soft one, but takes 10,240.
-    for limit in hard, max(soft, 10_240), soft:
-        with contextlib.suppress(ValueError, OSError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
-            break
-    if limit == resource.RLIM_INFINITY:
-        return 1 << 20
-    return limit - min(64, limit // 4)
-
-
 # -- 8. Running ------------------------------------------------------------------------------------
+
+
+def write_all(descriptor: int, data: bytes) -> None:
+    """Write all, unless nobody reads it any more."""
+    with contextlib.suppress(OSError):
+        while data:
+            data = data[os.write(descriptor, data) :]
 
 
 class LogHandler(logging.Handler):
@@ -4312,13 +4322,6 @@ class LogHandler(logging.Handler):
         if not text.isprintable() or not text.isascii():
             text = text.translate(self.ESCAPES).encode("ascii", "backslashreplace").decode()
         return f"{_whole_second(int(seconds))}Z {level} {text}\n"
-
-
-def write_all(descriptor: int, data: bytes) -> None:
-    """Write all, unless nobody reads it any more."""
-    with contextlib.suppress(OSError):
-        while data:
-            data = data[os.write(descriptor, data) :]
 
 
 def run_until_stopped(server: Server, grace: float) -> int:
@@ -4745,7 +4748,10 @@ class SQLiteJournal(Journal):
         self._thread.start()
 
     def close(self) -> None:
-        """Close the file, after what was handed over is written. Blocks."""
+        """Close the file, after what was handed over is written. Blocks.
+
+        The server never does this.
+        """
         self._jobs.put(None)
         self._thread.join()
         self._database.close()
@@ -4885,7 +4891,7 @@ def parse_address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | 
         return None
 
 
-def check_host(names: Iterable[str]) -> Callable[[Request], None]:
+def host_check(names: Iterable[str]) -> Callable[[Request], None]:
     """Return a check that a request is meant for an IP address, localhost, or one of these names.
 
     A web page can have its own name point here (DNS rebinding) and then talk to this server as if
@@ -4912,7 +4918,7 @@ def check_host(names: Iterable[str]) -> Callable[[Request], None]:
     return check
 
 
-def check_token(token: str) -> Callable[[Request], None]:
+def token_check(token: str) -> Callable[[Request], None]:
     """Return a check for `Authorization: Bearer` with this token. HTTPError 401 (RFC 6750, 3)."""
     expected = token.encode()
 
@@ -6444,9 +6450,9 @@ def _set_access(application: Application, options: argparse.Namespace) -> None:
             "everybody in with --allow-anonymous"
         )
     if token:  # then the Host is not checked: a foreign page does not know the token
-        check = check_token(token)
+        check = token_check(token)
     else:
-        check = check_host([options.host, *options.allow_host])
+        check = host_check([options.host, *options.allow_host])
     application.checks.insert(0, check)
     application.secured = bool(token)
 

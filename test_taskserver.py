@@ -1965,6 +1965,63 @@ def test_a_coroutine_can_be_withdrawn_while_the_first_steps_of_others_wait():
     assert pool.join(LONG) and pool.ended.empty()
 
 
+# What wakes a thread that waits for sockets or pipes
+
+
+@pytest.fixture
+def waker():
+    waker = taskserver.Waker()
+    yield waker
+    waker.close()
+
+
+def can_be_read(waker):
+    return bool(multiprocessing.connection.wait([waker], 0))
+
+
+def test_a_wake_can_be_waited_for_until_it_is_cleared(waker):
+    assert not can_be_read(waker)
+    waker.wake()
+    assert can_be_read(waker) and can_be_read(waker)
+    waker.clear()
+    assert not can_be_read(waker)
+    waker.wake()
+    assert can_be_read(waker)
+
+
+def test_many_wakes_are_one(waker):
+    for _ in range(1_000_000):  # as many bytes fit into no socket
+        waker.wake()
+    waker.clear()
+    assert not can_be_read(waker)
+
+
+def test_what_is_there_before_a_wake_is_found_after_its_clear(waker):
+    """Whoever wakes puts something in first. Whoever is woken clears first, then takes all."""
+    things, taken, per_thread = queue.SimpleQueue(), [], 20_000
+
+    def put():
+        for _ in range(per_thread):
+            things.put(None)
+            waker.wake()
+
+    threads = [threading.Thread(target=put) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    while len(taken) < per_thread * len(threads):
+        assert multiprocessing.connection.wait([waker], LONG), "a wake was lost"
+        waker.clear()
+        while not things.empty():
+            taken.append(things.get())
+    for thread in threads:
+        thread.join()
+
+
+def test_a_wake_after_the_close_does_nothing(waker):
+    waker.close()
+    waker.wake()
+
+
 # -- 4. Child processes ----------------------------------------------------------------------------
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "register_at_fork"), reason="needs fork")
@@ -8482,7 +8539,7 @@ def test_healthz_says_for_how_long_the_oldest_task_has_waited(application, gate)
 
 
 def test_healthz_tells_those_without_the_token_its_status_alone(application):
-    application.checks.append(taskserver.check_token("secret"))
+    application.checks.append(taskserver.token_check("secret"))
     answer = ask(application, "GET", "/healthz")
     assert (answer.status, answer.json) == (200, {"status": "ok"})
     trusted = ask(application, "GET", "/healthz", authorization="Bearer secret")
@@ -10127,7 +10184,7 @@ def test_a_name_may_be_allowed_with_the_dot_that_ends_all_names(application):
     ids=brief,
 )
 def test_a_token_is_asked_for(application, authorization, status):
-    application.checks.append(taskserver.check_token("s3cret"))
+    application.checks.append(taskserver.token_check("s3cret"))
     answer = ask(application, "POST", "/create-echo", {"name": "x"}, authorization=authorization)
     assert answer.status == status
     if status == 401:
@@ -10141,7 +10198,7 @@ CLOSED = ["/nowhere", "//", "/healthz/"]
 
 @pytest.mark.parametrize("target", [*OPEN, *CLOSED])
 def test_health_page_and_options_are_open_and_nothing_else(application, target):
-    application.checks.append(taskserver.check_token("s3cret"))
+    application.checks.append(taskserver.token_check("s3cret"))
     statuses = {
         method: ask(application, method, target).status
         for method in ("GET", "HEAD", "POST", "OPTIONS", "PUT")
@@ -10159,7 +10216,7 @@ def test_health_page_and_options_are_open_and_nothing_else(application, target):
 @pytest.mark.parametrize("checks", ["token", "host", "both"])
 def test_what_a_balancer_asks_is_answered_and_tells_it_the_status_alone(application, checks):
     if checks != "host":
-        application.checks.append(taskserver.check_token("s3cret"))
+        application.checks.append(taskserver.token_check("s3cret"))
     if checks != "token":
         application.checks.append(taskserver.check_host([]))
     foreign = b"GET /healthz HTTP/1.1\r\nHost: evil.example\r\n\r\n"
@@ -11669,7 +11726,7 @@ def test_exercise_02_healthz_says_how_long_the_server_has_been_up():
     assert (
         "uptime" in taskserver.openapi(application)["components"]["schemas"]["Health"]["properties"]
     )
-    application.checks.append(taskserver.check_token("secret"))
+    application.checks.append(taskserver.token_check("secret"))
     assert ask(application, "GET", "/healthz").json == {"status": "ok"}
 
 
