@@ -2017,6 +2017,29 @@ def test_what_is_there_before_a_wake_is_found_after_its_clear(waker):
         thread.join()
 
 
+def test_a_wake_in_the_middle_of_a_clear_does_not_silence_the_next(monkeypatch):
+    class Receiver:
+        """A socket, just before whose recv() another thread calls wake()."""
+
+        def __init__(self, receiver):
+            self.receiver = receiver
+
+        def recv(self, size):
+            waker.wake()
+            return self.receiver.recv(size)
+
+        def __getattr__(self, name):
+            return getattr(self.receiver, name)
+
+    receiver, sender = socket.socketpair()
+    monkeypatch.setattr(socket, "socketpair", lambda: (Receiver(receiver), sender))
+    with contextlib.closing(taskserver.Waker()) as waker:
+        waker.wake()
+        waker.clear()
+        waker.wake()
+        assert can_be_read(waker)
+
+
 def test_a_wake_after_the_close_does_nothing(waker):
     waker.close()
     waker.wake()
