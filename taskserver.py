@@ -3873,14 +3873,13 @@ class Connection:
     def wait_for(self, later: Later) -> Generator[Phase, Any, None]:
         """Wait until an answer is due.
 
-        Four things resume the connection, all of them in the server's loop: a wake that has gone
-        through the loop's queue of what is due; the deadline (`expire`); the client that closes its
-        sending side (`ready`); and the end of the server. The first of them is the only one. After
-        it `later` is no more what this connection waits for, so the loop drops a wake that comes
-        too late; and the phase is another one, so the other three have no occasion.
+        Four things can end the wait, all of them in the server's loop: a wake, which has gone
+        through the loop's queue of what is due; the deadline (`expire`); a client that closes its
+        sending side (`ready`); and the end of the server. The first of them ends it, and the others
+        then do nothing: the connection is in another phase; and `later`, with which the loop
+        compares what a late wake was for, is another one or None.
 
-        Nor is a wake lost that comes early: watch() is called before anybody waits, and a wake from
-        then on stays in that queue until the loop looks at it.
+        A wake that comes early is not lost: it stays in that queue until the loop looks at it.
         """
         if self.client_ended and later.can_hurry:  # the client has closed its sending side already
             return
