@@ -67,22 +67,23 @@ Words: a *task* is one request to run a *task type*, that is, a function and its
 *failed*. The *payload* is what was posted, the *result* what the function returned. The *store*
 holds records, a *pool* owns *workers*, which are threads; most of them run tasks. A *coroutine* and
 a *child* process are the two other places where a function can run. The *journal* is where records
-outlive the process; it is *lost* when another server has taken it over. To *wake* a thread, a loop
-or a connection is to have it look again for what it waits for; it may find nothing. A *final*
-record that has outlived its time is *evicted*. Words such as --keep are options of the command line
-(14). Durations are in seconds, sizes in bytes.
+outlive the process; it is *lost* when another server has taken it over. The server's *loop* is the
+thread that waits for all sockets at once (7); the *event loop* is that of asyncio (3). To *wake* a
+thread, a loop or a connection is to have it look again for what it waits for; it may find nothing.
+A *final* record that has outlived its time is *evicted*. Words such as --keep are options of the
+command line (14). Durations are in seconds, sizes in bytes.
 
-Of `http.server.ThreadingHTTPServer` this file uses three things: the socket that listens, with its
-address; how that is bound and closed; and the names of the methods (`serve_forever`, `shutdown`,
-`service_actions`), so that whoever knows them finds them here. Two parts are replaced. The first is
-its threads: here, one loop serves all connections, because a thread for each would cost
-16 KiB while it is idle, and time to be woken for every answer. The second is its request parser,
-because it ignores Transfer-Encoding, accepts malformed requests, and takes most of the time of an
-answer.
+Of `http.server.ThreadingHTTPServer` this file uses three things: the listening socket with its
+address; the code that binds and closes that socket; and the names of some methods (`serve_forever`,
+`shutdown`, `service_actions`), so that whoever knows that class finds them here. Two parts are
+replaced. The first is its threads: here, one loop serves all connections, because a thread for each
+would cost 16 KiB while it is idle, and time to be woken for every answer. The second is its request
+parser, because it ignores Transfer-Encoding, accepts malformed requests, and takes most of the time
+of an answer.
 
-Why not asyncio's streams? They would serve just as many idle connections. But they are slow: when
-they only read a head and send a fixed answer, that takes four fifths of the time in which this
-server answers a poll. And buffers, limits, deadlines and wake-ups would be handled inside asyncio,
+Why not asyncio's streams? They would serve just as many idle connections. But they are slow: to
+read a head and to send a fixed answer, and nothing else, takes them four fifths of the time that a
+whole poll takes here. And buffers, limits, deadlines and wake-ups would be handled inside asyncio,
 where the reader of this file cannot see them.
 
 Docstrings name the exceptions that a caller has to expect, each with its reason:
@@ -159,6 +160,14 @@ log = logging.getLogger("taskserver")
 
 
 # -- 1. Lock ---------------------------------------------------------------------------------------
+#
+# Three facts about threads, for all that follows:
+#
+# 1. Between any two steps of one thread, another thread may go on. Who holds a lock keeps out those
+#    who ask for the same lock.
+# 2. A Condition belongs to a lock. wait() gives the lock back, sleeps until another thread calls
+#    notify() or the time is over, and takes the lock again before it returns.
+# 3. A process ends when its main thread has ended, and does not wait for daemon threads.
 
 
 class ReadersWriterLock:
@@ -219,6 +228,8 @@ class _WriteSide:
         if not lock.readers:
             return
         lock.waiting_writers += 1  # while this is above 0, no new reader enters
+        # Several writers may wait here. The last reader that leaves wakes all of them, and they get
+        # the mutex one after the other.
         while lock.readers:
             lock.may_write.wait()
         lock.waiting_writers -= 1
@@ -256,7 +267,11 @@ _NOT_STARTED: Progress = (None, None, None)
 
 
 def escape_surrogates(text: str) -> str:
-    """Return a text as UTF-8 can hold it: a lone surrogate, as in a file name, becomes \\udc80."""
+    """Return a text that UTF-8 can hold.
+
+    Python puts lone surrogates into file names that are not UTF-8; they become escapes like
+    \\udc80.
+    """
     return text.encode("utf-8", "backslashreplace").decode()
 
 
@@ -416,7 +431,8 @@ _JSON_ESCAPE = re.compile(
     r"""
     \\ud[89ab].. \\ud[c-f]..  # a pair of surrogates, which stand for one character
     | \\(ud[89a-f]..)          # a surrogate without the other half: group 1
-    | \\.                      # any other; an escaped backslash begins no further escape
+    | \\.                      # any other; of an escaped backslash both characters, so that the
+                               # second is not taken for the beginning of an escape
     """,
     re.VERBOSE,
 )
@@ -435,8 +451,8 @@ def encode_result(value: object, default: Callable[[Any], Any] | None = None) ->
     if default is not None:
         encoder = json.JSONEncoder(allow_nan=False, default=functools.partial(_convert, default))
     try:
-        # This is checked first, because no other thread can go on while the encoder works: for
-        # seconds, if the value is huge.
+        # This also sees whether the value is huge. Then the encoder would work for seconds, and no
+        # other thread could go on meanwhile.
         _check_members(value)
         text = encoder.encode(value)
     except _Huge:
@@ -464,8 +480,8 @@ def _convert(default: Callable[[Any], Any], value: object) -> object:
 def _check_members(value: object) -> None:
     """Check a value before it is encoded.
 
-    ValueError: two keys of a dict would be the same in JSON, such as 1 and "1". _Huge: its members
-    and characters, of which each needs a byte at least, are more than MAX_RESULT.
+    ValueError: two keys of a dict would be the same in JSON, such as 1 and "1". _Huge: it has more
+    than MAX_RESULT members and characters together, and each of them takes a byte at least.
     """
     size = 0
     rest = [value]
@@ -487,7 +503,7 @@ def _check_members(value: object) -> None:
         if size > MAX_RESULT:
             raise _Huge
         for member in members:
-            # Other members, such as numbers, have none of their own, and were counted above.
+            # A number has no members, and len(value) has counted it above; so do not visit it.
             if isinstance(member, (str, dict, list, tuple)):
                 rest.append(member)
 
@@ -534,9 +550,9 @@ def _place_of_fault(value: object, encoder: json.JSONEncoder) -> str:
 
 
 def _escape_lone_surrogate(escape: re.Match[str]) -> str:
-    r"""Return an escape as it is; but of a lone surrogate, such as \udc80, return \\udc80.
+    """Double the backslash of an escape that is a lone surrogate; return any other as it is.
 
-    A client decodes that to six plain characters: a backslash and "udc80".
+    So a client decodes the surrogate to plain text: a backslash and, for example, "udc80".
     """
     lone = escape.group(1)
     if lone:
@@ -593,7 +609,10 @@ class Unavailable(Exception):
 
 
 class JournalError(Unavailable):
-    """Raised by the store: a record is not saved, or nobody knows whether it is."""
+    """Raised by the store: a record is not saved.
+
+    Or it is, but the error came so late, say, in the commit, that nobody knows.
+    """
 
 
 class RecordRefused(Exception):
@@ -621,12 +640,12 @@ class Store:
     With a `journal` (its contract stands in section 10), a record is written there before anybody
     sees it: `add`, `save` and `finish` block until it is. So an id goes these ways:
 
-        free --add--> held, until the record is saved --> pending --finish--> final
-        final --evict--> doomed --delete_doomed--> free
-        held --not saved--> doomed, because nobody knows whether the journal has it
+        free --add--> reserved --saved--> pending --finish--> final --evict--> doomed
+        reserved --not saved--> doomed, because the journal may hold it all the same
+        doomed --delete_doomed--> free
 
-    The place of an id that is *held* counts, but nobody gets a record there. An id that is *doomed*
-    is one that the journal is to delete; here its place is free already.
+    A *reserved* id counts against the bounds, but `get` does not find it. A *doomed* id is still to
+    be deleted in the journal; here it is gone, and does not count.
     """
 
     FAILING_SECONDS = 30.0  # for which the journal counts as failing after a failure
@@ -655,7 +674,7 @@ class Store:
         # Guards every attribute from here down to `_unfrozen`. Where one is read without it, the
         # value may be out of date.
         self._lock = ReadersWriterLock()
-        # In the order of creation. None keeps the place of a record that is just being saved.
+        # In the order of creation. An id that is reserved has None.
         self._records: dict[str, Record | None] = collections.OrderedDict()
         if sys.version_info >= (3, 8):
             self._records = {}  # smaller; reversed() takes it since Python 3.8
@@ -669,9 +688,10 @@ class Store:
         self._finished_at: collections.deque[float] = collections.deque()
         self._watchers: dict[str, set[Callable[[], None]]] = {}
         self._unfrozen = 0  # records put in since the last gc.freeze(), see freeze_records
-        self._is_frozen = False  # whether that was called; for the server's loop alone
-        # Guards all below, except that has_doomed() looks without it. Notified when a delete of the
-        # journal has ended.
+        # Whether gc.freeze() was called. Only the server's loop looks, so nothing guards it.
+        self._is_frozen = False
+        # Guards all below, except that has_doomed() looks without it. Notified when a call of
+        # journal.delete() has ended.
         self._delete_ended = threading.Condition()
         self._doomed: set[str] = set()  # ids that the journal may hold and is to delete
         self._deleting: set[str] = set()  # ids that journal.delete() is deleting now
@@ -720,7 +740,7 @@ class Store:
         """Put in a new record; return it as it is held.
 
         Unavailable: the store is full or stopping, or a JournalError. RecordRefused: the journal
-        cannot take it. Duplicate: its id is taken. Each leaves nothing behind.
+        cannot take it. Duplicate: its id is taken. After each of these, the store is as before.
         """
         size = record.size()
         # An estimate without the lock; the same is judged again, with it, below.
@@ -740,7 +760,7 @@ class Store:
                 return record
             self._sequence += 1
             record = record._replace(sequence=self._sequence)
-            self._hold_place(record.id, size)
+            self._reserve_place(record.id, size)
         saved = False
         try:
             self._await_deletion(record.id)
@@ -751,7 +771,7 @@ class Store:
         finally:
             with self._lock.write:
                 if saved:
-                    self._bytes -= size  # _hold_place has counted it, and _insert counts it again
+                    self._bytes -= size  # counted by _reserve_place, and now by _insert
                     self._insert(record)
                 else:
                     self._free_place(record.id, size)
@@ -796,8 +816,9 @@ class Store:
             except JournalError:  # nothing tells when a disk has room again
                 time.sleep(self.PAUSES[min(attempts, len(self.PAUSES) - 1)])
                 attempts += 1
-        # There is no journal. Either there never was one; or the process is ending, and `main` (14)
-        # or a second signal (8) has taken it away from the store.
+        # The store has no journal. If there were attempts, it had one: `main` (14) or a second
+        # signal (8) has taken it away, because the process is ending. If there were none, there is
+        # nothing to save to.
         if attempts:
             raise JournalLost("the server has ended before the record was saved")
 
@@ -835,7 +856,7 @@ class Store:
         sentence = f"As many {what} are held as {flag} allows; try again when the oldest final task"
         return Unavailable(f"{sentence} has outlived --keep.", seconds)
 
-    def _hold_place(self, task_id: str, size: int) -> None:
+    def _reserve_place(self, task_id: str, size: int) -> None:
         """Keep the place of a record that is about to be saved. The write side is held."""
         self._records[task_id] = None
         self._bytes += size
@@ -866,7 +887,7 @@ class Store:
     # Watching, and the stop
 
     def watch(self, task_id: str, wake: Callable[[], None]) -> None:
-        """Have `wake` called once the record is final or gone, or when the store begins to stop.
+        """Have `wake` called once: when the record is final or gone, or when stop() is called.
 
         If the record is final already, `wake` is called at once. Any thread may call `wake`, so it
         must not block.
@@ -1001,9 +1022,9 @@ class Store:
         """Have Python's garbage collector overlook the records while there are many.
 
         Now and then the collector looks at everything, while everybody waits: 0.5 s for a million
-        records. gc.freeze() hides from it whatever there is. So after every MANY_NEW new records
-        this method has the collector look once at what is not hidden yet (30 ms, and the first time
-        60), and then hides that, too.
+        records. gc.freeze() hides from it all objects that there are now. So after every MANY_NEW
+        new records this method has the collector look once at what is not hidden yet (30 ms, and
+        the first time 60), and then hides that, too.
 
         What is hidden is still freed when nothing refers to it any more. The cost: a hidden
         reference cycle is not freed until there are few records again. With the default of
@@ -1091,7 +1112,9 @@ class Store:
                 self._counts[record.type, record.status] += 1
             self._bytes += sum(record.size() for record in records)
             self._sequence = max((record.sequence for record in records), default=0)
-            now, moment = time.time(), self._clock()  # one moment, by two clocks
+            # The journal has times of the wall clock, `_finished_at` those of `_clock`. To convert
+            # them, both clocks are read at one moment.
+            now, moment = time.time(), self._clock()
             final.sort(key=lambda record: record.finished_at or now)
             for record in final:
                 age = now - (record.finished_at or now)
@@ -1217,7 +1240,7 @@ class WorkerPool(BoundedQueue):
     Each takes one item after the other out of the queue and calls `work` with it. `work` must not
     raise.
 
-    One worker at a time is on the way, that is, it was made or notified and has not arrived yet.
+    As a rule, one worker is on the way at a time: it was made or notified, and has not arrived yet.
     When it takes an item and there are more, it calls wake() for the next worker. So a burst of
     short items wakes few threads, and long ones get a thread each.
     """
@@ -1247,7 +1270,9 @@ class WorkerPool(BoundedQueue):
 
         The system may have no thread to give: call it again later.
         """
-        if not self._queue:  # a glance without the lock; whoever puts an item calls this afterwards
+        # Looked at without the lock, the queue may just be getting an item. Whoever puts that calls
+        # wake() afterwards, too.
+        if not self._queue:
             return
         with self._lock:
             if self._on_the_way or not self._has_item():
@@ -1283,11 +1308,11 @@ class WorkerPool(BoundedQueue):
                 self._work_on(item)
                 item = self._get()
         except BaseException as error:
-            # Nothing above raises. But Python's C interface (PyThreadState_SetAsyncExc) lets a task
-            # raise an exception in any thread, at any point.
+            # Normally nothing above raises. But a task can have any thread raise an exception at
+            # any point, through Python's C interface (PyThreadState_SetAsyncExc).
             log.error("a worker ends: %s", describe(error))
             with self._lock:
-                self._workers -= 1  # _get does so when a worker has nothing to do
+                self._workers -= 1  # here, because otherwise _get does so
                 self._on_the_way = False
         self._at_end()
         self.wake()  # for items that came meanwhile
@@ -1322,11 +1347,45 @@ class WorkerPool(BoundedQueue):
             notified = self._not_empty.wait(self.IDLE_SECONDS)
         finally:
             self._idle -= 1
-        # After a timeout, too, this worker may be the one on the way: wake() may have notified it
-        # when its time was over, but before it had the lock again. Nobody else gets that notify. So
-        # it has arrived, and takes an item if there is one.
+        # wait() may return false although wake() has notified this worker: first its time was over,
+        # then wake() notified it, then it got the lock back. That notify reaches nobody else. So
+        # after a timeout, too, this worker counts as arrived, and looks for an item itself. (If
+        # another one was on the way, one too many may be woken next, which does no harm.)
         self._on_the_way = False
         return notified or self._has_item()
+
+
+# Coroutines
+#
+# Four facts about asyncio:
+#
+# 1. An event loop runs many coroutines in one thread. Another thread may not touch them; it has the
+#    loop call a function (call_soon_threadsafe).
+# 2. A coroutine runs in a *task of asyncio*, which is no task in the words of this file. Its
+# cancel()
+#    raises a CancelledError where the coroutine waits. The coroutine may catch that and go on.
+# 3. asyncio logs the exception of a task that nobody awaits, but only when that task is freed.
+# 4. A SystemExit or KeyboardInterrupt in a task or a callback ends the loop.
+#
+# An item of a CoroutinePool goes through three steps:
+#
+#     first, in a thread    start, seconds = before(item)    a function and a time limit
+#     in the event loop     value = await start()
+#     last, in a thread     after(item, value, error)        what it returned or raised
+#
+# `start` is None if there is nothing to run; `seconds` is None if there is no limit. The first and
+# the last step may wait for a disk, and decode or encode what is long, so threads do them. The item
+# has a slot, one of `max_workers`, from its first step to the end of its last:
+#
+#     queued --> first step --> runs --> last step --> gone, and its slot is free
+#
+# A coroutine that runs can be interrupted, for one of three reasons: it was cancelled, its time is
+# over, or the server stops. Then it is cancelled as in fact 2. Usually that ends it, and its error
+# is the reason, not the CancelledError. If it still goes on after some time, its grace, it is given
+# up:
+#
+#     runs --> interrupted --> last step --> gone
+#     runs --> interrupted --> given up, last step --> ends some day --> gone
 
 
 class Stopped(Exception):
@@ -1341,7 +1400,9 @@ class EventLoop:
 
     def __init__(self) -> None:
         self.loop: Any = None  # asyncio's; None before the start and after the end
-        self._lock = threading.Lock()  # guards `loop` in other threads than its own
+        # Held to set `loop`, and by other threads while they use it. The loop's own thread uses it
+        # without the lock, because nobody else sets it to None.
+        self._lock = threading.Lock()
         # Set by end(), in the loop's thread. If asyncio's loop stops while this is false, a
         # coroutine has stopped it; then it is run again.
         self._is_ending = False
@@ -1373,8 +1434,7 @@ class EventLoop:
     def call(self, function: Callable[..., None], *arguments: Any) -> None:
         """Have the loop's thread call a function. Does not block.
 
-        Without a loop, nothing is called: none has been started, or it has ended, so nobody needs
-        the call.
+        If there is no loop, nothing is called: there is no coroutine that the call could be for.
         """
         with self._lock:
             if self.loop is not None:
@@ -1398,14 +1458,19 @@ class EventLoop:
         loop.close()
 
     def _outlive_exit(self, error: BaseException) -> None:
-        """Go on after a SystemExit or a KeyboardInterrupt, which end asyncio's loop.
+        """Go on after a SystemExit or a KeyboardInterrupt, which has ended asyncio's loop (fact 4).
 
-        Something has raised it that a coroutine has left behind in the loop: a task of its own, or
-        a callback. (What our coroutines raise themselves is caught in CoroutinePool.) It has to be
-        in the log once, and asyncio logs the exception of a task as soon as nothing refers to that
-        task. But the traceback refers to frames of the loop, and these to the task. So they are
-        cleared, down to the first frame of a coroutine. If there is none, it was a callback, which
-        asyncio does not log.
+        It was raised by something that a coroutine has left behind in the loop: a task of asyncio,
+        or a callback. (What our coroutines raise themselves is caught by CoroutinePool.) It has to
+        be logged once.
+
+        If it was a task, the traceback contains a frame of a coroutine. asyncio logs the exception
+        itself, once that task is freed (fact 3). But the traceback keeps it alive, through the
+        frames of the loop that come before. So these frames are cleared, and nothing is logged
+        here.
+
+        If it was a callback, there is no such frame, and asyncio logs nothing. So it is logged
+        here.
         """
         trace = error.__traceback__
         if trace is not None:
@@ -1434,7 +1499,8 @@ class CoroutineRun:
     def __init__(self, item: Any) -> None:
         self.item = item
         self.aio_task: Any = None  # the asyncio.Task in which it runs
-        self.timer: Any = None  # set to the time limit; after an interrupt, to the end of the grace
+        # Runs until its time limit is over; after an interrupt, until its grace is over.
+        self.timer: Any = None
         self.reason: Exception | None = None  # why it was interrupted
         self.outcome: tuple[Any, BaseException | None] | None = None  # its value and its error
         self.given_up = False  # it goes on, but its last step was taken already
@@ -1443,26 +1509,7 @@ class CoroutineRun:
 class CoroutinePool(BoundedQueue):
     """Coroutines in one event loop, which starts with the first item.
 
-    An item goes through three steps:
-
-        first, in a thread    start, seconds = before(item)    a function and a time limit
-        in the event loop     value = await start()
-        last, in a thread     after(item, value, error)        what it returned or raised
-
-    `start` is None if there is nothing to run; `seconds` is None if there is no limit. The first
-    and the last step may wait for a disk, and decode or encode what is long, so threads do them.
-    They must not raise. The item holds its slot, one of `max_workers`, from its first step to the
-    end of its last:
-
-        queued --> first step --> runs --> last step --> gone, and its slot is free
-
-    A coroutine that runs can be interrupted, for one of three reasons: it was cancelled, its time
-    is over, or the server stops. asyncio then raises a CancelledError where it waits. Usually it
-    ends by that, and its error is the reason. If it still goes on after its `grace`, it is given
-    up:
-
-        runs --> interrupted --> last step --> gone
-        runs --> interrupted --> given up, last step --> ends some day --> gone
+    The comment above says what steps an item goes through. `before` and `after` must not raise.
     """
 
     # For the first and the last step. With a journal, each thread waits for the disk, and all that
@@ -1494,7 +1541,7 @@ class CoroutinePool(BoundedQueue):
         The system may have no thread or descriptor to give: call it again later.
         """
         self._threads.wake()  # for a step that could not get a thread the last time
-        if not self._queue:  # a glance without the lock, as in WorkerPool
+        if not self._queue:  # without the lock, as in WorkerPool
             return
         with self._lock:
             if self._is_beginning or not self._has_item():
@@ -1579,7 +1626,8 @@ class CoroutinePool(BoundedQueue):
             run.outcome = (await function(), None)
         except BaseException as error:
             run.outcome = None, error
-        # The coroutine may have called os.fork. The copy must not run the other coroutines.
+        # The coroutine may have called os.fork. The process that this makes must not run the other
+        # coroutines as well.
         if os.getpid() != own:
             os._exit(0)
 
@@ -1611,7 +1659,10 @@ class CoroutinePool(BoundedQueue):
             self._threads.call(functools.partial(self._after, run.item, None, run.reason))
 
     def _ended(self, key: Hashable, run: CoroutineRun, task: Any) -> None:
-        """Have the last step of a coroutine taken that has ended, unless it was given up."""
+        """A coroutine has ended: have its last step taken.
+
+        If it was given up, that was done already; then only free its slot.
+        """
         del self._runs[key]
         if run.timer is not None:
             run.timer.cancel()
@@ -1665,15 +1716,16 @@ class Waker:
         if self._is_woken:
             return
         self._is_woken = True
-        with contextlib.suppress(OSError):  # full: then it wakes anyway; or closed
+        # If the socket is full, what is in it wakes the thread anyway; or the socket is closed.
+        with contextlib.suppress(OSError):
             self._sender.send(b"\0")
 
     def clear(self) -> None:
         """Forget that wake() was called."""
         with contextlib.suppress(BlockingIOError):
             self._receiver.recv(4096)
-        # Until this line, a wake() may have sent no byte. It needs none: what it was called for was
-        # there before, and is found by whoever looks for it after clear().
+        # A wake() between recv() and this line sends no byte. It needs none: whoever calls wake()
+        # has put before that what it is for, and this thread looks for it after this line.
         self._is_woken = False
 
     def close(self) -> None:
@@ -1699,17 +1751,19 @@ class Waker:
 #
 # Five facts about processes explain most of the rest:
 #
-# - Ctrl-C in a terminal and service managers send their signals to the children as well. A child
-#   does nothing about them, because the server decides when a task ends.
-# - A thread can block signals: they wait until it unblocks them. A process or thread that it starts
-#   begins with the same signals blocked.
-# - To *reap* an ended process is to fetch its exit status, which can be done once. Only then may
-#   the system give its number to another process.
-# - A task may call os.fork. The *copy* of the process that this makes has the same handlers of
-#   signals and the same open files. While it keeps a pipe open, nobody meets the end of that file,
-#   though this process has ended; and a lock on a file lasts until the copy has closed it, too.
-# - What a function changes in its process, such as the working directory, is still changed for the
-#   next function.
+# 1. Ctrl-C in a terminal and service managers send their signals to the children as well. A child
+#    does nothing about them, because the server decides when a task ends.
+# 2. A thread can block signals: they wait until it unblocks them. A process or thread that it
+# starts
+#    begins with the same signals blocked.
+# 3. To *reap* an ended process is to fetch its exit status, which can be done once. Only then may
+#    the system give its number to another process.
+# 4. A task may call os.fork. The *copy* of the process that this makes has the same handlers of
+#    signals and the same open files. As long as it keeps a pipe open, the other side never sees the
+#    end of the file, even after the original process has ended. A lock on a file, too, lasts until
+#    the copy has closed the file.
+# 5. What a function changes in its process, such as the working directory, is still changed for the
+#    next function.
 
 READY, BEGUN, PROGRESS, RESULT, ERROR = b"ready", b"begun", b"progress", b"result", b"error"
 
@@ -1788,13 +1842,16 @@ STOP_SIGNALS = [
     if name in signal.Signals.__members__
 ]
 
-# What a copy of this process must give up: the handlers of these signals; and files, that is, pipes
-# to children and the lock of a journal.
+# What a copy of this process must give up (fact 4): the handlers of these signals; and files, that
+# is, pipes to children and the lock of a journal.
 _own_handlers: list[Any] = []
 _own_files: weakref.WeakSet[Any] = weakref.WeakSet()
 
-_starting = threading.Lock()  # held while a pipe to a child is made, and while a task forks
-_forking = threading.local()  # .mask: the signals that this thread blocked before the fork
+# Held while a pipe to a child is made, and while a task forks: otherwise the copy might keep a pipe
+# that is not in _own_files yet.
+_starting = threading.Lock()
+# .mask: the signals that this thread had blocked before it forked, to be restored after it.
+_forking = threading.local()
 
 
 def handle_stop_signals(handler: Callable[[int, Any], None]) -> None:
@@ -1807,7 +1864,7 @@ def handle_stop_signals(handler: Callable[[int, Any], None]) -> None:
 
 
 def _before_fork() -> None:
-    """Let no child be started, and block the stop signals, until the fork is over.
+    """Until the fork is over, let no child be started, and block the stop signals.
 
     A signal that reached the copy before it has given up our handlers would be lost: they would
     take it, and do nothing useful there.
@@ -1822,7 +1879,7 @@ def _after_fork() -> None:
     _starting.release()
 
 
-# What a copy has to enter before it sets handlers: only PyPy asks for that.
+# On PyPy, a copy may set handlers only inside this context. On CPython, it does nothing.
 _setting_handlers: Any = contextlib.nullcontext()
 if sys.implementation.name == "pypy":
     _setting_handlers = importlib.import_module("__pypy__.thread").signals_enabled
@@ -1890,7 +1947,7 @@ def _set_resource_limits(limits: dict[int, tuple[int, int]]) -> None:
 
 
 class Surroundings:
-    """What a task may change in its child, and the next one must find as it was."""
+    """What a task may change in its child, and the next one must find as it was (fact 5)."""
 
     def __init__(self) -> None:
         self._directory = _working_directory()
@@ -1916,9 +1973,8 @@ class Surroundings:
         if _POSIX:
             for timer in signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF:
                 signal.setitimer(timer, 0)
-            # A signal that came while it was blocked is pending: it would arrive at the end of
-            # this, when it is unblocked. To ignore it for a moment discards it. The next loop puts
-            # its handler back.
+            # A signal that came while the task had it blocked would arrive below, where all are
+            # unblocked. To ignore it for a moment discards it. The next loop restores its handler.
             for number in signal.sigpending():
                 signal.signal(number, signal.SIG_IGN)
         for number, handler in self._handlers.items():
@@ -1929,13 +1985,17 @@ class Surroundings:
 
 
 def _take_no_notice(number: int, frame: object) -> None:
-    """Do nothing about a signal. Unlike SIG_IGN, programs that a task runs do not inherit this."""
+    """Do nothing about a signal (fact 1).
+
+    SIG_IGN would do the same, but programs that a task starts would inherit it.
+    """
 
 
 def _empty_stdin() -> None:
-    """Give programs that a task runs an empty stdin.
+    """Make stdin empty, for the programs that a task starts.
 
-    A terminal would stop them, because only its foreground group may read from it (SIGTTIN).
+    A child is not in the foreground group of the terminal. If a program read from the terminal, it
+    would be suspended (SIGTTIN).
     """
     with open(os.devnull, "rb") as nothing:
         os.dup2(nothing.fileno(), 0)
@@ -1949,14 +2009,13 @@ def _child_main(pipe: Any) -> None:
             os.setpgid(0, 0)  # a group of its own, which ends as a whole
             os.nice(10)  # computing gives way to serving
             _empty_stdin()
-            # Programs that a task runs must not keep the pipe open, just as copies must not.
+            # Programs that a task starts must not keep the pipe open, just as copies must not.
             os.set_inheritable(pipe.fileno(), False)
         _own_files.add(pipe)
         handle_stop_signals(_take_no_notice)  # the server decides what becomes of its tasks
         make_printing_safe()
         surroundings = Surroundings()
-        # This unblocks the stop signals, too. They are blocked since before this process was
-        # started, see Child._start.
+        # This unblocks the stop signals, too, which Child._start blocks (fact 2).
         surroundings.restore()
         while True:
             # The server waits for this before it sends: to send to a child that hangs would block.
@@ -2151,7 +2210,8 @@ class Child:
             if live.cancel_requested:
                 raise Cancelled
             seconds = None if deadline is None else max(0.0, deadline - time.monotonic())
-            # The pipe alone is not enough: on Windows a process may die and leave it open.
+            # `sentinel` can be read when the process has ended. The pipe alone is not enough: on
+            # Windows a process may die and leave it open.
             sources: list[Any] = [self._pipe, self._process.sentinel, self._waker]
             ready: list[Any] = multiprocessing.connection.wait(sources, seconds)
             if not ready:
@@ -2187,10 +2247,10 @@ class Children:
     """The children of an application: one for each worker that runs tasks in one."""
 
     def __init__(self) -> None:
-        # Held while a process is started or reaped. `multiprocessing` has one table of children,
-        # and reaps any of them at such a moment: of two threads that reap the same child, one does
-        # not get its exit status. These are slow system calls, but no thread that serves clients
-        # takes this lock.
+        # Held while a process is started or reaped. At such a moment `multiprocessing` also reaps
+        # every other child that has ended. If two threads did so at once, both might try to reap
+        # the same child, and one would not get its exit status (fact 3). These are slow system
+        # calls, but no thread that serves clients takes this lock.
         self._reaping = threading.Lock()
         self._mine = threading.local()  # .child is that of this thread, if it has one
         self._lock = threading.Lock()  # guards the next two
@@ -2240,9 +2300,9 @@ class Children:
     def _add(self) -> None:
         child = Child(self._reaping)
         with self._lock:
-            # When Python ends, `multiprocessing` waits for children; kill() is called before,
-            # because what is registered last is called first.
-            atexit.unregister(self.kill)  # so that it is registered once
+            # When Python ends, `multiprocessing` waits for children, so kill() has to come before.
+            # It does: what is registered last is called first.
+            atexit.unregister(self.kill)  # so that it is there once
             atexit.register(self.kill)
             self._all.add(child)
         self._mine.child = child
@@ -2273,14 +2333,14 @@ class Request(NamedTuple):
     method: str
     path: str  # percent-encoded, as it was sent: unquote it before you compare it
     query: str = ""  # the same
-    # The host that it was sent to, and the port, if one is given: of the URL or the Host header. ""
-    # if HTTP/1.0 names none.
+    # The host and, if it is given, the port that the request is for: as the URL of its first line
+    # or else the Host header says. "" if a request of HTTP/1.0 does not say.
     host: str = ""
     fields: Fields = Fields()
     body: bytes = b""
     peer: str = ""  # the address of the client, or of the proxy between
-    # False if a check has refused it, say, because it has no token, and its route lets such
-    # requests in all the same (`waived` in Router.add).
+    # False if it has failed a check, say, because it has no token, but its route lets it in all the
+    # same, as /healthz does (`waived` in Router.add).
     trusted: bool = True
 
     def with_body(self, body: bytes) -> Request:
@@ -2337,15 +2397,17 @@ class Later(NamedTuple):
     - the client has closed its sending side, unless `can_hurry` is false.
 
     Then the loop calls `unwatch(wake)` and `answer()`, which must not block. If the client is gone,
-    it calls `unwatch(wake)` alone.
+    it calls `unwatch(wake)` alone. (If the client has closed its sending side before the wait, the
+    loop calls `answer()` alone.)
     """
 
     seconds: float
     watch: Callable[[Callable[[], None]], None]
     unwatch: Callable[[Callable[[], None]], None]
     answer: Callable[[], Response]
-    # Whether answer() is quick even before `wake` was called. If not, a client that closes its
-    # sending side waits like any other.
+    # Whether answer() is quick even before `wake` was called. GET /tasks says no: answer() would
+    # make the listing in the loop, if a worker has not. So a client that closes its sending side
+    # has to wait like any other.
     can_hurry: bool = True
 
 
@@ -2400,7 +2462,7 @@ class Verdict(NamedTuple):
     trusted: bool = True  # goes into the request
 
 
-# For a verdict that is a refusal anyway; its endpoint is never called.
+# Stands in where there is no route. The verdict has a refusal then, so the endpoint is not called.
 _NO_ROUTE = Route("", "", lambda request: Response(404))
 
 
@@ -2428,8 +2490,8 @@ class Router:
           them, the request is let in all the same, with `trusted` false.
         - `summary`, `details`: what it does, in a line, and more. `tag`: to which group it belongs.
         - `operation`: its name in clients that are made from the description.
-        - `statuses`: those that bear its answer, with a sentence for each; `refusals`: those that
-          bear an error.
+        - `statuses`: those that its answer can have, with a sentence for each. `refusals`: those
+          that an error can have.
         - `answer`, `body`: the schemas of the answer and of what is posted, or their names; None
           where there is nothing. One with a title becomes a type of that name in clients.
         - `media_type`: that of the answer.
@@ -2487,8 +2549,8 @@ def never_blocks(request: Request) -> bool:
 MAX_DEPTH = 100  # of nested arrays and objects
 MAX_DIGITS = 4300  # of an integer; the bound of newer Pythons
 
-# Brackets in a string do not count. So a string is matched as a whole. One without a closing quote
-# goes on to the end of the text; the decoder refuses it later.
+# Brackets in a string do not count. So a string such as "a]" is matched as a whole. One without a
+# closing quote goes on to the end of the text; the decoder refuses it later.
 _BRACKET_OR_STRING = re.compile(
     r"""
     [\[{\]}]
@@ -2779,8 +2841,8 @@ def _check_import(name: str, function: Any, default: Default) -> None:
                 f"task type {name!r}: a child process cannot import this program; with cpu=True, "
                 "move the function into a module of its own"
             )
-    # If a process of `multiprocessing` is the server, the file of its program is called
-    # __mp_main__; its children find it by that name.
+    # The server itself may run in a process that `multiprocessing` has started. Such a process
+    # imports the file of the program as __mp_main__, and so do its children.
     elif module != "__mp_main__" and not _is_importable(module):
         raise ValueError(
             f"task type {name!r}: a child process cannot import {module}; with cpu=True, put the "
@@ -2851,8 +2913,8 @@ class Application:
     """The task types, their endpoints, and the life of a task. It knows no sockets.
 
     Building one starts no thread, process or socket. Public attributes may be set until the first
-    request. If `main` serves it: what is set on `store` and `pool`, and as `cpu_pool.max_workers`,
-    becomes the default of an option. Then `main` sets all three pools as the options say, so what
+    request. `main` takes what is set on `store` and `pool`, and as `cpu_pool.max_workers`, for the
+    defaults of its options, and then sets the store and all three pools as the options say. So what
     was set on `coroutine_pool` is overwritten.
     """
 
@@ -2904,14 +2966,14 @@ class Application:
         """Make a function a task type: POST /create-NAME, GET /poll-NAME/ID, POST /cancel-NAME/ID.
 
         The function gets the posted object and `report(fraction, message=None)`; what it returns is
-        the result. It runs in a thread; if it is an `async def`, in the event loop of all such;
+        the result. It runs in a thread; if it is an `async def`, in an event loop, with all others;
         with `cpu`, in a process of its own. `timeout` ends a coroutine or process after that time.
         `rerun`: a task that was running when the server ended runs again at the next start;
         otherwise it fails. `payload` describes members of the payload by JSON Schemas; they stand
         in /openapi.json, and are not enforced.
 
         ValueError: a bad or taken name, options that exclude each other, or a function that cannot
-        work. What a child cannot import is found when the server starts.
+        work. That a child cannot import a function is reported when the server starts.
         """
         _check_options(name, timeout, unknown)
 
@@ -2940,7 +3002,12 @@ class Application:
                 _check_import(task_type.name, task_type.function, self.default)
 
     def judge(self, request: Request) -> Verdict:
-        """Return what answers a request, judged by its head, once. Raises nothing."""
+        """Return what is to become of a request, judged by its head, once. Raises nothing.
+
+        The application's checks refuse first, so that without a token nobody learns what paths
+        there are; then the router, because there is no such path or method; then the check of the
+        route.
+        """
         try:
             try:
                 verdict = self.router.match(request.method, request.path)
@@ -3098,7 +3165,7 @@ class Application:
             self._add(task_type, record, live)
         except Duplicate:  # another client with this key was faster
             repeated = self._answer_repeat(task_type, task_id, name)
-            if repeated is None:  # that one has been refused meanwhile
+            if repeated is None:  # that one was refused meanwhile: this one may try again
                 raise _still_being_stored() from None
             return repeated
         self.log_task("task %s created: type %s, name %s", task_id, record.type, ascii(name))
@@ -3238,8 +3305,9 @@ class Application:
         live = record.live
         assert live is not None  # each pending record has one
         now = live.start()
-        # A task that is not `rerun` must not run twice. So that it has begun is saved; if the
-        # process dies now, the next start of the server makes it failed.
+        # A task that is not `rerun` must not run twice. Therefore its start is saved before its
+        # function is called. If the process dies after that, the next start of the server makes the
+        # task failed.
         if self.store.journal is not None and not task_type.rerun:
             self.store.save(record._replace(started_at=now))
         if live.cancel_requested:
@@ -3326,6 +3394,21 @@ def _start_coroutine(function: Callable[..., Any], payload: Any, live: Live) -> 
 
 
 # -- 7. HTTP ---------------------------------------------------------------------------------------
+#
+# Four facts about sockets:
+#
+# 1. The sockets here never wait: recv() raises if nothing has come (BlockingIOError), and send()
+# takes
+#    only a part if there is no room for more. A selector is given many sockets, waits, and returns
+#    those that can be read, or have room.
+# 2. Bytes come in pieces of any size: half a request, or three requests, when a client sends the
+# next
+#    one before it has the answer (*pipelining*).
+# 3. Each side ends its own sending. Then recv() returns b"" at the other side, the *end of file*. A
+#    client that has ended its sending may still read: the connection is *half-closed*.
+# 4. To close a socket on which bytes arrive that nobody reads *resets* the connection: the other
+# side
+#    may lose what it has not read yet.
 
 MAX_LINE = 8192  # bytes of a request line, and of a header (RFC 9112, 3 asks for 8000 at least)
 MAX_HEADERS = 16_384  # bytes of all headers
@@ -3339,8 +3422,8 @@ _QUOTED = rb'"(?:[\t \x21\x23-\x5b\x5d-\x7e\x80-\xff]|\\[\t\x20-\x7e\x80-\xff])*
 # RFC 3986, 3.2, without user information: an IPv6 address in brackets or a name, and a port.
 _NAME = rb"(?:[A-Za-z0-9\-._~!$&'()*+,;=]|%[0-9A-Fa-f]{2})+"
 _HOST = rb"(?:\[[0-9A-Fa-f]*:[0-9A-Fa-f:.]+\]|" + _NAME + rb")(?::[0-9]*)?"
-# Browsers send more than RFC 3986, 3.3 allows: take all that is printable. A path ends at a
-# question mark, both end at a number sign, and a percent sign begins two hexadecimal digits.
+# Browsers send more than RFC 3986, 3.3 allows: take all that is printable. A path ends at "?" or
+# "#", a query at "#", and a percent sign begins two hexadecimal digits.
 _PATH = rb"(?:[^\x00-\x20\x7f-\xff?#%]|%[0-9A-Fa-f]{2})*"
 _QUERY = rb"(?:[^\x00-\x20\x7f-\xff#%]|%[0-9A-Fa-f]{2})*"
 # RFC 9112, 3. The groups: method, authority, path, query, and the digits of the version. The target
@@ -3363,8 +3446,8 @@ class Phase(NamedTuple):
     """What a connection waits for."""
 
     name: str
-    events: int  # what the selector waits for meanwhile; 0 for nothing
-    receives: bool  # whether the bytes that have come then go into the buffer
+    events: int  # what the selector waits for in this phase: to read, to write; 0 for nothing
+    receives: bool  # whether bytes that arrive in this phase are put into the buffer
     seconds: float  # from its beginning to its deadline
 
 
@@ -3375,8 +3458,8 @@ HEADER = Phase("header", _READ, True, 10)  # for the rest of a request's head
 BODY = Phase("body", _READ, True, 20)  # for the rest of its body
 LENT = Phase("lent", 0, False, math.inf)  # for a thread that works on the answer, or on TLS
 WAITING = Phase("waiting", _READ, True, math.inf)  # for an answer that comes later: `wait_for`
-ANSWER = Phase("answer", _WRITE, False, 20)  # for the socket to take more of what is sent
-TURN = Phase("turn", _WRITE, False, 20)  # for its next turn: the next request is here already
+ANSWER = Phase("answer", _WRITE, False, 20)  # for the socket to take the rest of what is sent
+TURN = Phase("turn", _WRITE, False, 20)  # for nothing: it only lets other connections go first
 IDLE = Phase("idle", _READ, True, 75)  # for the next request
 LINGER = Phase("linger", _READ, True, 5)  # for the client to close, after the last answer
 
@@ -3398,7 +3481,8 @@ def read_head(buffer: bytearray, peer: str = "") -> Generator[Phase, Any, Reques
 
     HTTPError: it is refused, and nobody can tell where the next one begins.
     """
-    if buffer.startswith(b"\r"):  # an empty line; the caller has waited for the first byte
+    # The caller has waited for the first byte. If that is a CR, empty lines come first.
+    if buffer.startswith(b"\r"):
         yield from _skip_empty_lines(buffer)
     seen = 0  # bytes that earlier rounds have looked at
     line_end = -1  # where the request line ends; -1 until that is known
@@ -3408,8 +3492,8 @@ def read_head(buffer: bytearray, peer: str = "") -> Generator[Phase, Any, Reques
         if end >= 0:
             head = bytes(buffer[:end])
             request = parse_head(head, peer)
-            # This comes after it, because if it is refused, `next_answer` looks in the buffer for
-            # the method.
+            # The head is removed after it was parsed. For if it is refused, Connection.next_answer
+            # looks in the buffer whether the method is HEAD.
             del buffer[: end + 4]
             return request
         # Not complete, but wrong already? The sender may be waiting for an answer.
@@ -3420,11 +3504,11 @@ def read_head(buffer: bytearray, peer: str = "") -> Generator[Phase, Any, Reques
             line_end = buffer.find(b"\r\n", max(0, seen - 1))
             if line_end >= 0:
                 parse_request_line(bytes(buffer[:line_end]))  # raises if it is wrong
-            elif len(buffer) > MAX_LINE + 1:  # one byte more may be the CR of its end
+            elif len(buffer) > MAX_LINE + 1:  # 1: its CR may be here, and its LF may be to come
                 parse_request_line(bytes(buffer))  # raises because it is too long
         if line_end >= 0:
             length = len(buffer) - (line_end + 2)
-            if length > MAX_HEADERS + 3:  # up to three bytes of the final CR LF CR LF may be here
+            if length > MAX_HEADERS + 3:  # 3: the end, CR LF CR LF, may be here but for its last LF
                 raise HTTPError(431, f"Send at most {MAX_HEADERS} bytes of headers.")
         seen = len(buffer)
         yield HEADER
@@ -3513,7 +3597,8 @@ def parse_head(head: bytes, peer: str = "") -> Request:
     method, authority, path, query, minor = parse_request_line(line)
     fields = parse_headers(block, minor)
     host = authority or fields.headers.get("host", "")
-    if not host and minor and path != "*":  # only "*" has no authority (RFC 9112, 3.2)
+    # HTTP/1.1 asks for a Host, and that of `OPTIONS *` alone may be empty (RFC 9112, 3.2).
+    if not host and minor and path != "*":
         raise HTTPError(400, "Send the name or address of this server as the Host.")
     return Request(method, path, query, host, fields, peer=peer)
 
@@ -3678,8 +3763,9 @@ def encode_response(response: Response, request: Request | None, close: bool) ->
     return head + b"\r\n\r\n" + body
 
 
-# Bytes that are received at once: a whole record of TLS (RFC 8446, 5.1). If they were fewer, the
-# rest of a record would stay in the TLS object, where no selector sees it.
+# Bytes that are received at once: as many as TLS can send in one piece (RFC 8446, 5.1). If they
+# were fewer, the rest of a piece would stay in the TLS object, and the selector would see an empty
+# socket.
 RECEIVE_SIZE = 16_384
 MAX_PIPELINED = 65_536  # bytes that are read ahead while an answer comes later
 
@@ -3696,7 +3782,8 @@ class Connection:
     in one generator, `serve`, as if it could wait: it yields the phase to wait in, and is resumed
     when what it waits for has come, or the deadline of the phase has passed. A request leads it
     through HEADER, BODY, LENT or WAITING, and ANSWER; it skips the phases in which there is nothing
-    to wait for.
+    to wait for. A deadline counts from the beginning of a phase, however often it waits in that
+    phase: `enter` keeps it, only `begin` sets it anew.
 
         phase                      what resumes it             what its deadline does
         -------------------------  --------------------------  -----------------------
@@ -3707,6 +3794,10 @@ class Connection:
         ANSWER, TURN               a socket that takes bytes   closes the connection
         HANDSHAKE                  bytes, still in the socket  closes the connection
         LINGER                     more bytes, to be dropped   closes the connection
+
+    A long poll, for example: it is IDLE, and bytes arrive. They are the whole head, and the record
+    is pending: it is WAITING. A worker makes the record final: it is resumed, and sends the answer,
+    of which the socket takes a half: ANSWER. The socket takes the rest: it is IDLE.
 
     An OSError, whoever raises it, means that the connection is over.
     """
@@ -3736,7 +3827,8 @@ class Connection:
         self.watched = 0  # the events that the selector waits for
         self.later: Later | None = None  # what it waits for while it is WAITING
         self.begin(HEADER)
-        # It begins when the first bytes have arrived; from then on it stands at a yield.
+        # A generator that has not begun. The first resume() has it run to its first yield, and each
+        # later one to the next.
         self.story = self.serve()
         if server.tls is not None:
             self.begin(HANDSHAKE)
@@ -3759,8 +3851,8 @@ class Connection:
     def events(self) -> int:
         """Return what the selector has to wait for; 0 for nothing."""
         if self.phase is WAITING and (self.client_ended or len(self.buffer) >= MAX_PIPELINED):
-            # Nothing more will come; or nothing more is read ahead, and what follows, such as the
-            # end of what the client sends, is seen after the answer.
+            # The client sends no more; or the buffer is full, and what still comes, even the end of
+            # what the client sends, is seen after the answer only.
             return 0
         return self.phase.events
 
@@ -3792,7 +3884,7 @@ class Connection:
         self.enter(self.story.send(answer))
 
     def expire(self) -> None:
-        """Do what the deadline of the phase does, which has passed."""
+        """The deadline has passed: do what it does in this phase."""
         is_receiving = self.phase is BODY or (self.phase is HEADER and self.buffer)
         if self.phase is WAITING:
             self.resume()
@@ -3810,10 +3902,10 @@ class Connection:
             self.unsent = yield from self.next_answer()
             while self.send():
                 yield ANSWER
-            if self.buffer:
-                yield TURN  # until the loop has looked at the other connections
-            # It may be IDLE still, if the last request came and went at once. But each pause has a
-            # deadline of its own.
+            if self.buffer:  # the next request is here already
+                yield TURN
+            # Not enter(): when a whole request came at once and its answer went at once, the phase
+            # is still IDLE, and would keep the deadline of the pause before.
             self.begin(IDLE)
         # A plain close would reset the connection, and a client that is still sending would lose
         # the answer. So end this side only, and drop what still comes (RFC 9112, 9.6).
@@ -3860,6 +3952,7 @@ class Connection:
         If the request is refused, such a client may send its body or not. Then there is no telling
         what follows, and the connection ends (RFC 9110, 10.1.1).
         """
+        # If some of the body is here already, the client does not wait.
         if request.fields.expects_continue and not self.buffer:
             if verdict.refusal is not None:
                 self.closing = True
@@ -3995,17 +4088,17 @@ class Server(http.server.ThreadingHTTPServer):
         self._max_connections = int(max(limit // 4, limit - reserved))
         self._connections: set[Connection] = set()
         self._is_accepting = False
-        self._paused_at = -math.inf  # when it was last logged that no connection can be accepted
+        self._pause_logged_at = -math.inf  # when the log was last told that accepting pauses
         self._next_check = -math.inf  # when deadlines are checked next, and service_actions called
         # Filled by any thread: the connection to resume, the Later that it waited for, its answer.
         self._due: collections.deque[tuple[Connection, Later | None, Any]] = collections.deque()
-        self._end = math.inf  # when answers under way are given up; set by any thread
+        self._give_up_at = math.inf  # when answers under way are given up; set by any thread
         self._is_evicting = False
         self._stopped = threading.Event()  # clear while serve_forever runs
         self._stopped.set()
         self._pool = WorkerPool("request", lambda work: work())
         self._selector = selectors.DefaultSelector()
-        self._waker = Waker()  # has the loop look at `_due` and `_end`
+        self._waker = Waker()  # has the loop look at `_due` and `_give_up_at`
         self._selector.register(self._waker, selectors.EVENT_READ)
         super().__init__(address, http.server.BaseHTTPRequestHandler, bind_and_activate)
         self.socket.setblocking(False)
@@ -4023,14 +4116,16 @@ class Server(http.server.ThreadingHTTPServer):
         self._stopped.clear()
         try:
             self._resume_accepting()
-            while self._end == math.inf or self._drain():
+            # shutdown() sets this moment. From then on, _drain() says in each round whether there
+            # is something left to do.
+            while self._give_up_at == math.inf or self._drain():
                 self._serve_once(poll_interval)
         finally:
             try:
                 for connection in list(self._connections):
                     self._close(connection)
             finally:
-                self._end = math.inf  # so that it can be called again
+                self._give_up_at = math.inf  # so that it can be called again
                 self._stopped.set()
 
     def shutdown(self, seconds: float = 2.0) -> None:
@@ -4038,7 +4133,7 @@ class Server(http.server.ThreadingHTTPServer):
 
         Waits for that, and so must not be called in its thread.
         """
-        self._end = time.monotonic() + seconds
+        self._give_up_at = time.monotonic() + seconds
         self._waker.wake()
         self._stopped.wait()
 
@@ -4083,7 +4178,8 @@ class Server(http.server.ThreadingHTTPServer):
                 self.service_actions()
             except Exception as error:
                 log.error("what is due from time to time failed: %s", traceback_of(error))
-        # For all tasks that the last round has created: to wake a worker costs as much as a create.
+        # Once for all tasks that the last round has created, not once for each: to wake a worker
+        # costs as much as a create.
         self.application.wake_workers()
         seconds = 0.0 if self._due else max(0.0, self._next_check - now)
         for key, _ in self._selector.select(seconds):
@@ -4095,9 +4191,9 @@ class Server(http.server.ThreadingHTTPServer):
                 self._waker.clear()
         for _ in range(min(len(self._due), self.MAX_RESUMED)):
             connection, later, answer = self._due.popleft()
-            # What a thread returns comes without a Later, and the connection that it is for has
-            # none either. A wake comes with the Later that it is for; if the connection does not
-            # wait for that any more, the wake is dropped.
+            # From lend() comes (connection, None, answer): its connection has no `later` either.
+            # From wake() comes (connection, later, None): if the connection does not wait for that
+            # Later any more, the wake is dropped.
             if later is connection.later:
                 self._act(connection, functools.partial(connection.resume, answer))
 
@@ -4110,7 +4206,7 @@ class Server(http.server.ThreadingHTTPServer):
             self._check_at(deadline)
 
     def _check_at(self, deadline: float) -> None:
-        """Have a check as early as this, but leave some time for other things before it."""
+        """Have the next check at this deadline, but leave some time for other things before it."""
         moment = max(deadline, time.monotonic() + self.CHECK_SECONDS)
         self._next_check = min(moment, self._next_check)
 
@@ -4193,8 +4289,8 @@ class Server(http.server.ThreadingHTTPServer):
         self._selector.unregister(self.socket)
         self._is_accepting = False
         now = time.monotonic()
-        if now - self._paused_at > 60:
-            self._paused_at = now
+        if now - self._pause_logged_at > 60:
+            self._pause_logged_at = now
             log.warning("new connections have to wait: %s", reason)
         idle = [connection for connection in self._connections if connection.phase is IDLE]
         oldest = min(idle, key=lambda connection: connection.deadline, default=None)
@@ -4211,8 +4307,8 @@ class Server(http.server.ThreadingHTTPServer):
     def _drain(self) -> bool:
         """Close what has no answer to come, and give the others time to send theirs.
 
-        Return whether there are such connections, and time. Who lingers may still be sending, and
-        would lose the last answer, see `Connection.serve`.
+        Return true while connections are left and time is left. LINGER is spared, too, because to
+        close such a connection could lose its last answer, see `Connection.serve`.
         """
         for connection in list(self._connections):
             if connection.phase not in (LENT, WAITING, ANSWER, TURN, LINGER):
@@ -4221,7 +4317,7 @@ class Server(http.server.ThreadingHTTPServer):
             connection.closing = True
             if connection.phase is WAITING:
                 self._act(connection, connection.resume)
-        return bool(self._connections) and time.monotonic() < self._end
+        return bool(self._connections) and time.monotonic() < self._give_up_at
 
 
 def _leave_servers() -> None:
@@ -4332,8 +4428,10 @@ def run_until_stopped(server: Server, grace: float) -> int:
     """
     application = server.application
     # What is put here begins the stop: the seconds that running tasks have, or None if somebody has
-    # called server.shutdown. A signal handler puts, and it may run while the same thread is in the
-    # middle of a put(). A SimpleQueue allows that; Event.set() would wait for itself.
+    # called server.shutdown. It is no Event, because Python may call a handler of a signal in the
+    # middle of anything that the main thread does, even in Event.set(). That holds a lock, and the
+    # handler's own Event.set() would wait for it for ever. SimpleQueue.put() can be called in the
+    # middle of itself.
     stops: queue.SimpleQueue[float | None] = queue.SimpleQueue()
     signals: list[int] = []
     losses: list[str] = []
@@ -4358,7 +4456,7 @@ def run_until_stopped(server: Server, grace: float) -> int:
             stop_in_order(server, seconds)
 
     application.store.journal_lost = on_journal_lost
-    if application.store.lost:  # while it was loaded
+    if application.store.lost:  # since it was loaded, before journal_lost was set
         on_journal_lost(application.store.lost)
     if threading.current_thread() is threading.main_thread():
         handle_stop_signals(on_signal)
@@ -4701,7 +4799,8 @@ class SQLiteJournal(Journal):
     of them in its next transaction, with one wait.
 
     A lock on a file beside it keeps a second server out. SQLite's own lock is not enough: on POSIX,
-    it is gone as soon as a task opens the database and closes it again, say to copy it.
+    a process loses its locks on a file when it closes any descriptor of that file. So a task that
+    opens the database and closes it again, say to copy it, would unlock it.
     """
 
     # Of the table; in the file as user_version. Version 1 has the fields of JOURNALED as above;
@@ -4716,7 +4815,8 @@ class SQLiteJournal(Journal):
 
     def __init__(self, path: str) -> None:
         """Open or create the file, within a second. OSError says what is wrong and what to do."""
-        self._path = os.path.realpath(path)  # SQLite, too, puts its log beside the target of a link
+        # SQLite follows a link, too, and puts its log beside the file itself.
+        self._path = os.path.realpath(path)
         # What to save or to delete, and where to put the outcome: an exception, or None.
         # A job of None ends the thread.
         self._jobs: queue.SimpleQueue[Any] = queue.SimpleQueue()
@@ -4856,7 +4956,7 @@ class SQLiteJournal(Journal):
         """Delete, then save, in one transaction.
 
         With a statement for each row, saves are five times slower beside a thread that computes:
-        after every statement this thread has to win the interpreter again.
+        each statement gives up the interpreter, and has to wait to get it back.
         """
         if self._stat() != self._files:  # a file that was moved is not found by the next start
             raise OSError("it is not at its path any more")
@@ -4893,8 +4993,9 @@ def parse_address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | 
 def host_check(names: Iterable[str]) -> Callable[[Request], None]:
     """Return a check that a request is meant for an IP address, localhost, or one of these names.
 
-    A web page can have its own name point here (DNS rebinding) and then talk to this server as if
-    it were its own; it cannot do so with an address. HTTPError 421 (RFC 9110, 15.5.20).
+    A hostile web page can have its own name lead to this server (DNS rebinding); then the browser
+    lets it read our answers. But the Host tells its name. With an address for a Host, that cannot
+    be done. HTTPError 421 (RFC 9110, 15.5.20).
     """
     allowed = {"localhost", *(name.lower().rstrip(".") for name in names)}
 
@@ -4986,7 +5087,7 @@ _SUMMARY: dict[str, Any] = {
     "created_at": _described(
         {"type": "string", "format": "date-time"}, "When the task was created, in UTC."
     ),
-    "started_at": _described(_MOMENT, "When its function was called; null until then."),
+    "started_at": _described(_MOMENT, "When a worker took it; null until then."),
     "finished_at": _described(_MOMENT, "When it became final; null until then."),
     "progress": _described(
         {"type": ["number", "null"], "minimum": 0, "maximum": 1},
@@ -6416,9 +6517,9 @@ def _parse_options(argv: list[str] | None, application: Application) -> argparse
 def _switch_interval(workers: int) -> float:
     """Return for how many seconds a thread that computes may keep the interpreter.
 
-    It goes to sys.setswitchinterval. With Python's default of 5 ms, some clients starve. But each
-    thread that waits for the interpreter wakes once in such an interval; if it is short, thousands
-    of threads do nothing else.
+    It goes to sys.setswitchinterval. With Python's default of 5 ms, clients wait too long beside
+    tasks that compute. But each thread that waits for the interpreter wakes once in such an
+    interval; if that is too short, thousands of threads do nothing else.
     """
     return min(max(0.0005, 5e-6 * workers), 0.05)
 
@@ -6556,8 +6657,8 @@ def main(application: Application | None = None, argv: list[str] | None = None) 
     Status 0: stopped; 1: could not start, or lost its journal; 2: wrong usage; 128 + its number:
     ended by a second signal. In a thread that is not the main one, signals are left alone.
     """
-    # A program that was packed into one executable (by PyInstaller, say) begins here in its
-    # children, too. In a child this call does the child's work, and does not return.
+    # If the program was packed into one executable (by PyInstaller, say), each of its children
+    # comes here, too. Then freeze_support() does the child's work, and does not return.
     multiprocessing.freeze_support()
     if multiprocessing.current_process().name == CHILD_NAME:
         sys.exit(
@@ -6622,7 +6723,7 @@ def _start(application: Application, options: argparse.Namespace) -> tuple[Serve
 
 
 def _leave(status: int, at_once: bool) -> NoReturn:
-    """End the process, even if a task that hangs, or what one has left behind, holds it up."""
+    """End the process, even if a task that hangs, or a thread that one has left, holds it up."""
     if at_once:
         os._exit(status)
     # Python waits for threads, for processes, and for what was registered with atexit.

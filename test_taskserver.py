@@ -10173,7 +10173,7 @@ def test_what_was_acknowledged_survives_kill_9_and_nothing_runs_twice(path, tmp_
 def test_a_host_that_is_no_address_nor_allowed_is_421_and_the_flag_is_named(
     application, host, status
 ):
-    application.checks.append(taskserver.check_host(["Tasks.example"]))
+    application.checks.append(taskserver.host_check(["Tasks.example"]))
     for target in "/tasks", "/":
         answer = ask(application, "GET", target, host=host)
         assert answer.status == status
@@ -10181,7 +10181,7 @@ def test_a_host_that_is_no_address_nor_allowed_is_421_and_the_flag_is_named(
 
 
 def test_a_name_may_be_allowed_with_the_dot_that_ends_all_names(application):
-    application.checks.append(taskserver.check_host(["tasks.example."]))
+    application.checks.append(taskserver.host_check(["tasks.example."]))
     for host in "tasks.example", "tasks.example.:80":
         assert ask(application, "GET", "/tasks", host=host).status == 200
 
@@ -10241,7 +10241,7 @@ def test_what_a_balancer_asks_is_answered_and_tells_it_the_status_alone(applicat
     if checks != "host":
         application.checks.append(taskserver.token_check("s3cret"))
     if checks != "token":
-        application.checks.append(taskserver.check_host([]))
+        application.checks.append(taskserver.host_check([]))
     foreign = b"GET /healthz HTTP/1.1\r\nHost: evil.example\r\n\r\n"
     with serving(application) as server, server.client() as client:
         client.send(foreign.replace(b"evil.example", b"localhost"))
@@ -10561,7 +10561,7 @@ def test_payloads_are_open_and_what_a_type_declares_stands_in_its_own_body():
 
 def test_the_refusals_that_are_answered_are_described(application):
     document = taskserver.openapi(application)
-    application.checks.append(taskserver.check_host([]))
+    application.checks.append(taskserver.host_check([]))
     record = create(application, "echo")
     for method, target, path, body, more in (
         ("POST", "/create-echo", "/create-echo", b"{", {}),
