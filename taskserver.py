@@ -1362,8 +1362,8 @@ class WorkerPool(BoundedQueue):
 # 1. An event loop runs many coroutines in one thread. Another thread may not touch them; it has the
 #    loop call a function (call_soon_threadsafe).
 # 2. A coroutine runs in a *task of asyncio*, which is no task in the words of this file. Its
-# cancel()
-#    raises a CancelledError where the coroutine waits. The coroutine may catch that and go on.
+#    cancel() raises a CancelledError where the coroutine waits. The coroutine may catch that and go
+#    on.
 # 3. asyncio logs the exception of a task that nobody awaits, but only when that task is freed.
 # 4. A SystemExit or KeyboardInterrupt in a task or a callback ends the loop.
 #
@@ -1754,8 +1754,7 @@ class Waker:
 # 1. Ctrl-C in a terminal and service managers send their signals to the children as well. A child
 #    does nothing about them, because the server decides when a task ends.
 # 2. A thread can block signals: they wait until it unblocks them. A process or thread that it
-# starts
-#    begins with the same signals blocked.
+#    starts begins with the same signals blocked.
 # 3. To *reap* an ended process is to fetch its exit status, which can be done once. Only then may
 #    the system give its number to another process.
 # 4. A task may call os.fork. The *copy* of the process that this makes has the same handlers of
@@ -3398,17 +3397,14 @@ def _start_coroutine(function: Callable[..., Any], payload: Any, live: Live) -> 
 # Four facts about sockets:
 #
 # 1. The sockets here never wait: recv() raises if nothing has come (BlockingIOError), and send()
-# takes
-#    only a part if there is no room for more. A selector is given many sockets, waits, and returns
-#    those that can be read, or have room.
+#    takes only a part if there is no room for more. A selector is given many sockets, waits, and
+#    returns those that can be read, or have room.
 # 2. Bytes come in pieces of any size: half a request, or three requests, when a client sends the
-# next
-#    one before it has the answer (*pipelining*).
+#    next one before it has the answer (*pipelining*).
 # 3. Each side ends its own sending. Then recv() returns b"" at the other side, the *end of file*. A
 #    client that has ended its sending may still read: the connection is *half-closed*.
 # 4. To close a socket on which bytes arrive that nobody reads *resets* the connection: the other
-# side
-#    may lose what it has not read yet.
+#    side may lose what it has not read yet.
 
 MAX_LINE = 8192  # bytes of a request line, and of a header (RFC 9112, 3 asks for 8000 at least)
 MAX_HEADERS = 16_384  # bytes of all headers
