@@ -1694,6 +1694,9 @@ def _outcome(run: CoroutineRun) -> tuple[Any, BaseException | None]:
     return value, error
 
 
+# How a thread is woken that waits for sockets or pipes
+
+
 class Waker:
     """Wakes one thread that waits for sockets or pipes: this is one more socket for it to wait for.
 
