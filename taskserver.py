@@ -28,8 +28,8 @@ What it promises:
 - With a journal, what was acknowledged outlives `kill -9`.
 - A stop finishes what it can in the time that it is given, and says what it could not.
 
-The file is one story: what a section uses stands above it. (What the store asks of a journal is an
-exception: it stands in section 10.)
+The file is one story: what a section uses stands above it. One thing does not: the store (2) calls
+the methods of a journal, which are described in section 10.
 
     1 Lock      2 Records and store    3 Workers        4 Child processes
     5 Requests, responses, routes      6 Application    7 HTTP    8 Running
@@ -47,9 +47,11 @@ The way of a create:
     (6, `judge`). Then the connection takes the body (7, `read_body`).
  4. The endpoint reserves a place in a pool of workers (3) and adds a pending record to the store
     (2), a dict behind a lock (1). With a journal (10), the record is written to disk before that.
+    Then the record is put into the pool's queue (3).
  5. The connection sends the answer, status 201, and waits for the next request (7).
- 6. A worker, which is a thread, takes the record. It calls the function itself, or has its child
-    process do so (4); a coroutine it hands to an event loop (3).
+ 6. In its next round, the loop wakes a worker, which is a thread, and which takes the record. It
+    calls the function itself, or has its child process do so (4); a coroutine it hands to an event
+    loop (3).
  7. The worker replaces the record by a final one (2), which polls will see.
 
 The way of a long poll, `GET /poll-TYPE/<id>?wait=30`:
@@ -81,10 +83,10 @@ would cost 16 KiB while it is idle, and time to be woken for every answer. The s
 parser, because it ignores Transfer-Encoding, accepts malformed requests, and takes most of the time
 of an answer.
 
-Why not asyncio's streams? They would serve just as many idle connections. But they are slow: to
-read a head and to send a fixed answer, and nothing else, takes them four fifths of the time that a
-whole poll takes here. And buffers, limits, deadlines and wake-ups would be handled inside asyncio,
-where the reader of this file cannot see them.
+Why not asyncio's streams? They would serve just as many idle connections. But they are slow. If a
+whole poll takes a time of 1 here, then to read a head with them and to send a fixed answer takes
+0.8; all the rest of a poll would come on top. And buffers, limits, deadlines and wake-ups would be
+handled inside asyncio, where the reader of this file cannot see them.
 
 Docstrings name the exceptions that a caller has to expect, each with its reason:
 "KeyError: there is no such record."
@@ -161,13 +163,16 @@ log = logging.getLogger("taskserver")
 
 # -- 1. Lock ---------------------------------------------------------------------------------------
 #
-# Three facts about threads, for all that follows:
+# Four facts about threads, for all that follows:
 #
 # 1. Between any two steps of one thread, another thread may go on. Who holds a lock keeps out those
 #    who ask for the same lock.
 # 2. A Condition belongs to a lock. wait() gives the lock back, sleeps until another thread calls
 #    notify() or the time is over, and takes the lock again before it returns.
-# 3. A process ends when its main thread has ended, and does not wait for daemon threads.
+# 3. When its main thread has ended, a process waits for its other threads, but not for daemon
+#    threads. The threads here are daemon threads.
+# 4. One thread at a time runs Python's code, unless Python is free-threaded. It gives way after
+#    some milliseconds, but not in the middle of a long call, such as that of a JSON encoder.
 
 
 class ReadersWriterLock:
@@ -180,8 +185,8 @@ class ReadersWriterLock:
     side.
 
     To read costs three times what a plain lock costs (1.6 and 0.5 microseconds). The gain: a
-    poll does not wait for a listing of 500 records; without a global interpreter lock, polls do not
-    even wait for each other.
+    poll does not wait for a listing of 500 records; without a global interpreter lock, polls look
+    up their records at the same time.
     """
 
     def __init__(self) -> None:
@@ -431,8 +436,8 @@ _JSON_ESCAPE = re.compile(
     r"""
     \\ud[89ab].. \\ud[c-f]..  # a pair of surrogates, which stand for one character
     | \\(ud[89a-f]..)          # a surrogate without the other half: group 1
-    | \\.                      # any other; of an escaped backslash both characters, so that the
-                               # second is not taken for the beginning of an escape
+    | \\.                      # any other, as two characters; else the second backslash of an
+                               # escaped one would look like the beginning of an escape
     """,
     re.VERBOSE,
 )
@@ -451,8 +456,8 @@ def encode_result(value: object, default: Callable[[Any], Any] | None = None) ->
     if default is not None:
         encoder = json.JSONEncoder(allow_nan=False, default=functools.partial(_convert, default))
     try:
-        # This also sees whether the value is huge. Then the encoder would work for seconds, and no
-        # other thread could go on meanwhile.
+        # Refuses two keys that would become the same, and a value that is huge: the encoder would
+        # work at that for seconds, and no other thread could go on meanwhile.
         _check_members(value)
         text = encoder.encode(value)
     except _Huge:
@@ -471,7 +476,7 @@ def encode_result(value: object, default: Callable[[Any], Any] | None = None) ->
 
 
 def _convert(default: Callable[[Any], Any], value: object) -> object:
-    """Return what `default` makes of a value. ValueError: see _check_members."""
+    """Return what `default` makes of a value. ValueError, _Huge: see _check_members."""
     converted = default(value)
     _check_members(converted)
     return converted
@@ -602,6 +607,8 @@ class Unavailable(Exception):
 
 # How a journal can fail to save a record, and what becomes of its task:
 #
+# (A record is saved when its task is created, when it starts, and when it is final: its outcome.)
+#
 #                      a create             a start or an outcome
 #     JournalError     is refused (503)     is saved again until that works
 #     RecordRefused    is refused (400)     makes the task failed
@@ -609,9 +616,9 @@ class Unavailable(Exception):
 
 
 class JournalError(Unavailable):
-    """Raised by the store: a record is not saved.
+    """Raised by the store: a record was not saved, or nobody knows whether it was.
 
-    Or it is, but the error came so late, say, in the commit, that nobody knows.
+    Nobody knows if the error came late, for example in the commit.
     """
 
 
@@ -654,7 +661,7 @@ class Store:
     EVICTED_AT_ONCE = 1000  # records; the lock is held for a millisecond to drop them
     DELETED_AT_ONCE = 250  # records; a disk needs some 15 ms for them, and creates wait that long
 
-    # `freeze_records` acts when more than MANY records are held and MANY_NEW of them are new.
+    # `freeze_records` (below) acts when there are more than MANY records, and MANY_NEW are new.
     MANY, MANY_NEW = 100_000, 50_000
 
     def __init__(
@@ -688,11 +695,12 @@ class Store:
         self._finished_at: collections.deque[float] = collections.deque()
         self._watchers: dict[str, set[Callable[[], None]]] = {}
         self._unfrozen = 0  # records put in since the last gc.freeze(), see freeze_records
-        # Whether gc.freeze() was called. Only the server's loop looks, so nothing guards it.
+        # Whether gc.freeze() was called, see freeze_records. Only the server's loop looks, so
+        # nothing guards it.
         self._is_frozen = False
         # Guards all below, except that has_doomed() looks without it. Notified when a call of
         # journal.delete() has ended.
-        self._delete_ended = threading.Condition()
+        self._deletion = threading.Condition()
         self._doomed: set[str] = set()  # ids that the journal may hold and is to delete
         self._deleting: set[str] = set()  # ids that journal.delete() is deleting now
         self._delete_at = -math.inf  # when a failed delete may be tried again (monotonic)
@@ -727,7 +735,7 @@ class Store:
                 seen = filter(None, reversed(self._records.values()))
                 return list(itertools.islice(seen, limit))
             records = list(self._records.values())  # eight milliseconds for a million
-        matching = (  # "" stands for any
+        matching = (  # a status or type that is "" lets every record through
             record
             for record in reversed(records)
             if record and status in ("", record.status) and type_name in ("", record.type)
@@ -743,7 +751,8 @@ class Store:
         cannot take it. Duplicate: its id is taken. After each of these, the store is as before.
         """
         size = record.size()
-        # An estimate without the lock; the same is judged again, with it, below.
+        # Make room, until evict() has nothing more to drop. This looks without the lock, so it is
+        # an estimate; below, the same is judged with the lock.
         while self._has_no_room(size) and self.evict():
             pass
         with self._lock.write:
@@ -816,9 +825,9 @@ class Store:
             except JournalError:  # nothing tells when a disk has room again
                 time.sleep(self.PAUSES[min(attempts, len(self.PAUSES) - 1)])
                 attempts += 1
-        # The store has no journal. If there were attempts, it had one: `main` (14) or a second
-        # signal (8) has taken it away, because the process is ending. If there were none, there is
-        # nothing to save to.
+        # The loop has ended because the store has no journal. Without attempts, it had none: there
+        # is nothing to do. After attempts, it had one, which was taken away because the process is
+        # ending (by `main`, or by a second signal).
         if attempts:
             raise JournalLost("the server has ended before the record was saved")
 
@@ -962,7 +971,7 @@ class Store:
         """
         if not self.has_doomed():
             return 0
-        with self._delete_ended:
+        with self._deletion:
             if self._deleting:  # another thread is at it
                 return 0
             ids = list(itertools.islice(self._doomed, self.DELETED_AT_ONCE))
@@ -975,20 +984,23 @@ class Store:
             self._lose(loss)  # from now on, nothing is to be deleted
         except BaseException as exception:
             error = exception
-        with self._delete_ended:
+        with self._deletion:
             if error is not None:
                 self._doomed.update(ids)
                 self._delete_at = time.monotonic() + self.DELETE_AGAIN_SECONDS
             self._deleting.clear()
-            self._delete_ended.notify_all()
+            self._deletion.notify_all()
         if error is not None:
             log.error("the journal has not deleted %d records: %s", len(ids), describe(error))
             return 0
         return len(ids)
 
     def _doom(self, ids: list[str]) -> None:
-        """Note what the journal is to delete. The write side is held."""
-        with self._delete_ended:
+        """Note what the journal is to delete. The write side is held.
+
+        (This lock is taken while that one is held, never the other way round.)
+        """
+        with self._deletion:
             # A journal that never deletes must not fill memory. What is not noted here stays in the
             # journal; the next start loads it, and evicts it again.
             if len(self._doomed) < self.max_tasks:
@@ -999,8 +1011,8 @@ class Store:
 
         Else it would delete the new record of this id. JournalError: it takes too long.
         """
-        with self._delete_ended:
-            if not self._delete_ended.wait_for(lambda: task_id not in self._deleting, 5):
+        with self._deletion:
+            if not self._deletion.wait_for(lambda: task_id not in self._deleting, 5):
                 raise JournalError("The journal is slow; try again later.", 5)
             self._doomed.discard(task_id)
 
@@ -1022,9 +1034,9 @@ class Store:
         """Have Python's garbage collector overlook the records while there are many.
 
         Now and then the collector looks at everything, while everybody waits: 0.5 s for a million
-        records. gc.freeze() hides from it all objects that there are now. So after every MANY_NEW
-        new records this method has the collector look once at what is not hidden yet (30 ms, and
-        the first time 60), and then hides that, too.
+        records. gc.freeze() hides from it all objects that there are now, even garbage. So after
+        every MANY_NEW new records, this method has the collector look once at what is not hidden
+        yet, and free the garbage (30 ms, and the first time 60); then it hides the rest.
 
         What is hidden is still freed when nothing refers to it any more. The cost: a hidden
         reference cycle is not freed until there are few records again. With the default of
@@ -1171,7 +1183,7 @@ class BoundedQueue:
     def reserve(self, key: Hashable, bounded: bool = True) -> None:
         """Keep a place for an item.
 
-        Unavailable: `max_workers` + `max_waiting` items wait or are in work.
+        Unavailable: `max_workers` + `max_waiting` items wait or are in work, and `bounded` is true.
         """
         with self._lock:
             items = len(self._reserved) + len(self._queue) + self._running
@@ -1217,7 +1229,7 @@ class BoundedQueue:
         with self._lock:
             return self._at_rest.wait_for(lambda: not self._running, seconds)
 
-    def _has_item(self) -> bool:
+    def _may_begin(self) -> bool:
         """Return whether a worker may begin an item. The lock is held."""
         return bool(self._queue) and not self._stopped
 
@@ -1240,9 +1252,9 @@ class WorkerPool(BoundedQueue):
     Each takes one item after the other out of the queue and calls `work` with it. `work` must not
     raise.
 
-    As a rule, one worker is on the way at a time: it was made or notified, and has not arrived yet.
-    When it takes an item and there are more, it calls wake() for the next worker. So a burst of
-    short items wakes few threads, and long ones get a thread each.
+    As a rule, one worker at a time is *on the way*: it was made or notified, and does not have the
+    lock yet to look into the queue. When it takes an item and there are more, it calls wake() for
+    the next worker. So a burst of short items wakes few threads, and long ones get a thread each.
     """
 
     IDLE_SECONDS = 10.0  # without work, after which a worker ends
@@ -1263,19 +1275,19 @@ class WorkerPool(BoundedQueue):
         # Guarded by the lock, too:
         self._workers = 0  # threads
         self._idle = 0  # workers that wait for an item
-        self._on_the_way = False  # a worker was made or notified, and has not arrived yet
+        self._on_the_way = False  # whether a worker is on the way, as said above
 
     def wake(self) -> None:
         """Have a worker come if there is something for it to do. Does not block.
 
         The system may have no thread to give: call it again later.
         """
-        # Looked at without the lock, the queue may just be getting an item. Whoever puts that calls
-        # wake() afterwards, too.
+        # This looks without the lock, so it may miss an item that is just being put. That does no
+        # harm, because whoever puts an item calls wake() after it.
         if not self._queue:
             return
         with self._lock:
-            if self._on_the_way or not self._has_item():
+            if self._on_the_way or not self._may_begin():
                 return
             if self._idle:
                 self._on_the_way = True
@@ -1312,7 +1324,7 @@ class WorkerPool(BoundedQueue):
             # any point, through Python's C interface (PyThreadState_SetAsyncExc).
             log.error("a worker ends: %s", describe(error))
             with self._lock:
-                self._workers -= 1  # here, because otherwise _get does so
+                self._workers -= 1  # of a worker that ends in the usual way, _get does this
                 self._on_the_way = False
         self._at_end()
         self.wake()  # for items that came meanwhile
@@ -1331,7 +1343,7 @@ class WorkerPool(BoundedQueue):
         with self._lock:
             if is_new:
                 self._on_the_way = False
-            while not self._has_item():
+            while not self._may_begin():
                 if not self._wait_idle():
                     self._workers -= 1
                     return None
@@ -1347,12 +1359,13 @@ class WorkerPool(BoundedQueue):
             notified = self._not_empty.wait(self.IDLE_SECONDS)
         finally:
             self._idle -= 1
-        # wait() may return false although wake() has notified this worker: first its time was over,
-        # then wake() notified it, then it got the lock back. That notify reaches nobody else. So
-        # after a timeout, too, this worker counts as arrived, and looks for an item itself. (If
-        # another one was on the way, one too many may be woken next, which does no harm.)
+        # wait() may return false although wake() has notified this worker, in this order: its time
+        # is over; wake() still counts it as idle, and notifies it; it gets the lock back. Nobody
+        # else comes for that item. So a worker whose time is over is on the way no more either, and
+        # looks into the queue itself. (Perhaps another worker was meant. Then the next wake() calls
+        # one too many, which does no harm.)
         self._on_the_way = False
-        return notified or self._has_item()
+        return notified or self._may_begin()
 
 
 # Coroutines
@@ -1367,25 +1380,26 @@ class WorkerPool(BoundedQueue):
 # 3. asyncio logs the exception of a task that nobody awaits, but only when that task is freed.
 # 4. A SystemExit or KeyboardInterrupt in a task or a callback ends the loop.
 #
-# An item of a CoroutinePool goes through three steps:
+# A CoroutinePool is given two functions, `before` and `after`. They may wait for a disk, and decode
+# or encode what is long, so threads call them. An item of the pool goes through these methods:
 #
-#     first, in a thread    start, seconds = before(item)    a function and a time limit
-#     in the event loop     value = await start()
-#     last, in a thread     after(item, value, error)        what it returned or raised
+#     method         in              what is done
+#     -------------  --------------  --------------------------------------------------------
+#     _begin_next    a thread        start, seconds = before(item): a function, and its time limit
+#     _start         the event loop  value = await start()
+#     _ended         the event loop  the coroutine has returned or raised
+#     _last_step     a thread        after(item, value, error); then its slot is free
 #
-# `start` is None if there is nothing to run; `seconds` is None if there is no limit. The first and
-# the last step may wait for a disk, and decode or encode what is long, so threads do them. The item
-# has a slot, one of `max_workers`, from its first step to the end of its last:
-#
-#     queued --> first step --> runs --> last step --> gone, and its slot is free
+# A slot is one of `max_workers`. `start` is None if there is nothing to run: then the slot is free
+# at once. `seconds` is None if there is no limit.
 #
 # A coroutine that runs can be interrupted, for one of three reasons: it was cancelled, its time is
-# over, or the server stops. Then it is cancelled as in fact 2. Usually that ends it, and its error
-# is the reason, not the CancelledError. If it still goes on after some time, its grace, it is given
-# up:
+# over, or the server stops.
 #
-#     runs --> interrupted --> last step --> gone
-#     runs --> interrupted --> given up, last step --> ends some day --> gone
+#     _interrupt     the event loop  it is cancelled, as in fact 2; usually that ends it: then it
+#                                    goes on as above, with the reason for its error
+#     _give_up       the event loop  if it still runs after some time, its grace, a thread calls
+#                                    after(item, None, reason); its slot is free when it ends
 
 
 class Stopped(Exception):
@@ -1434,7 +1448,7 @@ class EventLoop:
     def call(self, function: Callable[..., None], *arguments: Any) -> None:
         """Have the loop's thread call a function. Does not block.
 
-        If there is no loop, nothing is called: there is no coroutine that the call could be for.
+        If there is no loop, nothing is called: no coroutine has begun, or the process is ending.
         """
         with self._lock:
             if self.loop is not None:
@@ -1464,13 +1478,13 @@ class EventLoop:
         or a callback. (What our coroutines raise themselves is caught by CoroutinePool.) It has to
         be logged once.
 
-        If it was a task, the traceback contains a frame of a coroutine. asyncio logs the exception
-        itself, once that task is freed (fact 3). But the traceback keeps it alive, through the
-        frames of the loop that come before. So these frames are cleared, and nothing is logged
-        here.
+        If it was a task, the traceback contains the frame of a coroutine. asyncio logs the
+        exception itself, once that task is freed (fact 3). But the traceback also contains frames
+        of asyncio's loop, before that of the coroutine, and their variables refer to the task. So
+        these frames are cleared, and nothing is logged here.
 
-        If it was a callback, there is no such frame, and asyncio logs nothing. So it is logged
-        here.
+        If it was a callback, the traceback contains no frame of a coroutine, and asyncio logs
+        nothing. So it is logged here.
         """
         trace = error.__traceback__
         if trace is not None:
@@ -1499,7 +1513,7 @@ class CoroutineRun:
     def __init__(self, item: Any) -> None:
         self.item = item
         self.aio_task: Any = None  # the asyncio.Task in which it runs
-        # Runs until its time limit is over; after an interrupt, until its grace is over.
+        # asyncio's timer, set to the time limit; after an interrupt, to the end of the grace.
         self.timer: Any = None
         self.reason: Exception | None = None  # why it was interrupted
         self.outcome: tuple[Any, BaseException | None] | None = None  # its value and its error
@@ -1509,7 +1523,7 @@ class CoroutineRun:
 class CoroutinePool(BoundedQueue):
     """Coroutines in one event loop, which starts with the first item.
 
-    The comment above says what steps an item goes through. `before` and `after` must not raise.
+    The comment above says what an item goes through. `before` and `after` must not raise.
     """
 
     # For the first and the last step. With a journal, each thread waits for the disk, and all that
@@ -1544,7 +1558,7 @@ class CoroutinePool(BoundedQueue):
         if not self._queue:  # without the lock, as in WorkerPool
             return
         with self._lock:
-            if self._is_beginning or not self._has_item():
+            if self._is_beginning or not self._may_begin():
                 return
             self._is_beginning = True
         self._threads.call(self._begin_next)
@@ -1566,8 +1580,8 @@ class CoroutinePool(BoundedQueue):
         self.join(seconds)
         self._event_loop.call(self._event_loop.end)
 
-    def _has_item(self) -> bool:
-        return super()._has_item() and self._running < self.max_workers
+    def _may_begin(self) -> bool:
+        return super()._may_begin() and self._running < self.max_workers
 
     # In a thread of the pool
 
@@ -1576,7 +1590,7 @@ class CoroutinePool(BoundedQueue):
         has_loop = self._event_loop.start()
         with self._lock:
             self._is_beginning = False
-            if not has_loop or not self._has_item():
+            if not has_loop or not self._may_begin():
                 return
             key, item = self._take()
         self.wake()
@@ -1698,7 +1712,7 @@ def _outcome(run: CoroutineRun) -> tuple[Any, BaseException | None]:
 
 
 class Waker:
-    """Wakes one thread that waits for sockets or pipes: this is one more socket for it to wait for.
+    """A socket of our own that a thread waits for, beside others: so it can be woken.
 
     wake() may be called by any thread, and never blocks. The thread that is woken calls clear(),
     and only after that looks for what there is to do.
@@ -1719,7 +1733,8 @@ class Waker:
         if self._is_woken:
             return
         self._is_woken = True
-        # If the socket is full, what is in it wakes the thread anyway; or the socket is closed.
+        # This fails if the socket is full: then what is in it wakes the thread. Or if it is closed:
+        # then nobody waits.
         with contextlib.suppress(OSError):
             self._sender.send(b"\0")
 
@@ -1727,8 +1742,8 @@ class Waker:
         """Forget that wake() was called."""
         with contextlib.suppress(BlockingIOError):
             self._receiver.recv(4096)
-        # A wake() between recv() and this line sends no byte. It needs none: whoever calls wake()
-        # has put before that what it is for, and this thread looks for it after this line.
+        # A wake() between recv() and this line sends no byte. It needs none: its caller has put the
+        # work there before, and this thread looks for work after clear().
         self._is_woken = False
 
     def close(self) -> None:
@@ -1752,12 +1767,13 @@ class Waker:
 # side ends, the other one meets the end of the file. From the child come bytes and JSON: the server
 # never unpickles what a task made.
 #
-# Five facts about processes explain most of the rest:
+# Six facts about processes explain most of the rest:
 #
 # 1. Ctrl-C in a terminal and service managers send their signals to the children as well. A child
 #    does nothing about them, because the server decides when a task ends.
-# 2. A thread can block signals: they wait until it unblocks them. A process or thread that it
-#    starts begins with the same signals blocked.
+# 2. A thread can block signals: they are *pending* until it unblocks them. A process or thread that
+#    it starts begins with the same signals blocked. So a child begins with the stop signals blocked
+#    (`Child._start`), and unblocks them when it has set its handlers (`_child_main`).
 # 3. To *reap* an ended process is to fetch its exit status, which can be done once. Only then may
 #    the system give its number to another process.
 # 4. A task may call os.fork. The *copy* of the process that this makes has the same handlers of
@@ -1766,11 +1782,12 @@ class Waker:
 #    the copy has closed the file.
 # 5. What a function changes in its process, such as the working directory, is still changed for the
 #    next function.
+# 6. Python calls a handler of a signal in the main thread, between any two steps of what that does.
 
 READY, BEGUN, PROGRESS, RESULT, ERROR = b"ready", b"begun", b"progress", b"result", b"error"
 
 START_SECONDS = 120.0  # in which a child must have imported its modules
-REPORT_SECONDS = 0.1  # between two reports that cross the border
+REPORT_SECONDS = 0.1  # between two reports that go through the pipe
 CHILD_NAME = "taskserver-child"  # of each child in `multiprocessing`
 
 _POSIX = os.name == "posix"  # Windows has neither signal masks nor groups of processes
@@ -1953,12 +1970,12 @@ class Surroundings:
 
     def __init__(self) -> None:
         self._directory = _working_directory()
-        self._streams = {}  # copies of stdin, stdout and stderr
+        self._streams = {}  # duplicates of the descriptors of stdin, stdout and stderr
         for number in range(3):
             with contextlib.suppress(OSError):  # it is closed
                 self._streams[number] = os.dup(number)
         self._limits = _resource_limits()
-        self._umask = os.umask(0)
+        self._umask = os.umask(0)  # it can only be read by setting it
         os.umask(self._umask)
         self._handlers = {number: signal.getsignal(number) for number in range(1, signal.NSIG)}
 
@@ -1966,17 +1983,18 @@ class Surroundings:
         """Put everything back."""
         with contextlib.suppress(OSError):  # the directory was deleted
             os.chdir(self._directory)
-        for number, copy in self._streams.items():
-            with contextlib.suppress(OSError):  # the task has closed the copy
-                os.dup2(copy, number)
+        for number, duplicate in self._streams.items():
+            with contextlib.suppress(OSError):  # the task has closed the duplicate
+                os.dup2(duplicate, number)
         if self._limits != _resource_limits():
             _set_resource_limits(self._limits)
         os.umask(self._umask)
         if _POSIX:
             for timer in signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF:
                 signal.setitimer(timer, 0)
-            # A signal that came while the task had it blocked would arrive below, where all are
-            # unblocked. To ignore it for a moment discards it. The next loop restores its handler.
+            # A signal that came while the task had it blocked is pending. It would be delivered at
+            # the end of this method, where all are unblocked. To ignore it for a moment throws it
+            # away; the next loop puts its handler back.
             for number in signal.sigpending():
                 signal.signal(number, signal.SIG_IGN)
         for number, handler in self._handlers.items():
@@ -2044,7 +2062,8 @@ def _run_job(pipe: Any, job: bytes) -> bytes:
     watcher.start()
     try:
         function, payload, default = pickle.loads(job)  # imports the function's module
-        # No lock is needed: the function has not begun, so the watcher has nothing to send.
+        # The watcher writes into the pipe, too, but never at the same time: until the function has
+        # begun it has nothing to send, and it has ended before the result is sent.
         pipe.send_bytes(BEGUN)
         return RESULT + b" " + call_here(function, payload, live.report, default)
     except BaseException as error:  # even SystemExit ends this task alone
@@ -2127,9 +2146,8 @@ class Child:
                     return body
                 if kind == ERROR:
                     raise TaskError(*json.loads(body))
-                fraction, message = json.loads(body)
-                # It is PROGRESS. Cancelled comes out of this, too.
-                live.report(fraction, message)
+                fraction, message = json.loads(body)  # what is left is PROGRESS
+                live.report(fraction, message)  # raises Cancelled, if that was asked for
         except TaskError:
             raise
         except TimeoutError:
@@ -2139,7 +2157,8 @@ class Child:
             self.end()
             raise
         except Exception:  # end of file, or nobody to send to, or a message that no child sends
-            raise TaskError(f"the child process died ({self.end()})") from None
+            how = self.end()
+            raise TaskError(f"the child process died ({how})") from None
 
     def wake(self) -> None:
         """Have call() look whether its task was cancelled. Never blocks; called by any thread."""
@@ -2149,7 +2168,8 @@ class Child:
         """End the process at once, if there is one. Waits for no lock."""
         process = self._process
         if process is not None:
-            # Another thread may just have reaped it, but no other process has its number so soon.
+            # Another thread may just have reaped it, but the system gives its number away much
+            # later.
             _end_group(process.pid)
             process.kill()
 
@@ -2193,11 +2213,15 @@ class Child:
                 self._pipe.send_bytes(job)
                 message = self._receive(live, deadline)
         except TimeoutError:
-            how = f"no start in {START_SECONDS:g} seconds, {self.end()}"
-            raise TaskError(f"the child process did not take the task ({how})") from None
-        except Exception:  # not Cancelled, which is a BaseException
+            how = self.end()
             raise TaskError(
-                f"the child process ended before it took the task ({self.end()}); "
+                "the child process did not take the task "
+                f"(no start in {START_SECONDS:g} seconds, {how})"
+            ) from None
+        except Exception:  # not Cancelled, which is a BaseException
+            how = self.end()
+            raise TaskError(
+                f"the child process ended before it took the task ({how}); "
                 'is `if __name__ == "__main__":` missing?'
             ) from None
         kind, _, body = message.partition(b" ")
@@ -2233,7 +2257,7 @@ class Child:
         """Start a process."""
         _working_directory()  # without one, `multiprocessing` fails and does not say why
         if _POSIX:
-            _start_tracker()  # before signals are blocked, because this would unblock them
+            _start_tracker()  # first, because it would unblock the signals that are blocked next
             # The child inherits this, so that no signal reaches it before its handlers are set.
             signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         with self._reaping, _starting:
@@ -2302,9 +2326,9 @@ class Children:
     def _add(self) -> None:
         child = Child(self._reaping)
         with self._lock:
-            # When Python ends, `multiprocessing` waits for children, so kill() has to come before.
-            # It does: what is registered last is called first.
-            atexit.unregister(self.kill)  # so that it is there once
+            # When Python ends, a function that `multiprocessing` has registered waits for children.
+            # kill() is called before that, because what is registered later is called earlier.
+            atexit.unregister(self.kill)  # so that it is registered once
             atexit.register(self.kill)
             self._all.add(child)
         self._mine.child = child
@@ -2335,14 +2359,14 @@ class Request(NamedTuple):
     method: str
     path: str  # percent-encoded, as it was sent: unquote it before you compare it
     query: str = ""  # the same
-    # The host and, if it is given, the port that the request is for: as the URL of its first line
-    # or else the Host header says. "" if a request of HTTP/1.0 does not say.
+    # The host that the request is for, and the port, if it is given; from the URL in the first
+    # line, or, if there is none, from the Host header. "" if a request of HTTP/1.0 names none.
     host: str = ""
     fields: Fields = Fields()
     body: bytes = b""
     peer: str = ""  # the address of the client, or of the proxy between
-    # False if it has failed a check, say, because it has no token, but its route lets it in all the
-    # same, as /healthz does (`waived` in Router.add).
+    # False if a check has refused it, and its route has let it in all the same (`waived` in
+    # Router.add): /healthz without a token, for example.
     trusted: bool = True
 
     def with_body(self, body: bytes) -> Request:
@@ -2396,20 +2420,19 @@ class Later(NamedTuple):
     - `wake` was called;
     - `seconds` have passed;
     - the server shuts down;
-    - the client has closed its sending side, unless `can_hurry` is false.
+    - the client has ended its sending, though it may still read; unless `can_hurry` is false.
 
-    Then the loop calls `unwatch(wake)` and `answer()`, which must not block. If the client is gone,
-    it calls `unwatch(wake)` alone. (If the client has closed its sending side before the wait, the
-    loop calls `answer()` alone.)
+    Then the loop calls `unwatch(wake)` and `answer()`, which must not block. If the connection
+    breaks, it calls `unwatch(wake)` alone. If the client had ended its sending before, and
+    `can_hurry` is true, there is no wait: the loop calls `answer()` alone.
     """
 
     seconds: float
     watch: Callable[[Callable[[], None]], None]
     unwatch: Callable[[Callable[[], None]], None]
     answer: Callable[[], Response]
-    # Whether answer() is quick even before `wake` was called. GET /tasks says no: answer() would
-    # make the listing in the loop, if a worker has not. So a client that closes its sending side
-    # has to wait like any other.
+    # Whether a client that ends its sending is answered at once. False if answer() is slow before
+    # `wake` was called: that of GET /tasks (9) would make the listing, in the loop.
     can_hurry: bool = True
 
 
@@ -2699,10 +2722,10 @@ def check_create(request: Request) -> None:
 
 
 def idempotency_key(request: Request) -> str | None:
-    """Return the key of a create that may be sent twice, in lower case, None if there is none.
+    """Return the Idempotency-Key of a create in lower case, None if it has none.
 
-    It may stand in quotes, as the draft of the IETF writes it (draft-ietf-httpapi-idempotency-key).
-    HTTPError 400: it is no UUID.
+    A create with a key may be sent twice. The key may stand in quotes, as the draft of the IETF
+    says (draft-ietf-httpapi-idempotency-key). HTTPError 400: it is no UUID.
     """
     if "idempotency-key" not in request.fields.headers:
         return None
@@ -2915,9 +2938,9 @@ class Application:
     """The task types, their endpoints, and the life of a task. It knows no sockets.
 
     Building one starts no thread, process or socket. Public attributes may be set until the first
-    request. `main` takes what is set on `store` and `pool`, and as `cpu_pool.max_workers`, for the
-    defaults of its options, and then sets the store and all three pools as the options say. So what
-    was set on `coroutine_pool` is overwritten.
+    request. `main` sets the bounds of the store and of all three pools from its options. Their
+    defaults are what you have set on `store` and `pool`, and as `cpu_pool.max_workers`. What you
+    have set on `coroutine_pool` is overwritten.
     """
 
     # A task that waits for a network costs a thread of some 16 KiB, so hundreds fit into the
@@ -2950,7 +2973,8 @@ class Application:
         # Takes the two lines that the log has for each task. `main` replaces it by LogHandler.put,
         # which takes a fifth of the time.
         self.log_task: Callable[..., None] = log.info
-        self._savers = WorkerPool("saver", lambda save: save(), 8)  # for `fail`
+        # Make tasks final that no worker runs: with a journal, that may take long.
+        self._savers = WorkerPool("saver", lambda save: save(), 8)
         self.helpers = [self._savers]  # pools for other things than tasks
         # Guards Live.withdrawn: to set it and to withdraw the task from the pool are one step.
         self._cancelling = threading.Lock()
@@ -3186,8 +3210,8 @@ class Application:
             raise unavailable(error) from None
         except RecordRefused as error:
             raise HTTPError(400, f"The journal cannot take this task: {error}.") from None
-        # This does nothing if the task was cancelled since it was stored. The server wakes a worker
-        # for it, see `wake_workers`.
+        # If the task was cancelled since it was stored, this does nothing. A worker is woken later,
+        # by `wake_workers`.
         task_type.pool.put(live, record)
 
     def _answer_repeat(self, task_type: TaskType, task_id: str, name: str) -> Response | None:
@@ -3243,7 +3267,7 @@ class Application:
         live = record.live
         if live is None:  # it is final
             return Response(200, encode_cached(record))
-        with self._cancelling:  # a second cancel sees both marks or none
+        with self._cancelling:  # so a second cancel sees the marks of the first, both or none
             is_first = not live.cancel_requested
             live.cancel_requested = True
             if task_type.pool.withdraw(live):
@@ -3319,8 +3343,9 @@ class Application:
     def _finish(self, record: Record, result: bytes | None, error: BaseException | None) -> None:
         """Make a record final: completed, or failed with an error. Raises nothing."""
         if isinstance(error, JournalLost) and self.store.lost:
-            # The server that owns the journal now decides what becomes of the task. (A function may
-            # raise JournalLost, too; then nothing is lost.)
+            # The server that owns the journal now decides what becomes of the task. (`lost` is
+            # asked as well, because a function may raise JournalLost itself, and that is a usual
+            # failure.)
             return
         live = record.live
         assert live is not None  # each pending record has one
@@ -3406,8 +3431,8 @@ def _start_coroutine(function: Callable[..., Any], payload: Any, live: Live) -> 
 #    next one before it has the answer (*pipelining*).
 # 3. Each side ends its own sending. Then recv() returns b"" at the other side, the *end of file*. A
 #    client that has ended its sending may still read: the connection is *half-closed*.
-# 4. To close a socket on which bytes arrive that nobody reads *resets* the connection: the other
-#    side may lose what it has not read yet.
+# 4. If one side closes its socket while bytes are in it that it has not read, the connection is
+#    *reset*: the other side may lose what it has not read yet.
 
 MAX_LINE = 8192  # bytes of a request line, and of a header (RFC 9112, 3 asks for 8000 at least)
 MAX_HEADERS = 16_384  # bytes of all headers
@@ -3453,12 +3478,12 @@ class Phase(NamedTuple):
 _READ, _WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
 
 HANDSHAKE = Phase("handshake", _READ, False, 10)  # for bytes that TLS needs
-HEADER = Phase("header", _READ, True, 10)  # for the rest of a request's head
+HEADER = Phase("header", _READ, True, 10)  # for the rest of a head, or a new client's first bytes
 BODY = Phase("body", _READ, True, 20)  # for the rest of its body
 LENT = Phase("lent", 0, False, math.inf)  # for a thread that works on the answer, or on TLS
 WAITING = Phase("waiting", _READ, True, math.inf)  # for an answer that comes later: `wait_for`
 ANSWER = Phase("answer", _WRITE, False, 20)  # for the socket to take the rest of what is sent
-TURN = Phase("turn", _WRITE, False, 20)  # for nothing: it only lets other connections go first
+TURN = Phase("turn", _WRITE, False, 20)  # for one round, in which other connections go first
 IDLE = Phase("idle", _READ, True, 75)  # for the next request
 LINGER = Phase("linger", _READ, True, 5)  # for the client to close, after the last answer
 
@@ -3503,11 +3528,11 @@ def read_head(buffer: bytearray, peer: str = "") -> Generator[Phase, Any, Reques
             line_end = buffer.find(b"\r\n", max(0, seen - 1))
             if line_end >= 0:
                 parse_request_line(bytes(buffer[:line_end]))  # raises if it is wrong
-            elif len(buffer) > MAX_LINE + 1:  # 1: its CR may be here, and its LF may be to come
+            elif len(buffer) > MAX_LINE + 1:  # one more is the CR of its end
                 parse_request_line(bytes(buffer))  # raises because it is too long
         if line_end >= 0:
             length = len(buffer) - (line_end + 2)
-            if length > MAX_HEADERS + 3:  # 3: the end, CR LF CR LF, may be here but for its last LF
+            if length > MAX_HEADERS + 3:  # three more are the first of CR LF CR LF
                 raise HTTPError(431, f"Send at most {MAX_HEADERS} bytes of headers.")
         seen = len(buffer)
         yield HEADER
@@ -3762,9 +3787,9 @@ def encode_response(response: Response, request: Request | None, close: bool) ->
     return head + b"\r\n\r\n" + body
 
 
-# Bytes that are received at once: as many as TLS can send in one piece (RFC 8446, 5.1). If they
-# were fewer, the rest of a piece would stay in the TLS object, and the selector would see an empty
-# socket.
+# Bytes that are received at once: as many as TLS can send in one piece (RFC 8446, 5.1). It decrypts
+# a piece as a whole. If fewer were taken, the rest would stay in the TLS object, and the selector,
+# which sees the socket alone, would not tell.
 RECEIVE_SIZE = 16_384
 MAX_PIPELINED = 65_536  # bytes that are read ahead while an answer comes later
 
@@ -3786,13 +3811,15 @@ class Connection:
 
         phase                      what resumes it             what its deadline does
         -------------------------  --------------------------  -----------------------
-        HEADER, BODY               more bytes, in the buffer   refuses with status 408
+        HEADER, BODY               more bytes, in the buffer   refuses with status 408 (*)
         IDLE                       more bytes, in the buffer   closes the connection
         LENT                       what the thread returns     (there is none)
         WAITING                    see `wait_for`              resumes it
         ANSWER, TURN               a socket that takes bytes   closes the connection
         HANDSHAKE                  bytes, still in the socket  closes the connection
         LINGER                     more bytes, to be dropped   closes the connection
+
+        (*) if a request has begun; otherwise it closes the connection
 
     A long poll, for example: it is IDLE, and bytes arrive. They are the whole head, and the record
     is pending: it is WAITING. A worker makes the record final: it is resumed, and sends the answer,
@@ -3809,11 +3836,11 @@ class Connection:
         "later",
         "peer",
         "phase",
+        "registered",
         "server",
         "socket",
-        "story",
+        "steps",
         "unsent",
-        "watched",
     )
 
     def __init__(self, sock: Any, peer: str, server: Server) -> None:
@@ -3823,12 +3850,12 @@ class Connection:
         self.closing = False  # the answer under way is the last
         # The client has ended its side: it sends no more, but may still read.
         self.client_ended = False
-        self.watched = 0  # the events that the selector waits for
+        self.registered = 0  # the events with which the selector has it now
         self.later: Later | None = None  # what it waits for while it is WAITING
-        self.begin(HEADER)
-        # A generator that has not begun. The first resume() has it run to its first yield, and each
-        # later one to the next.
-        self.story = self.serve()
+        self.begin(HEADER)  # not IDLE: a new client has ten seconds to send a request
+        # A generator that has not begun. It begins when the first bytes have come: resume() has it
+        # run to its first yield, and later to the next.
+        self.steps = self.serve()
         if server.tls is not None:
             self.begin(HANDSHAKE)
             self.socket = server.tls.wrap_socket(
@@ -3850,12 +3877,12 @@ class Connection:
     def events(self) -> int:
         """Return what the selector has to wait for; 0 for nothing."""
         if self.phase is WAITING and (self.client_ended or len(self.buffer) >= MAX_PIPELINED):
-            # The client sends no more; or the buffer is full, and what still comes, even the end of
-            # what the client sends, is seen after the answer only.
+            # There is nothing to read from a client that has ended its sending. If the buffer is
+            # full, what follows is read after the answer, even an end of file.
             return 0
         return self.phase.events
 
-    def ready(self) -> None:
+    def on_ready(self) -> None:
         """Go on: the socket has bytes, or takes some."""
         if not self.phase.receives:
             self.resume()
@@ -3869,18 +3896,19 @@ class Connection:
             if self.phase is not WAITING:  # there it belongs to the next request
                 self.resume()
         elif self.phase is WAITING:
-            # The client is gone, or has closed its sending side only and still reads. It gets its
-            # answers now, then the connection ends (RFC 9112, 9.5). This has to be remembered,
-            # because TLS reports an end of file only once.
+            # The client is gone, or has ended its sending and still reads. It gets its answers now,
+            # then the connection ends (RFC 9112, 9.5). This is remembered, because TLS reports an
+            # end of file only once.
             self.client_ended = True
-            if self.later is not None and self.later.can_hurry:
+            assert self.later is not None  # always so while it is WAITING
+            if self.later.can_hurry:
                 self.resume()
         else:
             raise ConnectionError
 
     def resume(self, answer: Any = None) -> None:
         """Go on until there is something to wait for."""
-        self.enter(self.story.send(answer))
+        self.enter(self.steps.send(answer))
 
     def expire(self) -> None:
         """The deadline has passed: do what it does in this phase."""
@@ -3889,8 +3917,8 @@ class Connection:
             self.resume()
         elif is_receiving:
             refusal = HTTPError(408, "Send a request without long pauses.")
-            self.enter(self.story.throw(refusal))
-        else:  # also a HEADER of which nothing has come
+            self.enter(self.steps.throw(refusal))
+        else:  # also a new connection on which nothing has come
             raise TimeoutError
 
     def serve(self) -> Generator[Phase, Any, None]:
@@ -3903,8 +3931,8 @@ class Connection:
                 yield ANSWER
             if self.buffer:  # the next request is here already
                 yield TURN
-            # Not enter(): when a whole request came at once and its answer went at once, the phase
-            # is still IDLE, and would keep the deadline of the pause before.
+            # If this request and its answer needed no wait, the phase is still the IDLE from before
+            # the request. enter() would keep its deadline; the next pause needs one of its own.
             self.begin(IDLE)
         # A plain close would reset the connection, and a client that is still sending would lose
         # the answer. So end this side only, and drop what still comes (RFC 9112, 9.6).
@@ -3965,15 +3993,20 @@ class Connection:
     def wait_for(self, later: Later) -> Generator[Phase, Any, None]:
         """Wait until an answer is due.
 
-        Four things can end the wait, all of them in the server's loop: a wake, which has gone
-        through the loop's queue of what is due; the deadline (`expire`); a client that closes its
-        sending side (`ready`); and the end of the server. The first of them ends it, and the others
-        then do nothing: the connection is in another phase; and `later`, with which the loop
-        compares what a late wake was for, is another one or None.
+        The wait can end in four ways, all of them in the server's loop:
+
+        - a wake, which comes through the loop's queue of what is due (`Server._serve_once`);
+        - the deadline (`expire`);
+        - a client that ends its sending (`on_ready`);
+        - the end of the server (`Server._drain`).
+
+        The first of them ends it, and those that come later do nothing: a wake brings the Later
+        that it is for, which is no more `self.later`; the others look at the phase, which is no
+        more WAITING.
 
         A wake that comes early is not lost: it stays in that queue until the loop looks at it.
         """
-        if self.client_ended and later.can_hurry:  # the client has closed its sending side already
+        if self.client_ended and later.can_hurry:
             return
         wake = functools.partial(self.server.wake, self, later)
         self.later = later
@@ -3998,7 +4031,7 @@ class Connection:
         """Tell the client that nothing more comes."""
         if self.server.tls is not None:
             with contextlib.suppress(OSError, ValueError):
-                self.socket.unwrap()  # does not wait for the same from the client
+                self.socket.unwrap()  # sends the end of TLS, and does not wait for the client's
         self.socket.shutdown(socket.SHUT_WR)
 
     def shake_hands(self) -> Generator[Phase, Any, None]:
@@ -4018,7 +4051,7 @@ class Connection:
                 log.info("no TLS with %s: %s", self.peer, outcome)
                 raise ConnectionError
         self.begin(HEADER, deadline)
-        yield HEADER
+        yield HEADER  # next_answer() would wait in IDLE, which has 75 seconds
 
     def try_handshake(self) -> str:
         """Go on with the handshake as far as it goes; say "done", "more", or what is wrong."""
@@ -4183,16 +4216,16 @@ class Server(http.server.ThreadingHTTPServer):
         seconds = 0.0 if self._due else max(0.0, self._next_check - now)
         for key, _ in self._selector.select(seconds):
             if key.data is not None:
-                self._act(key.data, key.data.ready)
+                self._act(key.data, key.data.on_ready)
             elif key.fileobj is self.socket:
                 self._accept()
             else:
                 self._waker.clear()
         for _ in range(min(len(self._due), self.MAX_RESUMED)):
             connection, later, answer = self._due.popleft()
-            # From lend() comes (connection, None, answer): its connection has no `later` either.
-            # From wake() comes (connection, later, None): if the connection does not wait for that
-            # Later any more, the wake is dropped.
+            # One comparison for two things. From lend() comes (connection, None, answer), and a
+            # connection that is LENT has no `later`. From wake() comes (connection, later, None);
+            # if the connection does not wait for that Later any more, the wake is dropped.
             if later is connection.later:
                 self._act(connection, functools.partial(connection.resume, answer))
 
@@ -4229,13 +4262,13 @@ class Server(http.server.ThreadingHTTPServer):
         try:
             act()
             events = connection.events()
-            if events != connection.watched:
-                if connection.watched:
+            if events != connection.registered:
+                if connection.registered:
                     self._selector.unregister(connection.socket)
-                connection.watched = 0  # register() may fail: a selector can be full
+                connection.registered = 0  # if register() fails, _close() must not unregister
                 if events:
                     self._selector.register(connection.socket, events, connection)
-                connection.watched = events
+                connection.registered = events
         except BaseException as error:
             if not isinstance(error, OSError):
                 log.error("a connection failed: %s", traceback_of(error))
@@ -4246,10 +4279,10 @@ class Server(http.server.ThreadingHTTPServer):
 
     def _close(self, connection: Connection) -> None:
         self._connections.remove(connection)
-        if connection.watched:
+        if connection.registered:
             self._selector.unregister(connection.socket)
         try:
-            connection.story.close()  # calls unwatch(), and breaks a cycle of references
+            connection.steps.close()  # calls unwatch(), and breaks a cycle of references
         except Exception as error:
             log.error("a connection failed: %s", traceback_of(error))
         connection.socket.close()
@@ -4278,7 +4311,7 @@ class Server(http.server.ThreadingHTTPServer):
                 sock.close()
                 continue
             self._connections.add(connection)
-            self._act(connection, connection.ready)  # its request may be here already
+            self._act(connection, connection.on_ready)  # its request may be here already
 
     def _pause_accepting(self, reason: str) -> None:
         """Accept no more until a connection is closed or the next check, else the loop would spin.
@@ -4426,11 +4459,10 @@ def run_until_stopped(server: Server, grace: float) -> int:
     are no signals. Status 1: the journal was lost.
     """
     application = server.application
-    # What is put here begins the stop: the seconds that running tasks have, or None if somebody has
-    # called server.shutdown. It is no Event, because Python may call a handler of a signal in the
-    # middle of anything that the main thread does, even in Event.set(). That holds a lock, and the
-    # handler's own Event.set() would wait for it for ever. SimpleQueue.put() can be called in the
-    # middle of itself.
+    # The thread below waits for what is put here: the seconds that running tasks have, to begin the
+    # stop; or None, if there is nothing to stop any more. It is no Event: set() holds a lock, and
+    # if a handler of a signal is called in the middle of it, the set() in the handler waits for
+    # that lock for ever. SimpleQueue.put() can be called in the middle of itself.
     stops: queue.SimpleQueue[float | None] = queue.SimpleQueue()
     signals: list[int] = []
     losses: list[str] = []
@@ -4662,9 +4694,10 @@ class Journal:
     """Where records outlive the process: the contract of `application.store.journal`.
 
     A journal is an object with the three methods below. To write one, nothing else of this file
-    needs to be known. One of your own opens its database in `load`, whose errors are shown in one
-    line. (`main` makes an SQLiteJournal itself, and shows its errors in the same way.) The server
-    never closes a journal: it is there until the process ends.
+    needs to be known. The server never closes a journal: it is there until the process ends.
+
+    A journal of your own opens its database in `load`, whose errors are shown in one line. (That of
+    SQLite opens it when it is made. It can do so because `main` makes it, and shows its errors.)
 
     What is kept of a record are the fields in JOURNALED, each exactly as it is:
 
@@ -4683,9 +4716,9 @@ class Journal:
     *One server.* A journal belongs to one server at a time, because each server holds all records
     in memory. `load` keeps a second one out, or has it wait until the first has ended: by a lock
     that goes when its owner dies. (One made by `flock` lasts longer if a task has called os.fork:
-    until the copy, too, has closed the file. `os.register_at_fork` has it closed in the copy at
-    once.) A journal that finds that another server has taken over raises JournalLost, from any
-    method and from then on: the server begins nothing more, and ends with status 1.
+    until the copy, too, has closed the file. So give `os.register_at_fork` a function that closes
+    it in the copy.) A journal that finds that another server has taken over raises JournalLost,
+    from any method and from then on: the server begins nothing more, and ends with status 1.
 
     *Order.* The server promises that for one id the calls follow each other: the next one begins
     after the last one has returned or raised. Calls for different ids come from many threads at
@@ -4814,7 +4847,8 @@ class SQLiteJournal(Journal):
 
     def __init__(self, path: str) -> None:
         """Open or create the file, within a second. OSError says what is wrong and what to do."""
-        # SQLite follows a link, too, and puts its log beside the file itself.
+        # SQLite follows a link, and puts its log beside the file itself. So the link is followed
+        # here.
         self._path = os.path.realpath(path)
         # What to save or to delete, and where to put the outcome: an exception, or None.
         # A job of None ends the thread.
@@ -4993,8 +5027,8 @@ def host_check(names: Iterable[str]) -> Callable[[Request], None]:
     """Return a check that a request is meant for an IP address, localhost, or one of these names.
 
     A hostile web page can have its own name lead to this server (DNS rebinding); then the browser
-    lets it read our answers. But the Host tells its name. With an address for a Host, that cannot
-    be done. HTTPError 421 (RFC 9110, 15.5.20).
+    lets it read our answers. But such a request has the hostile name as its Host, and is refused. A
+    Host that is an address cannot come about in this way. HTTPError 421 (RFC 9110, 15.5.20).
     """
     allowed = {"localhost", *(name.lower().rstrip(".") for name in names)}
 
@@ -5042,7 +5076,8 @@ def tls_context(certificate: str, key: str) -> ssl.SSLContext:
         )
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    # A client that negotiates anew would have the loop compute. OpenSSL 3 refuses it by itself.
+    # A client may ask for another handshake on a connection that is open. The loop would compute
+    # it, and all others would wait. OpenSSL 3 refuses that by itself.
     context.options |= getattr(ssl, "OP_NO_RENEGOTIATION", 0)
     context.set_ciphers("ECDHE+AESGCM:ECDHE+CHACHA20")  # for TLS 1.2; all of TLS 1.3 are such
     context.load_cert_chain(certificate, key)
@@ -5264,8 +5299,8 @@ class Description:
     def _tag(self, route: Route) -> str:
         """Return the name of the group of a route."""
         name = route.tag or "server"
-        # A type may be called "server", too. Its group is another one, and so one of the two gets
-        # another name.
+        # The group of the routes without a tag is called "server". A task type may be called that
+        # as well: then their tags, "" and "server", differ, and one of the two gets another name.
         return self._unique("tag", name, route.tag)
 
     def _about(self, tag: str) -> str:
@@ -5281,7 +5316,8 @@ class Description:
         """
         while True:
             plain = re.sub("[^a-z0-9]", "", name.lower())
-            owner = self._named[kind].setdefault(plain, thing)  # the thing, if the name was free
+            # Whoever has the name: the thing itself, if it was free, or was given to it before.
+            owner = self._named[kind].setdefault(plain, thing)
             if owner == thing:
                 return name
             name += "2"
@@ -5319,7 +5355,8 @@ class Description:
         elif schema is not None and "title" in schema:
             title = re.sub("[^A-Za-z0-9]", "", schema["title"])
             name = self._unique("schema", title, schema)
-            # Some generators would take a title for the name, and it need not be unique.
+            # The title is left out, because some generators take it for the name, and two schemas
+            # may have the same title.
             schema = {key: value for key, value in schema.items() if key != "title"}
         else:
             return schema
@@ -6722,7 +6759,7 @@ def _start(application: Application, options: argparse.Namespace) -> tuple[Serve
 
 
 def _leave(status: int, at_once: bool) -> NoReturn:
-    """End the process, even if a task that hangs, or a thread that one has left, holds it up."""
+    """End the process, even if a task that hangs, or a thread that a task has left, holds it up."""
     if at_once:
         os._exit(status)
     # Python waits for threads, for processes, and for what was registered with atexit.
