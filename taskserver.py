@@ -24,12 +24,13 @@ What it promises:
 
 - A create is answered at once; it never waits for a worker.
 - A record changes only from pending to completed or failed, and is never seen half changed.
-- Memory is bounded: what does not fit is refused, and nothing is dropped before its time.
+- Memory is bounded: a task that does not fit is refused, and nothing is dropped before its time.
 - With a journal, what was acknowledged outlives `kill -9`.
 - A stop finishes what it can in the time that it is given, and says what it could not.
 
-The file is one story: what a section uses stands above it. One thing does not: the store (2) calls
-the methods of a journal, which are described in section 10.
+The file is one story: each section uses only what stands above it, with one exception. The store
+(2) calls the methods of a journal, which section 10 describes. (Comments sometimes point ahead, and
+name the section.)
 
     1 Lock      2 Records and store    3 Workers        4 Child processes
     5 Requests, responses, routes      6 Application    7 HTTP    8 Running
@@ -56,8 +57,8 @@ The way of a create:
 
 The way of a long poll, `GET /poll-TYPE/<id>?wait=30`:
 
- 1. As above, until its endpoint finds a record that is pending (6, `_poll`).
- 2. The endpoint returns no response but a `Later`: what to wait for, for how long, and how to
+ 1. As above, until its endpoint finds a record that is pending (6, `_poll`). 2. Instead of a
+ response, the endpoint returns a `Later`: what to wait for, for how long, and how to
     answer then (5).
  3. The connection waits in the server's loop, as an idle one does: it has no thread (7).
  4. A worker makes the record final; the store calls whoever watches it (2, `Store.finish`).
@@ -83,10 +84,10 @@ would cost 16 KiB while it is idle, and time to be woken for every answer. The s
 parser, because it ignores Transfer-Encoding, accepts malformed requests, and takes most of the time
 of an answer.
 
-Why not asyncio's streams? They would serve just as many idle connections. But they are slow. If a
-whole poll takes a time of 1 here, then to read a head with them and to send a fixed answer takes
-0.8; all the rest of a poll would come on top. And buffers, limits, deadlines and wake-ups would be
-handled inside asyncio, where the reader of this file cannot see them.
+Why not asyncio's streams? They would serve just as many idle connections. But they are slow. Merely
+to read a head and to send a fixed answer takes them 80 % of the time that a whole poll takes here;
+the poll itself would come on top. And buffers, limits, deadlines and wake-ups would be handled
+inside asyncio, where the reader of this file cannot see them.
 
 Docstrings name the exceptions that a caller has to expect, each with its reason:
 "KeyError: there is no such record."
@@ -353,7 +354,10 @@ def _cut_rounding(fraction: float) -> float:
 
 
 class Record(NamedTuple):
-    """What is known of a task. A record never changes: the store replaces it by a successor."""
+    """What is known of a task.
+
+    A record never changes, but for its `live`: the store replaces it by a successor.
+    """
 
     id: str  # a uuid4, or the client's Idempotency-Key; in lower case
     name: str
@@ -436,8 +440,8 @@ _JSON_ESCAPE = re.compile(
     r"""
     \\ud[89ab].. \\ud[c-f]..  # a pair of surrogates, which stand for one character
     | \\(ud[89a-f]..)          # a surrogate without the other half: group 1
-    | \\.                      # any other, as two characters; else the second backslash of an
-                               # escaped one would look like the beginning of an escape
+    | \\.                      # any other, two characters at once: so in \\\\udc80, an escaped
+                               # backslash and then text, the second one begins no escape
     """,
     re.VERBOSE,
 )
@@ -618,7 +622,7 @@ class Unavailable(Exception):
 class JournalError(Unavailable):
     """Raised by the store: a record was not saved, or nobody knows whether it was.
 
-    Nobody knows if the error came late, for example in the commit.
+    It is unknown when the error came late, for example in the commit.
     """
 
 
@@ -655,7 +659,7 @@ class Store:
     be deleted in the journal; here it is gone, and does not count.
     """
 
-    FAILING_SECONDS = 30.0  # for which the journal counts as failing after a failure
+    FAILING_SECONDS = 30.0  # after a write has failed, the journal counts as failing for so long
     PAUSES = (0.1, 0.3, 1.0, 3.0, 10.0)  # seconds between attempts to save; then always the last
     DELETE_AGAIN_SECONDS = 10.0  # after a failed delete, until the next one
     EVICTED_AT_ONCE = 1000  # records; the lock is held for a millisecond to drop them
@@ -695,8 +699,8 @@ class Store:
         self._finished_at: collections.deque[float] = collections.deque()
         self._watchers: dict[str, set[Callable[[], None]]] = {}
         self._unfrozen = 0  # records put in since the last gc.freeze(), see freeze_records
-        # Whether gc.freeze() was called, see freeze_records. Only the server's loop looks, so
-        # nothing guards it.
+        # Whether gc.freeze() was called, see freeze_records. Only the thread that starts the
+        # server, and then runs its loop, uses it.
         self._is_frozen = False
         # Guards all below, except that has_doomed() looks without it. Notified when a call of
         # journal.delete() has ended.
@@ -748,7 +752,8 @@ class Store:
         """Put in a new record; return it as it is held.
 
         Unavailable: the store is full or stopping, or a JournalError. RecordRefused: the journal
-        cannot take it. Duplicate: its id is taken. After each of these, the store is as before.
+        cannot take it. Duplicate: its id is taken. After each of these, there is no such record
+        here.
         """
         size = record.size()
         # Make room, until evict() has nothing more to drop. This looks without the lock, so it is
@@ -825,9 +830,9 @@ class Store:
             except JournalError:  # nothing tells when a disk has room again
                 time.sleep(self.PAUSES[min(attempts, len(self.PAUSES) - 1)])
                 attempts += 1
-        # The loop has ended because the store has no journal. Without attempts, it had none: there
-        # is nothing to do. After attempts, it had one, which was taken away because the process is
-        # ending (by `main`, or by a second signal).
+        # The store has no journal. If nothing was tried, it never had one: there is nothing to do.
+        # If something was tried, `main` or a second signal has set `journal` to None since, because
+        # the process is ending: the record was not saved.
         if attempts:
             raise JournalLost("the server has ended before the record was saved")
 
@@ -896,10 +901,10 @@ class Store:
     # Watching, and the stop
 
     def watch(self, task_id: str, wake: Callable[[], None]) -> None:
-        """Have `wake` called once: when the record is final or gone, or when stop() is called.
+        """Have `wake` called once: when the record is final, or when stop() is called.
 
-        If the record is final already, `wake` is called at once. Any thread may call `wake`, so it
-        must not block.
+        If the record is final or gone already, `wake` is called at once. Any thread may call
+        `wake`, so it must not block.
         """
         with self._lock.write:
             record = self._records.get(task_id)
@@ -998,7 +1003,7 @@ class Store:
     def _doom(self, ids: list[str]) -> None:
         """Note what the journal is to delete. The write side is held.
 
-        (This lock is taken while that one is held, never the other way round.)
+        (`_deletion` may be taken while `_lock` is held, never `_lock` while `_deletion` is held.)
         """
         with self._deletion:
             # A journal that never deletes must not fill memory. What is not noted here stays in the
@@ -1252,9 +1257,11 @@ class WorkerPool(BoundedQueue):
     Each takes one item after the other out of the queue and calls `work` with it. `work` must not
     raise.
 
-    As a rule, one worker at a time is *on the way*: it was made or notified, and does not have the
-    lock yet to look into the queue. When it takes an item and there are more, it calls wake() for
-    the next worker. So a burst of short items wakes few threads, and long ones get a thread each.
+    A worker is *on the way* from when it is made or notified until it has the lock and looks into
+    the queue. While one is on the way, wake() calls no other. A worker that takes an item calls
+    wake() for the next one. So a burst of short items wakes few threads, and long ones get a thread
+    each. In short: if there is an item that may begin, then a worker is on the way, or all are busy
+    and will look into the queue, or somebody is about to call wake().
     """
 
     IDLE_SECONDS = 10.0  # without work, after which a worker ends
@@ -1304,7 +1311,7 @@ class WorkerPool(BoundedQueue):
                 self._workers -= 1
                 self._on_the_way = False
 
-    def call(self, function: Callable[[], None]) -> None:
+    def submit(self, function: Callable[[], None]) -> None:
         """Queue a function that nobody withdraws, whatever the bounds, and wake a worker for it."""
         key = object()
         self.reserve(key, bounded=False)
@@ -1359,11 +1366,12 @@ class WorkerPool(BoundedQueue):
             notified = self._not_empty.wait(self.IDLE_SECONDS)
         finally:
             self._idle -= 1
-        # wait() may return false although wake() has notified this worker, in this order: its time
-        # is over; wake() still counts it as idle, and notifies it; it gets the lock back. Nobody
-        # else comes for that item. So a worker whose time is over is on the way no more either, and
-        # looks into the queue itself. (Perhaps another worker was meant. Then the next wake() calls
-        # one too many, which does no harm.)
+        # wait() may return false although wake() has notified this worker, in this order:
+        # 1. The time of this worker is over.
+        # 2. wake() is called for an item, counts this worker as idle, and notifies it.
+        # 3. This worker gets the lock back, and wait() returns false.
+        # Nobody else was called for that item. So after a timeout, too, a worker looks into the
+        # queue. (If wake() has notified another one, one more is woken than needed: no harm.)
         self._on_the_way = False
         return notified or self._may_begin()
 
@@ -1396,10 +1404,10 @@ class WorkerPool(BoundedQueue):
 # A coroutine that runs can be interrupted, for one of three reasons: it was cancelled, its time is
 # over, or the server stops.
 #
-#     _interrupt     the event loop  it is cancelled, as in fact 2; usually that ends it: then it
-#                                    goes on as above, with the reason for its error
-#     _give_up       the event loop  if it still runs after some time, its grace, a thread calls
-#                                    after(item, None, reason); its slot is free when it ends
+#     _interrupt     the event loop  cancels it, as in fact 2. Usually that ends it: _ended and
+#                                    _last_step follow, and the reason becomes its error.
+#     _give_up       the event loop  If it still runs after some time, its grace, a thread calls
+#                                    after(item, None, reason). Its slot is free when it ends.
 
 
 class Stopped(Exception):
@@ -1445,7 +1453,7 @@ class EventLoop:
             self.loop = loop
             return True
 
-    def call(self, function: Callable[..., None], *arguments: Any) -> None:
+    def call_soon(self, function: Callable[..., None], *arguments: Any) -> None:
         """Have the loop's thread call a function. Does not block.
 
         If there is no loop, nothing is called: no coroutine has begun, or the process is ending.
@@ -1479,9 +1487,9 @@ class EventLoop:
         be logged once.
 
         If it was a task, the traceback contains the frame of a coroutine. asyncio logs the
-        exception itself, once that task is freed (fact 3). But the traceback also contains frames
-        of asyncio's loop, before that of the coroutine, and their variables refer to the task. So
-        these frames are cleared, and nothing is logged here.
+        exception itself when that task is freed (fact 3). But the traceback also contains frames of
+        asyncio's loop, whose variables keep the task alive. So these frames are cleared: then the
+        task is freed, and asyncio logs.
 
         If it was a callback, the traceback contains no frame of a coroutine, and asyncio logs
         nothing. So it is logged here.
@@ -1561,7 +1569,7 @@ class CoroutinePool(BoundedQueue):
             if self._is_beginning or not self._may_begin():
                 return
             self._is_beginning = True
-        self._threads.call(self._begin_next)
+        self._threads.submit(self._begin_next)
 
     def expect_journal(self) -> None:
         """Have more threads for the first and the last step, because these wait for a disk."""
@@ -1572,13 +1580,13 @@ class CoroutinePool(BoundedQueue):
 
         Does nothing if it does not run. Does not block.
         """
-        self._event_loop.call(self._interrupt_key, key, reason)
+        self._event_loop.call_soon(self._interrupt_key, key, reason)
 
     def shut_down(self, seconds: float) -> None:
         """Interrupt all coroutines, wait for them at most so long, and end the event loop."""
-        self._event_loop.call(self._interrupt_all, Stopped())
+        self._event_loop.call_soon(self._interrupt_all, Stopped())
         self.join(seconds)
-        self._event_loop.call(self._event_loop.end)
+        self._event_loop.call_soon(self._event_loop.end)
 
     def _may_begin(self) -> bool:
         return super()._may_begin() and self._running < self.max_workers
@@ -1598,7 +1606,7 @@ class CoroutinePool(BoundedQueue):
         if function is None:
             self._free_slot()
         else:
-            self._event_loop.call(self._start, key, CoroutineRun(item), function, seconds)
+            self._event_loop.call_soon(self._start, key, CoroutineRun(item), function, seconds)
 
     def _last_step(self, item: Any, value: Any, error: BaseException | None) -> None:
         self._after(item, value, error)
@@ -1624,7 +1632,7 @@ class CoroutinePool(BoundedQueue):
         except Exception as error:  # a coroutine has given the loop a task factory that fails
             coroutine.close()
             del self._runs[key]
-            self._threads.call(functools.partial(self._last_step, run.item, None, error))
+            self._threads.submit(functools.partial(self._last_step, run.item, None, error))
             return
         run.aio_task.add_done_callback(functools.partial(self._ended, key, run))
         if seconds is not None:
@@ -1670,7 +1678,7 @@ class CoroutinePool(BoundedQueue):
         """Take the last step of a coroutine that goes on after its grace; its slot stays taken."""
         if not run.aio_task.done():
             run.given_up = True
-            self._threads.call(functools.partial(self._after, run.item, None, run.reason))
+            self._threads.submit(functools.partial(self._after, run.item, None, run.reason))
 
     def _ended(self, key: Hashable, run: CoroutineRun, task: Any) -> None:
         """A coroutine has ended: have its last step taken.
@@ -1685,7 +1693,7 @@ class CoroutinePool(BoundedQueue):
         if run.given_up:
             self._free_slot()
         else:
-            self._threads.call(functools.partial(self._last_step, run.item, value, error))
+            self._threads.submit(functools.partial(self._last_step, run.item, value, error))
 
 
 def _outcome(run: CoroutineRun) -> tuple[Any, BaseException | None]:
@@ -1767,13 +1775,12 @@ class Waker:
 # side ends, the other one meets the end of the file. From the child come bytes and JSON: the server
 # never unpickles what a task made.
 #
-# Six facts about processes explain most of the rest:
+# Seven facts about processes explain most of the rest:
 #
 # 1. Ctrl-C in a terminal and service managers send their signals to the children as well. A child
 #    does nothing about them, because the server decides when a task ends.
-# 2. A thread can block signals: they are *pending* until it unblocks them. A process or thread that
-#    it starts begins with the same signals blocked. So a child begins with the stop signals blocked
-#    (`Child._start`), and unblocks them when it has set its handlers (`_child_main`).
+# 2. A thread can block signals: they are held back until it unblocks them. A process or thread that
+#    it starts begins with the same signals blocked.
 # 3. To *reap* an ended process is to fetch its exit status, which can be done once. Only then may
 #    the system give its number to another process.
 # 4. A task may call os.fork. The *copy* of the process that this makes has the same handlers of
@@ -1783,6 +1790,11 @@ class Waker:
 # 5. What a function changes in its process, such as the working directory, is still changed for the
 #    next function.
 # 6. Python calls a handler of a signal in the main thread, between any two steps of what that does.
+# 7. Processes can form a group, which one call ends as a whole. A child has a group of its own,
+#    with all that its tasks have started. Of the groups of a terminal, one may read from it.
+#
+# So a child begins like this: its worker blocks the stop signals in its own thread, and starts it
+# (`Child._start`). It makes its group, sets its handlers, and unblocks the signals (`_child_main`).
 
 READY, BEGUN, PROGRESS, RESULT, ERROR = b"ready", b"begun", b"progress", b"result", b"error"
 
@@ -1806,7 +1818,7 @@ def call_here(
     function: Callable[..., Any], payload: bytes, report: Report, default: Default
 ) -> bytes:
     """Call a function in this thread; return the encoded result."""
-    # json.loads would look at the type of its argument and at its options first.
+    # Not json.loads(), which is slower: it looks at the type of its argument and at its options.
     result = function(_PLAIN_DECODER.decode(payload.decode()), report)
     if hasattr(result, "__await__"):
         if inspect.iscoroutine(result):
@@ -1868,9 +1880,9 @@ _own_files: weakref.WeakSet[Any] = weakref.WeakSet()
 
 # Held while a pipe to a child is made, and while a task forks: otherwise the copy might keep a pipe
 # that is not in _own_files yet.
-_starting = threading.Lock()
+_fork_lock = threading.Lock()
 # .mask: the signals that this thread had blocked before it forked, to be restored after it.
-_forking = threading.local()
+_fork_state = threading.local()
 
 
 def handle_stop_signals(handler: Callable[[int, Any], None]) -> None:
@@ -1885,17 +1897,17 @@ def handle_stop_signals(handler: Callable[[int, Any], None]) -> None:
 def _before_fork() -> None:
     """Until the fork is over, let no child be started, and block the stop signals.
 
-    A signal that reached the copy before it has given up our handlers would be lost: they would
-    take it, and do nothing useful there.
+    If a signal reached the copy while that still has our handlers, these would take it, and it
+    would be lost. So signals are held back until the copy has given up our handlers.
     """
-    _starting.acquire()
-    _forking.mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    _fork_lock.acquire()
+    _fork_state.mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
 
 
 def _after_fork() -> None:
     """End what _before_fork has begun, in this process and in the copy."""
-    signal.pthread_sigmask(signal.SIG_SETMASK, _forking.mask)
-    _starting.release()
+    signal.pthread_sigmask(signal.SIG_SETMASK, _fork_state.mask)
+    _fork_lock.release()
 
 
 # On PyPy, a copy may set handlers only inside this context. On CPython, it does nothing.
@@ -1992,7 +2004,7 @@ class Surroundings:
         if _POSIX:
             for timer in signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF:
                 signal.setitimer(timer, 0)
-            # A signal that came while the task had it blocked is pending. It would be delivered at
+            # A signal may be held back, because the task had blocked it. It would be delivered at
             # the end of this method, where all are unblocked. To ignore it for a moment throws it
             # away; the next loop puts its handler back.
             for number in signal.sigpending():
@@ -2014,8 +2026,8 @@ def _take_no_notice(number: int, frame: object) -> None:
 def _empty_stdin() -> None:
     """Make stdin empty, for the programs that a task starts.
 
-    A child is not in the foreground group of the terminal. If a program read from the terminal, it
-    would be suspended (SIGTTIN).
+    A program that tried to read from the terminal would be suspended, because its group is not the
+    one that may (fact 7).
     """
     with open(os.devnull, "rb") as nothing:
         os.dup2(nothing.fileno(), 0)
@@ -2058,12 +2070,13 @@ def _child_main(pipe: Any) -> None:
 def _run_job(pipe: Any, job: bytes) -> bytes:
     """Run one job; return the message that says how it ended. Its reports go through the pipe."""
     live, done = Live(), threading.Event()
-    watcher = threading.Thread(target=_send_reports, args=(pipe, live, done), daemon=True)
-    watcher.start()
+    reporter = threading.Thread(target=_send_reports, args=(pipe, live, done), daemon=True)
+    reporter.start()
     try:
         function, payload, default = pickle.loads(job)  # imports the function's module
-        # The watcher writes into the pipe, too, but never at the same time: until the function has
-        # begun it has nothing to send, and it has ended before the result is sent.
+        # The reporter writes into the pipe, too, but never at the same time: before the function
+        # begins, the reporter has nothing to send; and before the result is sent, the reporter has
+        # ended.
         pipe.send_bytes(BEGUN)
         return RESULT + b" " + call_here(function, payload, live.report, default)
     except BaseException as error:  # even SystemExit ends this task alone
@@ -2071,7 +2084,7 @@ def _run_job(pipe: Any, job: bytes) -> bytes:
         return ERROR + b" " + json.dumps(details).encode()
     finally:
         done.set()
-        watcher.join()
+        reporter.join()
         for stream in filter(None, (sys.stdout, sys.stderr)):
             with contextlib.suppress(Exception):  # the function may have put anything there
                 stream.flush()
@@ -2118,7 +2131,7 @@ class Child:
     """
 
     def __init__(self, reaping: threading.Lock) -> None:
-        self._reaping = reaping  # held while a process is reaped; the same for all, see Children
+        self._reaping = reaping  # held while a process is started or reaped, see Children
         self._process: Any = None
         self._pipe: Any = None  # our end
         self._waker = Waker()  # has call() look whether its task was cancelled
@@ -2257,10 +2270,11 @@ class Child:
         """Start a process."""
         _working_directory()  # without one, `multiprocessing` fails and does not say why
         if _POSIX:
-            _start_tracker()  # first, because it would unblock the signals that are blocked next
+            # This comes first: when `multiprocessing` starts its tracker, it unblocks some signals.
+            _start_tracker()
             # The child inherits this, so that no signal reaches it before its handlers are set.
             signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-        with self._reaping, _starting:
+        with self._reaping, _fork_lock:
             self._pipe, far_end = _SPAWN.Pipe()
             _own_files.add(self._pipe)
             with far_end:  # left open here, it would hide the end of file
@@ -2326,8 +2340,9 @@ class Children:
     def _add(self) -> None:
         child = Child(self._reaping)
         with self._lock:
-            # When Python ends, a function that `multiprocessing` has registered waits for children.
-            # kill() is called before that, because what is registered later is called earlier.
+            # When Python ends, `multiprocessing` waits for children, so kill() has to be called
+            # before. It is: functions are called in the reverse order in which they were
+            # registered.
             atexit.unregister(self.kill)  # so that it is registered once
             atexit.register(self.kill)
             self._all.add(child)
@@ -2420,7 +2435,7 @@ class Later(NamedTuple):
     - `wake` was called;
     - `seconds` have passed;
     - the server shuts down;
-    - the client has ended its sending, though it may still read; unless `can_hurry` is false.
+    - if `can_hurry` is true: the client has ended its sending (it may still read).
 
     Then the loop calls `unwatch(wake)` and `answer()`, which must not block. If the connection
     breaks, it calls `unwatch(wake)` alone. If the client had ended its sending before, and
@@ -2431,8 +2446,8 @@ class Later(NamedTuple):
     watch: Callable[[Callable[[], None]], None]
     unwatch: Callable[[Callable[[], None]], None]
     answer: Callable[[], Response]
-    # Whether a client that ends its sending is answered at once. False if answer() is slow before
-    # `wake` was called: that of GET /tasks (9) would make the listing, in the loop.
+    # Whether a client that ends its sending is answered at once. False if answer() has to do slow
+    # work itself when `wake` was not called: for GET /tasks (9), it would make the listing.
     can_hurry: bool = True
 
 
@@ -2511,8 +2526,8 @@ class Router:
           it. That is the default. If it is false, the server's loop calls the endpoint itself, and
           all other connections wait meanwhile.
         - `check(request)`: a rule for the head of a request; may raise HTTPError; must be quick.
-        - `waived`: statuses. When one of the application's checks refuses a request with one of
-          them, the request is let in all the same, with `trusted` false.
+        - `waived`: statuses that do not refuse. When a check of the application refuses a request
+          with one of these, the request is let in all the same, with `trusted` false.
         - `summary`, `details`: what it does, in a line, and more. `tag`: to which group it belongs.
         - `operation`: its name in clients that are made from the description.
         - `statuses`: those that its answer can have, with a sentence for each. `refusals`: those
@@ -2580,7 +2595,7 @@ _BRACKET_OR_STRING = re.compile(
     r"""
     [\[{\]}]
     | " [^"\\]* (?: \\. [^"\\]* )*  # characters and escapes
-      (?: " | \\?\Z )               # the closing quote; or the end, perhaps after a backslash
+      (?: " | \\?\Z )               # the closing quote; or the end, where an escape may be cut
     """,
     re.DOTALL | re.VERBOSE,
 )
@@ -2642,7 +2657,7 @@ def decode_object(body: bytes) -> dict[str, Any]:
     try:
         text = body.decode()
         _check_depth(text)
-        # _DECODER.decode() would skip the white space around the value by regular expressions.
+        # Not _DECODER.decode(), which is slower: it skips white space by regular expressions.
         text = text.rstrip(_WHITE_SPACE)
         begin = len(text) - len(text.lstrip(_WHITE_SPACE))
         value, end = _DECODER.raw_decode(text, begin)
@@ -2938,9 +2953,9 @@ class Application:
     """The task types, their endpoints, and the life of a task. It knows no sockets.
 
     Building one starts no thread, process or socket. Public attributes may be set until the first
-    request. `main` sets the bounds of the store and of all three pools from its options. Their
-    defaults are what you have set on `store` and `pool`, and as `cpu_pool.max_workers`. What you
-    have set on `coroutine_pool` is overwritten.
+    request. `main` sets the bounds of the store and of all three pools from its options. An option
+    that is not given is what you have set: on `store`, on `pool` (for all three pools), or as
+    `cpu_pool.max_workers`. What you have set on `coroutine_pool` is overwritten.
     """
 
     # A task that waits for a network costs a thread of some 16 KiB, so hundreds fit into the
@@ -2973,7 +2988,8 @@ class Application:
         # Takes the two lines that the log has for each task. `main` replaces it by LogHandler.put,
         # which takes a fifth of the time.
         self.log_task: Callable[..., None] = log.info
-        # Make tasks final that no worker runs: with a journal, that may take long.
+        # The threads that make tasks final which no worker runs: with a journal, that may take
+        # long.
         self._savers = WorkerPool("saver", lambda save: save(), 8)
         self.helpers = [self._savers]  # pools for other things than tasks
         # Guards Live.withdrawn: to set it and to withdraw the task from the pool are one step.
@@ -3106,7 +3122,7 @@ class Application:
         if self.store.journal is None:
             finish()
         else:
-            self._savers.call(finish)
+            self._savers.submit(finish)
 
     def join(self, seconds: float) -> None:
         """Wait until no task runs and what was cancelled is saved, but at most so many seconds."""
@@ -3267,7 +3283,8 @@ class Application:
         live = record.live
         if live is None:  # it is final
             return Response(200, encode_cached(record))
-        with self._cancelling:  # so a second cancel sees the marks of the first, both or none
+        # `cancel_requested` and `withdrawn` are set in one step: a second cancel sees both or none.
+        with self._cancelling:
             is_first = not live.cancel_requested
             live.cancel_requested = True
             if task_type.pool.withdraw(live):
@@ -3315,7 +3332,7 @@ class Application:
     def _call(self, task_type: TaskType, payload: bytes, live: Live) -> bytes:
         """Call the function; return the encoded result.
 
-        If the function forks, the copy may come out of this as well, see `_run_task`.
+        If the function forks, this returns twice: here, and in the copy, which `_run_task` ends.
         """
         if task_type.pool is self.cpu_pool:
             return self.children.call(
@@ -3402,7 +3419,8 @@ class Application:
     def _end_coroutine(self, record: Record, value: Any, error: BaseException | None) -> None:
         """Make the record of a coroutine final."""
         if isinstance(error, Stopped) and self.store.stopping:
-            # With a journal, the next start decides what becomes of it; else it is lost.
+            # With a journal, the next start decides what becomes of it; else it ends with the
+            # process.
             log.info("task %s is interrupted by the stop", record.id)
             return
         result = None
@@ -3483,7 +3501,9 @@ BODY = Phase("body", _READ, True, 20)  # for the rest of its body
 LENT = Phase("lent", 0, False, math.inf)  # for a thread that works on the answer, or on TLS
 WAITING = Phase("waiting", _READ, True, math.inf)  # for an answer that comes later: `wait_for`
 ANSWER = Phase("answer", _WRITE, False, 20)  # for the socket to take the rest of what is sent
-TURN = Phase("turn", _WRITE, False, 20)  # for one round, in which other connections go first
+# For nothing: a socket nearly always takes bytes. So it goes on in the next round of the loop,
+# after the other connections.
+TURN = Phase("turn", _WRITE, False, 20)
 IDLE = Phase("idle", _READ, True, 75)  # for the next request
 LINGER = Phase("linger", _READ, True, 5)  # for the client to close, after the last answer
 
@@ -3528,11 +3548,11 @@ def read_head(buffer: bytearray, peer: str = "") -> Generator[Phase, Any, Reques
             line_end = buffer.find(b"\r\n", max(0, seen - 1))
             if line_end >= 0:
                 parse_request_line(bytes(buffer[:line_end]))  # raises if it is wrong
-            elif len(buffer) > MAX_LINE + 1:  # one more is the CR of its end
+            elif len(buffer) > MAX_LINE + 1:  # a whole line may be here, and the CR of its end
                 parse_request_line(bytes(buffer))  # raises because it is too long
         if line_end >= 0:
             length = len(buffer) - (line_end + 2)
-            if length > MAX_HEADERS + 3:  # three more are the first of CR LF CR LF
+            if length > MAX_HEADERS + 3:  # all headers may be here, and CR LF CR of their end
                 raise HTTPError(431, f"Send at most {MAX_HEADERS} bytes of headers.")
         seen = len(buffer)
         yield HEADER
@@ -3602,7 +3622,7 @@ def _read_line(buffer: bytearray, limit: int, status: int) -> Generator[Phase, A
     """
     seen = 0
     while True:
-        end = buffer.find(b"\r\n", max(0, seen - 1), limit)
+        end = buffer.find(b"\r\n", max(0, seen - 1), limit)  # within the first `limit` bytes
         line_end = end if end >= 0 else len(buffer)
         if _FORBIDDEN.search(buffer, max(0, seen - 1), line_end):
             raise HTTPError(400, "Send lines that end in CR LF, without control characters.")
@@ -3806,8 +3826,8 @@ class Connection:
     in one generator, `serve`, as if it could wait: it yields the phase to wait in, and is resumed
     when what it waits for has come, or the deadline of the phase has passed. A request leads it
     through HEADER, BODY, LENT or WAITING, and ANSWER; it skips the phases in which there is nothing
-    to wait for. A deadline counts from the beginning of a phase, however often it waits in that
-    phase: `enter` keeps it, only `begin` sets it anew.
+    to wait for. The deadline is set when a phase begins. If the connection waits again in the same
+    phase, `enter` keeps the deadline; `begin` sets a new one.
 
         phase                      what resumes it             what its deadline does
         -------------------------  --------------------------  -----------------------
@@ -3829,11 +3849,11 @@ class Connection:
     """
 
     __slots__ = (
+        "awaited",
         "buffer",
         "client_ended",
         "closing",
         "deadline",
-        "later",
         "peer",
         "phase",
         "registered",
@@ -3851,7 +3871,8 @@ class Connection:
         # The client has ended its side: it sends no more, but may still read.
         self.client_ended = False
         self.registered = 0  # the events with which the selector has it now
-        self.later: Later | None = None  # what it waits for while it is WAITING
+        # What it waits for, if it is WAITING or LENT: a Later, or the work of a thread.
+        self.awaited: object = None
         self.begin(HEADER)  # not IDLE: a new client has ten seconds to send a request
         # A generator that has not begun. It begins when the first bytes have come: resume() has it
         # run to its first yield, and later to the next.
@@ -3900,14 +3921,14 @@ class Connection:
             # then the connection ends (RFC 9112, 9.5). This is remembered, because TLS reports an
             # end of file only once.
             self.client_ended = True
-            assert self.later is not None  # always so while it is WAITING
-            if self.later.can_hurry:
+            if isinstance(self.awaited, Later) and self.awaited.can_hurry:
                 self.resume()
         else:
             raise ConnectionError
 
     def resume(self, answer: Any = None) -> None:
         """Go on until there is something to wait for."""
+        self.awaited = None
         self.enter(self.steps.send(answer))
 
     def expire(self) -> None:
@@ -3931,15 +3952,16 @@ class Connection:
                 yield ANSWER
             if self.buffer:  # the next request is here already
                 yield TURN
-            # If this request and its answer needed no wait, the phase is still the IDLE from before
-            # the request. enter() would keep its deadline; the next pause needs one of its own.
+            # Not enter(): a request that was read and answered without a wait leaves the phase as
+            # it was, IDLE, and enter() would keep the deadline. But the next pause has 75 seconds,
+            # too.
             self.begin(IDLE)
         # A plain close would reset the connection, and a client that is still sending would lose
         # the answer. So end this side only, and drop what still comes (RFC 9112, 9.6).
         self.end_sending()
         while True:
             self.buffer.clear()
-            yield LINGER  # until ready() sees the end of what comes, or the deadline passes
+            yield LINGER  # until on_ready() sees the end of what comes, or the deadline passes
 
     def next_answer(self) -> Generator[Phase, Any, bytes]:
         """Take a request; return its answer as it is sent."""
@@ -4000,22 +4022,22 @@ class Connection:
         - a client that ends its sending (`on_ready`);
         - the end of the server (`Server._drain`).
 
-        The first of them ends it, and those that come later do nothing: a wake brings the Later
-        that it is for, which is no more `self.later`; the others look at the phase, which is no
-        more WAITING.
+        The first of them ends it, and those that come later do nothing. The loop drops a late wake,
+        because the connection does not wait for its Later any more. The other three act in the
+        phase WAITING only, which is over.
 
-        A wake that comes early is not lost: it stays in that queue until the loop looks at it.
+        A wake that comes before the `yield` is not lost: it stays in the loop's queue, and is
+        looked at after it.
         """
         if self.client_ended and later.can_hurry:
             return
         wake = functools.partial(self.server.wake, self, later)
-        self.later = later
+        self.awaited = later
         self.begin(WAITING, time.monotonic() + later.seconds)
         later.watch(wake)
         try:
             yield WAITING
         finally:
-            self.later = None
             later.unwatch(wake)
 
     def send(self) -> bool:
@@ -4122,8 +4144,8 @@ class Server(http.server.ThreadingHTTPServer):
         self._is_accepting = False
         self._pause_logged_at = -math.inf  # when the log was last told that accepting pauses
         self._next_check = -math.inf  # when deadlines are checked next, and service_actions called
-        # Filled by any thread: the connection to resume, the Later that it waited for, its answer.
-        self._due: collections.deque[tuple[Connection, Later | None, Any]] = collections.deque()
+        # Filled by any thread: the connection to resume, what it waited for, and what came of that.
+        self._due: collections.deque[tuple[Connection, object, Any]] = collections.deque()
         self._give_up_at = math.inf  # when answers under way are given up; set by any thread
         self._is_evicting = False
         self._stopped = threading.Event()  # clear while serve_forever runs
@@ -4148,8 +4170,8 @@ class Server(http.server.ThreadingHTTPServer):
         self._stopped.clear()
         try:
             self._resume_accepting()
-            # shutdown() sets this moment. From then on, _drain() says in each round whether there
-            # is something left to do.
+            # `_give_up_at` is infinite until shutdown() sets it. Then _drain() says in each round
+            # whether there is something left to do.
             while self._give_up_at == math.inf or self._drain():
                 self._serve_once(poll_interval)
         finally:
@@ -4189,12 +4211,13 @@ class Server(http.server.ThreadingHTTPServer):
         has_work = store.has_expired() or store.has_doomed()
         if has_work and not self._is_evicting:
             self._is_evicting = True
-            self._pool.call(self._evict)
+            self._pool.submit(self._evict)
         self._resume_accepting()
 
     def lend(self, connection: Connection, work: Callable[[], Any]) -> None:
         """Have a thread do `work`, which raises nothing; resume the connection with its outcome."""
-        self._pool.call(lambda: self._put_due(connection, None, work()))
+        connection.awaited = work
+        self._pool.submit(lambda: self._put_due(connection, work, work()))
 
     def wake(self, connection: Connection, later: Later) -> None:
         """Resume a connection, if it still waits for this. Any thread may call it, repeatedly."""
@@ -4222,11 +4245,8 @@ class Server(http.server.ThreadingHTTPServer):
             else:
                 self._waker.clear()
         for _ in range(min(len(self._due), self.MAX_RESUMED)):
-            connection, later, answer = self._due.popleft()
-            # One comparison for two things. From lend() comes (connection, None, answer), and a
-            # connection that is LENT has no `later`. From wake() comes (connection, later, None);
-            # if the connection does not wait for that Later any more, the wake is dropped.
-            if later is connection.later:
+            connection, awaited, answer = self._due.popleft()
+            if awaited is connection.awaited:  # otherwise it is a wake that comes too late
                 self._act(connection, functools.partial(connection.resume, answer))
 
     def _check_deadlines(self, now: float) -> None:
@@ -4251,8 +4271,8 @@ class Server(http.server.ThreadingHTTPServer):
         finally:
             self._is_evicting = False
 
-    def _put_due(self, connection: Connection, later: Later | None, answer: Any) -> None:
-        self._due.append((connection, later, answer))
+    def _put_due(self, connection: Connection, awaited: object, answer: Any) -> None:
+        self._due.append((connection, awaited, answer))
         self._waker.wake()
 
     def _act(self, connection: Connection, act: Callable[[], None]) -> None:
@@ -4314,7 +4334,10 @@ class Server(http.server.ThreadingHTTPServer):
             self._act(connection, connection.on_ready)  # its request may be here already
 
     def _pause_accepting(self, reason: str) -> None:
-        """Accept no more until a connection is closed or the next check, else the loop would spin.
+        """Accept no more until a connection is closed, or until the next check.
+
+        Otherwise the loop would spin: while clients wait to be accepted, the selector returns the
+        listening socket at once, again and again.
 
         If a connection has been idle for more than 5 seconds, the one idle for longest is closed.
         """
@@ -4379,7 +4402,8 @@ class LogHandler(logging.Handler):
     """
 
     MAX_LINES = 10_000
-    # What came from outside must neither begin a line of its own nor move a terminal's cursor.
+    # What came from outside must not look like a line of the log, nor move a terminal's cursor. So
+    # a line feed is followed by an indent, and other control characters are written as escapes.
     ESCAPES: ClassVar[dict[int, str]] = {
         **{code: f"\\x{code:02x}" for code in (*range(32), 127)},
         ord("\n"): "\n    ",
@@ -4459,10 +4483,10 @@ def run_until_stopped(server: Server, grace: float) -> int:
     are no signals. Status 1: the journal was lost.
     """
     application = server.application
-    # The thread below waits for what is put here: the seconds that running tasks have, to begin the
-    # stop; or None, if there is nothing to stop any more. It is no Event: set() holds a lock, and
-    # if a handler of a signal is called in the middle of it, the set() in the handler waits for
-    # that lock for ever. SimpleQueue.put() can be called in the middle of itself.
+    # The thread below waits for what is put here. To begin the stop, put the seconds that running
+    # tasks may still have; if there is nothing to stop any more, put None. It is no Event: set()
+    # holds a lock, and if a handler of a signal is called in the middle of it, the set() in the
+    # handler waits for that lock for ever. SimpleQueue.put() can be called in the middle of itself.
     stops: queue.SimpleQueue[float | None] = queue.SimpleQueue()
     signals: list[int] = []
     losses: list[str] = []
@@ -4566,10 +4590,10 @@ class Listing:
         self._is_dropped = True
 
     def make(self, wake: Callable[[], None]) -> None:
-        """Have the response ready, and call `wake`, unless nobody waits for that any more."""
+        """Make the response and call `wake`; do nothing if nobody waits for it any more."""
         if self._is_dropped:
             return
-        # An error is not lost: the server's loop calls response() again, as Later.answer.
+        # If this fails, the server's loop calls response() again, and answers the error.
         with contextlib.suppress(Exception):
             self.response()
         wake()
@@ -4632,7 +4656,7 @@ class Monitoring:
         listing = Listing(self._application.store, limit, status, type_name)
         return Later(
             LISTING_SECONDS,
-            watch=lambda wake: self._lister.call(functools.partial(listing.make, wake)),
+            watch=lambda wake: self._lister.submit(functools.partial(listing.make, wake)),
             unwatch=lambda wake: listing.drop(),
             answer=listing.response,
             can_hurry=False,
@@ -4696,8 +4720,9 @@ class Journal:
     A journal is an object with the three methods below. To write one, nothing else of this file
     needs to be known. The server never closes a journal: it is there until the process ends.
 
-    A journal of your own opens its database in `load`, whose errors are shown in one line. (That of
-    SQLite opens it when it is made. It can do so because `main` makes it, and shows its errors.)
+    A journal of your own opens its database in `load`, whose errors are shown in one line.
+    (SQLiteJournal opens it in `__init__`. That is possible because `main` makes it, and shows its
+    errors.)
 
     What is kept of a record are the fields in JOURNALED, each exactly as it is:
 
@@ -4850,8 +4875,8 @@ class SQLiteJournal(Journal):
         # SQLite follows a link, and puts its log beside the file itself. So the link is followed
         # here.
         self._path = os.path.realpath(path)
-        # What to save or to delete, and where to put the outcome: an exception, or None.
-        # A job of None ends the thread.
+        # Jobs: a record to save or None, ids to delete, and a queue for the outcome: an exception,
+        # or None if it has worked. Instead of a job, None ends the thread.
         self._jobs: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._lock_file = None
         try:
@@ -5038,7 +5063,7 @@ def host_check(names: Iterable[str]) -> Callable[[Request], None]:
             name = host[1:].partition("]")[0]
         else:
             name = host.partition(":")[0].lower()
-        if name.endswith("."):  # the root of all names, which may be written (RFC 1034, 3.1)
+        if name.endswith("."):  # a full name may end so: "localhost." (RFC 1034, 3.1)
             name = name[:-1]
         return name in allowed or parse_address(name) is not None
 
@@ -5079,7 +5104,7 @@ def tls_context(certificate: str, key: str) -> ssl.SSLContext:
     # A client may ask for another handshake on a connection that is open. The loop would compute
     # it, and all others would wait. OpenSSL 3 refuses that by itself.
     context.options |= getattr(ssl, "OP_NO_RENEGOTIATION", 0)
-    context.set_ciphers("ECDHE+AESGCM:ECDHE+CHACHA20")  # for TLS 1.2; all of TLS 1.3 are such
+    context.set_ciphers("ECDHE+AESGCM:ECDHE+CHACHA20")  # of TLS 1.2; all of TLS 1.3 have both, too
     context.load_cert_chain(certificate, key)
     return context
 
@@ -5299,8 +5324,8 @@ class Description:
     def _tag(self, route: Route) -> str:
         """Return the name of the group of a route."""
         name = route.tag or "server"
-        # The group of the routes without a tag is called "server". A task type may be called that
-        # as well: then their tags, "" and "server", differ, and one of the two gets another name.
+        # The group of the routes without a tag is called "server". If a task type is called that,
+        # too, _unique() sees two tags, "" and "server", and gives the second group another name.
         return self._unique("tag", name, route.tag)
 
     def _about(self, tag: str) -> str:
@@ -5316,7 +5341,7 @@ class Description:
         """
         while True:
             plain = re.sub("[^a-z0-9]", "", name.lower())
-            # Whoever has the name: the thing itself, if it was free, or was given to it before.
+            # The owner of the name: this thing, if the name was free or this thing's; or another.
             owner = self._named[kind].setdefault(plain, thing)
             if owner == thing:
                 return name
@@ -6751,8 +6776,8 @@ def _start(application: Application, options: argparse.Namespace) -> tuple[Serve
         raise _cannot_listen(options, error) from None
     address = _address(options, server.server_port)
     lines = _first_lines(application, options, address)
-    # A thread writes them, because stdout may be a full pipe. The file of --db may have a name that
-    # is not UTF-8.
+    # A thread writes them, because stdout may be a full pipe. The lines contain the path of --db,
+    # which may not be UTF-8.
     data = lines.encode("utf-8", "backslashreplace")
     threading.Thread(target=write_all, args=(1, data), daemon=True).start()
     return server, address

@@ -1475,7 +1475,7 @@ def test_work_waits_while_no_thread_can_be_started(monkeypatch, error):
 def test_an_item_without_a_name_and_a_place_is_worked_whatever_waits():
     done = threading.Event()
     pool = WorkerPool("test", lambda work: work(), max_workers=1, max_waiting=0)
-    submit(pool, lambda: pool.call(done.set))
+    submit(pool, lambda: pool.submit(done.set))
     assert done.wait(LONG)
 
 
@@ -5649,7 +5649,7 @@ def test_a_coroutine_that_is_cancelled_before_the_loop_knows_of_it_is_not_called
     coroutines, monkeypatch
 ):
     pool, answers, called = coroutines.coroutine_pool, [], []
-    call_in_loop, start = pool._event_loop.call, pool._start
+    call_in_loop, start = pool._event_loop.call_soon, pool._start
 
     def call_late(function, *arguments):
         if function == start:
@@ -5661,7 +5661,7 @@ def test_a_coroutine_that_is_cancelled_before_the_loop_knows_of_it_is_not_called
     async def note(payload, report):
         called.append(payload["name"])
 
-    monkeypatch.setattr(pool._event_loop, "call", call_late)
+    monkeypatch.setattr(pool._event_loop, "call_soon", call_late)
     record = final(coroutines, create(coroutines, "note"))
     consistent(record)
     assert (record["error"], record["started_at"]) == (BY_REQUEST, answers[0]["started_at"])
