@@ -3952,10 +3952,11 @@ class Connection:
                 yield ANSWER
             if self.buffer:  # the next request is here already
                 yield TURN
-            # Not enter(): a request that was read and answered without a wait leaves the phase as
-            # it was, IDLE, and enter() would keep the deadline. But the next pause has 75 seconds,
-            # too.
-            self.begin(IDLE)
+            if not self.closing:
+                # Not enter(): a request that was read and answered without a wait leaves the phase
+                # as it was, IDLE. enter() would keep its deadline, but the next pause has 75
+                # seconds, too.
+                self.begin(IDLE)
         # A plain close would reset the connection, and a client that is still sending would lose
         # the answer. So end this side only, and drop what still comes (RFC 9112, 9.6).
         self.end_sending()
