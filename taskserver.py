@@ -1498,7 +1498,8 @@ class EventLoop:
         if trace is not None:
             trace = trace.tb_next  # the first frame is that of _run, which goes on
         while trace is not None and (trace.tb_frame.f_code.co_flags & _ASYNC) == 0:
-            trace.tb_frame.clear()
+            with contextlib.suppress(RuntimeError):  # it still runs, in another thread
+                trace.tb_frame.clear()
             trace = trace.tb_next
         if trace is None:
             log.warning("what a coroutine left behind failed: %s", traceback_of(error))
@@ -2180,7 +2181,9 @@ class Child:
     def kill(self) -> None:
         """End the process at once, if there is one. Waits for no lock."""
         process = self._process
-        if process is not None:
+        if process is None:
+            return
+        with contextlib.suppress(ValueError):  # end() has just closed it, so it has ended
             # Another thread may just have reaped it, but the system gives its number away much
             # later.
             _end_group(process.pid)
@@ -2194,6 +2197,8 @@ class Child:
             self.kill()
             self._process.join(5)
             status = self._process.exitcode
+            if status is not None:
+                self._process.close()  # its descriptors; PyPy would do that some time later
         self._process = None
         self._pipe.close()
         if status is not None and status < 0:

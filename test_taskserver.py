@@ -2445,6 +2445,18 @@ def test_a_dead_child_fails_its_task_alone_says_how_it_died_and_is_replaced(chil
     assert run(child, pid) != before  # one that dies between two tasks costs none
 
 
+@linux
+def test_children_that_have_ended_hold_no_descriptors(child):
+    def descriptors():
+        return len(os.listdir("/proc/self/fd"))
+
+    error_of(child, end_itself, how="exit")
+    before = descriptors()
+    for _ in range(5):
+        error_of(child, end_itself, how="exit")
+    assert descriptors() == before
+
+
 def test_a_task_beyond_its_time_is_ended_but_the_start_of_a_child_does_not_count(child, leash):
     assert run(child, echo, timeout=0.05, result=1) == 1  # a start takes longer
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
@@ -5143,6 +5155,37 @@ def test_what_coroutines_leave_behind_does_no_harm_and_is_logged_once(
     assert len(left_behind(caplog, "stray", collect=True)) == 3
     door.open()
     assert final(coroutines, sister)["result"] == "unharmed"
+
+
+def test_an_exit_that_was_raised_in_another_thread_does_not_end_the_loop(coroutines, caplog):
+    """Its traceback has a frame of that thread, which still runs and cannot be cleared."""
+    done = threading.Event()
+
+    @coroutines.task("leaves")
+    async def leaves(payload, report):
+        loop, raised = asyncio.get_running_loop(), asyncio.Event()
+
+        def raise_again(error):
+            raised.set()
+            raise error
+
+        def run():
+            try:
+                sys.exit("from another thread")
+            except SystemExit as error:
+                loop.call_soon_threadsafe(raise_again, error)
+                done.wait(LONG)
+
+        threading.Thread(target=run).start()
+        await raised.wait()
+        return "well"
+
+    try:
+        assert final(coroutines, create(coroutines, "leaves"))["result"] == "well"
+        assert outcome(coroutines, where)["status"] == "completed"
+        assert eventually(lambda: left_behind(caplog, "from another thread"))
+    finally:
+        done.set()
 
 
 def test_a_task_left_behind_that_waits_for_nothing_is_logged_once(coroutines, caplog):
