@@ -57,9 +57,9 @@ The way of a create:
 
 The way of a long poll, `GET /poll-TYPE/<id>?wait=30`:
 
- 1. As above, until its endpoint finds a record that is pending (6, `_poll`). 2. Instead of a
- response, the endpoint returns a `Later`: what to wait for, for how long, and how to
-    answer then (5).
+ 1. As above, until its endpoint finds a record that is pending (6, `_poll`).
+ 2. Instead of a response, the endpoint returns a `Later`: what to wait for, for how long, and how
+    to answer then (5).
  3. The connection waits in the server's loop, as an idle one does: it has no thread (7).
  4. A worker makes the record final; the store calls whoever watches it (2, `Store.finish`).
  5. That puts the connection into a queue and wakes the loop. The loop has the connection send the
@@ -79,10 +79,10 @@ command line (14). Durations are in seconds, sizes in bytes.
 Of `http.server.ThreadingHTTPServer` this file uses three things: the listening socket with its
 address; the code that binds and closes that socket; and the names of some methods (`serve_forever`,
 `shutdown`, `service_actions`), so that whoever knows that class finds them here. Two parts are
-replaced. The first is its threads: here, one loop serves all connections, because a thread for each
-would cost 16 KiB while it is idle, and time to be woken for every answer. The second is its request
-parser, because it ignores Transfer-Encoding, accepts malformed requests, and takes most of the time
-of an answer.
+replaced. The first is its threads: here, one loop serves all connections. A thread for each would
+cost 16 KiB while it is idle, and to wake it for every answer would take time. The second is its
+request parser, because it ignores Transfer-Encoding, accepts malformed requests, and takes most of
+the time of an answer.
 
 Why not asyncio's streams? They would serve just as many idle connections. But they are slow. Merely
 to read a head and to send a fixed answer takes them 80 % of the time that a whole poll takes here;
@@ -440,8 +440,8 @@ _JSON_ESCAPE = re.compile(
     r"""
     \\ud[89ab].. \\ud[c-f]..  # a pair of surrogates, which stand for one character
     | \\(ud[89a-f]..)          # a surrogate without the other half: group 1
-    | \\.                      # any other, two characters at once: so in \\\\udc80, an escaped
-                               # backslash and then text, the second one begins no escape
+    | \\.                      # any other; of an escaped backslash it takes both characters, so
+                               # that the second one cannot begin an escape
     """,
     re.VERBOSE,
 )
@@ -679,7 +679,9 @@ class Store:
         self.journal: Any = None
         self.journal_lost: Callable[[str], None] = lambda reason: None  # called when it is lost
         self.stopping = False  # becomes true once, by any thread
-        self.lost = ""  # why the journal belongs to this server no more; set once, by any thread
+        # Why the journal belongs to this server no more, or is to be left alone because the process
+        # is ending. Set once, by any thread.
+        self.lost = ""
         self._clock = clock
         self._failed_at = -math.inf  # when the journal failed, by the monotonic clock
         # Guards every attribute from here down to `_unfrozen`. Where one is read without it, the
@@ -785,7 +787,7 @@ class Store:
         finally:
             with self._lock.write:
                 if saved:
-                    self._bytes -= size  # counted by _reserve_place, and now by _insert
+                    self._bytes -= size  # _reserve_place has counted it, _insert does so again
                     self._insert(record)
                 else:
                     self._free_place(record.id, size)
@@ -822,19 +824,16 @@ class Store:
         Blocks, and tries until that has worked. RecordRefused: it never will. JournalLost: the
         journal is another server's, or this process is ending.
         """
+        if self.journal is None:
+            return
         attempts = 0
-        while self.journal is not None:
+        while True:
             try:
                 self._save_once(record)
                 return
             except JournalError:  # nothing tells when a disk has room again
                 time.sleep(self.PAUSES[min(attempts, len(self.PAUSES) - 1)])
                 attempts += 1
-        # The store has no journal. If nothing was tried, it never had one: there is nothing to do.
-        # If something was tried, `main` or a second signal has set `journal` to None since, because
-        # the process is ending: the record was not saved.
-        if attempts:
-            raise JournalLost("the server has ended before the record was saved")
 
     def _save_once(self, record: Record) -> None:
         """Save a record.
@@ -1012,9 +1011,10 @@ class Store:
                 self._doomed.update(ids)
 
     def _await_deletion(self, task_id: str) -> None:
-        """Wait until an old delete of this id is over, and call off one that has not begun.
+        """See that no delete of an older record with this id comes after its new one.
 
-        Else it would delete the new record of this id. JournalError: it takes too long.
+        If the journal is deleting that just now, wait for it; if that is still to be done, call it
+        off. JournalError: it takes too long.
         """
         with self._deletion:
             if not self._deletion.wait_for(lambda: task_id not in self._deleting, 5):
@@ -1258,10 +1258,13 @@ class WorkerPool(BoundedQueue):
     raise.
 
     A worker is *on the way* from when it is made or notified until it has the lock and looks into
-    the queue. While one is on the way, wake() calls no other. A worker that takes an item calls
-    wake() for the next one. So a burst of short items wakes few threads, and long ones get a thread
-    each. In short: if there is an item that may begin, then a worker is on the way, or all are busy
-    and will look into the queue, or somebody is about to call wake().
+    the queue. While an item may begin, one of these is true:
+
+    - a worker is on the way;
+    - all `max_workers` workers are busy, and each looks into the queue when it is done;
+    - somebody is about to call wake(): who has put the item, or a worker that has just taken one.
+
+    So a burst of short items wakes few threads, and long ones get a thread each.
     """
 
     IDLE_SECONDS = 10.0  # without work, after which a worker ends
@@ -1321,7 +1324,7 @@ class WorkerPool(BoundedQueue):
     def _be_worker(self) -> None:
         """Be a worker."""
         try:
-            item = self._get(is_new=True)
+            item = self._wait_for_item()
             while item is not None:
                 self.wake()  # if there are more items, for another worker
                 self._work_on(item)
@@ -1331,8 +1334,8 @@ class WorkerPool(BoundedQueue):
             # any point, through Python's C interface (PyThreadState_SetAsyncExc).
             log.error("a worker ends: %s", describe(error))
             with self._lock:
-                self._workers -= 1  # of a worker that ends in the usual way, _get does this
-                self._on_the_way = False
+                self._workers -= 1  # of a worker that ends as usual, _wait_for_item does this
+                self._on_the_way = False  # if that was another one, one more is woken: no harm
         self._at_end()
         self.wake()  # for items that came meanwhile
 
@@ -1342,38 +1345,32 @@ class WorkerPool(BoundedQueue):
         finally:
             self._done()
 
-    def _get(self, is_new: bool = False) -> Any:
-        """Return the next item; None: there was none for a while, and this worker has to end.
-
-        `is_new`: the worker was just made.
-        """
+    def _get(self) -> Any:
+        """Return the next item for a worker that was busy; None: it has to end."""
         with self._lock:
-            if is_new:
-                self._on_the_way = False
-            while not self._may_begin():
-                if not self._wait_idle():
-                    self._workers -= 1
-                    return None
-            return self._take()[1]
+            if self._may_begin():
+                return self._take()[1]
+        return self._wait_for_item()
 
-    def _wait_idle(self) -> bool:
-        """Wait to be notified; return false if there was nothing to do for too long.
+    def _wait_for_item(self) -> Any:
+        """Return the next item for an idle worker or a new one; None: it has to end."""
+        with self._lock:
+            self._idle += 1
+            try:
+                # wait_for() looks now, after each notify, and once more when the time is over. So
+                # no item is missed for which this worker was notified at the last moment.
+                has_come = self._not_empty.wait_for(self._look, self.IDLE_SECONDS)
+            finally:
+                self._idle -= 1
+            if has_come:
+                return self._take()[1]
+            self._workers -= 1
+            return None
 
-        The lock is held.
-        """
-        self._idle += 1
-        try:
-            notified = self._not_empty.wait(self.IDLE_SECONDS)
-        finally:
-            self._idle -= 1
-        # wait() may return false although wake() has notified this worker, in this order:
-        # 1. The time of this worker is over.
-        # 2. wake() is called for an item, counts this worker as idle, and notifies it.
-        # 3. This worker gets the lock back, and wait() returns false.
-        # Nobody else was called for that item. So after a timeout, too, a worker looks into the
-        # queue. (If wake() has notified another one, one more is woken than needed: no harm.)
+    def _look(self) -> bool:
+        """Have a worker look into the queue. The lock is held."""
         self._on_the_way = False
-        return notified or self._may_begin()
+        return self._may_begin()
 
 
 # Coroutines
@@ -1393,21 +1390,23 @@ class WorkerPool(BoundedQueue):
 #
 #     method         in              what is done
 #     -------------  --------------  --------------------------------------------------------
-#     _begin_next    a thread        start, seconds = before(item): a function, and its time limit
-#     _start         the event loop  value = await start()
-#     _ended         the event loop  the coroutine has returned or raised
-#     _last_step     a thread        after(item, value, error); then its slot is free
+#     _begin_next    a thread        calls before(item), which returns `start`, the function that
+#                                    makes the coroutine, and `seconds`, its time limit
+#     _start         the event loop  awaits what start() returns
+#     _ended         the event loop  comes next, when that has returned or raised
+#     _last_step     a thread        calls after(item, value, error); then the slot is free
 #
-# A slot is one of `max_workers`. `start` is None if there is nothing to run: then the slot is free
-# at once. `seconds` is None if there is no limit.
+# A slot is one of `max_workers`. If `start` is None, there is nothing to run, and the slot is free
+# at once. If `seconds` is None, there is no limit.
 #
 # A coroutine that runs can be interrupted, for one of three reasons: it was cancelled, its time is
 # over, or the server stops.
 #
 #     _interrupt     the event loop  cancels it, as in fact 2. Usually that ends it: _ended and
 #                                    _last_step follow, and the reason becomes its error.
-#     _give_up       the event loop  If it still runs after some time, its grace, a thread calls
-#                                    after(item, None, reason). Its slot is free when it ends.
+#     _give_up       the event loop  If the coroutine still runs after some time, its grace, a
+#                                    thread calls after(item, None, reason). The coroutine keeps
+#                                    its slot until it ends.
 
 
 class Stopped(Exception):
@@ -1441,7 +1440,7 @@ class EventLoop:
             except Exception as error:  # no descriptor to be had, or a policy of somebody's own
                 log.error("no event loop for coroutines: %s", describe(error))
                 return False
-            loop.set_exception_handler(self._log_stray_exception)
+            loop.set_exception_handler(self._log_stray)
             thread = threading.Thread(
                 target=self._run, args=(loop,), name="event-loop", daemon=True
             )
@@ -1473,26 +1472,19 @@ class EventLoop:
         while not self._is_ending:
             try:
                 loop.run_forever()  # returns, too, when a coroutine stops the loop
-            except BaseException as error:
-                self._outlive_exit(error)
+            except BaseException as error:  # of something that a coroutine has left behind (fact 4)
+                self._outlive(error)
         with self._lock:
             self.loop = None
         loop.close()
 
-    def _outlive_exit(self, error: BaseException) -> None:
-        """Go on after a SystemExit or a KeyboardInterrupt, which has ended asyncio's loop (fact 4).
+    def _outlive(self, error: BaseException) -> None:
+        """Log an exception that has ended asyncio's loop, if nobody else does.
 
-        It was raised by something that a coroutine has left behind in the loop: a task of asyncio,
-        or a callback. (What our coroutines raise themselves is caught by CoroutinePool.) It has to
-        be logged once.
-
-        If it was a task, the traceback contains the frame of a coroutine. asyncio logs the
-        exception itself when that task is freed (fact 3). But the traceback also contains frames of
-        asyncio's loop, whose variables keep the task alive. So these frames are cleared: then the
-        task is freed, and asyncio logs.
-
-        If it was a callback, the traceback contains no frame of a coroutine, and asyncio logs
-        nothing. So it is logged here.
+        A callback may have raised it: then nobody else does. Or a task of asyncio: then its
+        traceback contains the frame of a coroutine, and somebody awaits the task, or asyncio logs
+        the exception when the task is freed (fact 3). It is freed only if the frames of asyncio's
+        loop, which come before that one, no longer refer to it. So their variables are cleared.
         """
         trace = error.__traceback__
         if trace is not None:
@@ -1504,7 +1496,7 @@ class EventLoop:
         if trace is None:
             log.warning("what a coroutine left behind failed: %s", traceback_of(error))
 
-    def _log_stray_exception(self, loop: Any, context: dict[str, Any]) -> None:
+    def _log_stray(self, loop: Any, context: dict[str, Any]) -> None:
         """Log what asyncio says of an exception that nobody awaits (a hook of asyncio)."""
         error = context.get("exception")
         if error is not None:
@@ -1731,7 +1723,6 @@ class Waker:
         self._receiver, self._sender = socket.socketpair()
         self._receiver.setblocking(False)
         self._sender.setblocking(False)
-        self._is_woken = False  # whether a byte is under way, so that no other is needed
 
     def fileno(self) -> int:
         """Return the descriptor to wait for until it can be read."""
@@ -1739,9 +1730,6 @@ class Waker:
 
     def wake(self) -> None:
         """Wake the thread."""
-        if self._is_woken:
-            return
-        self._is_woken = True
         # This fails if the socket is full: then what is in it wakes the thread. Or if it is closed:
         # then nobody waits.
         with contextlib.suppress(OSError):
@@ -1751,9 +1739,6 @@ class Waker:
         """Forget that wake() was called."""
         with contextlib.suppress(BlockingIOError):
             self._receiver.recv(4096)
-        # A wake() between recv() and this line sends no byte. It needs none: its caller has put the
-        # work there before, and this thread looks for work after clear().
-        self._is_woken = False
 
     def close(self) -> None:
         """Close both ends."""
@@ -1792,7 +1777,8 @@ class Waker:
 #    next function.
 # 6. Python calls a handler of a signal in the main thread, between any two steps of what that does.
 # 7. Processes can form a group, which one call ends as a whole. A child has a group of its own,
-#    with all that its tasks have started. Of the groups of a terminal, one may read from it.
+#    with all that its tasks have started. A terminal lets one group at a time read from it, and
+#    suspends a program of any other group that tries.
 #
 # So a child begins like this: its worker blocks the stop signals in its own thread, and starts it
 # (`Child._start`). It makes its group, sets its handlers, and unblocks the signals (`_child_main`).
@@ -1898,8 +1884,8 @@ def handle_stop_signals(handler: Callable[[int, Any], None]) -> None:
 def _before_fork() -> None:
     """Until the fork is over, let no child be started, and block the stop signals.
 
-    If a signal reached the copy while that still has our handlers, these would take it, and it
-    would be lost. So signals are held back until the copy has given up our handlers.
+    A signal that reached the copy too early would be taken by our handlers there, and be lost. So
+    signals are held back until the copy has given up the handlers.
     """
     _fork_lock.acquire()
     _fork_state.mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
@@ -2027,8 +2013,7 @@ def _take_no_notice(number: int, frame: object) -> None:
 def _empty_stdin() -> None:
     """Make stdin empty, for the programs that a task starts.
 
-    A program that tried to read from the terminal would be suspended, because its group is not the
-    one that may (fact 7).
+    They must not read from the terminal, which would suspend them (fact 7).
     """
     with open(os.devnull, "rb") as nothing:
         os.dup2(nothing.fileno(), 0)
@@ -2345,9 +2330,8 @@ class Children:
     def _add(self) -> None:
         child = Child(self._reaping)
         with self._lock:
-            # When Python ends, `multiprocessing` waits for children, so kill() has to be called
-            # before. It is: functions are called in the reverse order in which they were
-            # registered.
+            # When Python ends, `multiprocessing` waits for children: it has registered that when it
+            # was imported. What is registered later is called earlier. So kill() comes first.
             atexit.unregister(self.kill)  # so that it is registered once
             atexit.register(self.kill)
             self._all.add(child)
@@ -2440,20 +2424,20 @@ class Later(NamedTuple):
     - `wake` was called;
     - `seconds` have passed;
     - the server shuts down;
-    - if `can_hurry` is true: the client has ended its sending (it may still read).
+    - if `is_quick` is true: the client has ended its sending (it may still read).
 
     Then the loop calls `unwatch(wake)` and `answer()`, which must not block. If the connection
     breaks, it calls `unwatch(wake)` alone. If the client had ended its sending before, and
-    `can_hurry` is true, there is no wait: the loop calls `answer()` alone.
+    `is_quick` is true, there is no wait: the loop calls `answer()` alone.
     """
 
     seconds: float
     watch: Callable[[Callable[[], None]], None]
     unwatch: Callable[[Callable[[], None]], None]
     answer: Callable[[], Response]
-    # Whether a client that ends its sending is answered at once. False if answer() has to do slow
-    # work itself when `wake` was not called: for GET /tasks (9), it would make the listing.
-    can_hurry: bool = True
+    # Whether answer() is quick even if `wake` was not called. That of GET /tasks (9) is not: it
+    # would make the listing, in the loop.
+    is_quick: bool = True
 
 
 class HTTPError(Exception):
@@ -2531,8 +2515,8 @@ class Router:
           it. That is the default. If it is false, the server's loop calls the endpoint itself, and
           all other connections wait meanwhile.
         - `check(request)`: a rule for the head of a request; may raise HTTPError; must be quick.
-        - `waived`: statuses that do not refuse. When a check of the application refuses a request
-          with one of these, the request is let in all the same, with `trusted` false.
+        - `waived`: statuses whose refusal is ignored here: a request that one of the application's
+          checks refuses with one of them is let in, with `trusted` false.
         - `summary`, `details`: what it does, in a line, and more. `tag`: to which group it belongs.
         - `operation`: its name in clients that are made from the description.
         - `statuses`: those that its answer can have, with a sentence for each. `refusals`: those
@@ -2600,7 +2584,7 @@ _BRACKET_OR_STRING = re.compile(
     r"""
     [\[{\]}]
     | " [^"\\]* (?: \\. [^"\\]* )*  # characters and escapes
-      (?: " | \\?\Z )               # the closing quote; or the end, where an escape may be cut
+      (?: " | \\?\Z )               # the closing quote; or the end, perhaps after a backslash
     """,
     re.DOTALL | re.VERBOSE,
 )
@@ -2878,16 +2862,17 @@ def _check_import(name: str, function: Any, default: Default) -> None:
         spec = getattr(main_module, "__spec__", None)
         # `python -m package` runs its __main__, which a child does not import.
         is_package = spec is not None and spec.name.rpartition(".")[2] == "__main__"
-        file = getattr(main_module, "__file__", "<none>")
-        # It may be <stdin>. A program packed by PyInstaller sets sys.frozen, and needs no file.
-        has_file = not file.startswith("<") or hasattr(sys, "frozen")
+        file = getattr(main_module, "__file__", None) or ""
+        has_file = file != "" and not file.startswith("<")  # it may be <stdin>
+        if hasattr(sys, "frozen"):  # a program packed by PyInstaller, say, needs none
+            has_file = True
         if is_package or not has_file:
             raise ValueError(
                 f"task type {name!r}: a child process cannot import this program; with cpu=True, "
                 "move the function into a module of its own"
             )
-    # The server itself may run in a process that `multiprocessing` has started. Such a process
-    # imports the file of the program as __mp_main__, and so do its children.
+    # A server may run in a process of `multiprocessing`. That process and its children import the
+    # file of the program as __mp_main__.
     elif module != "__mp_main__" and not _is_importable(module):
         raise ValueError(
             f"task type {name!r}: a child process cannot import {module}; with cpu=True, put the "
@@ -2958,9 +2943,8 @@ class Application:
     """The task types, their endpoints, and the life of a task. It knows no sockets.
 
     Building one starts no thread, process or socket. Public attributes may be set until the first
-    request. `main` sets the bounds of the store and of all three pools from its options. An option
-    that is not given is what you have set: on `store`, on `pool` (for all three pools), or as
-    `cpu_pool.max_workers`. What you have set on `coroutine_pool` is overwritten.
+    request. `main` sets the bounds of the store and of the pools as its options say; the defaults
+    of the options are what was set before.
     """
 
     # A task that waits for a network costs a thread of some 16 KiB, so hundreds fit into the
@@ -2993,8 +2977,8 @@ class Application:
         # Takes the two lines that the log has for each task. `main` replaces it by LogHandler.put,
         # which takes a fifth of the time.
         self.log_task: Callable[..., None] = log.info
-        # The threads that make tasks final which no worker runs: with a journal, that may take
-        # long.
+        # A task that no worker runs, because it was cancelled or interrupted, is made final by
+        # these threads: with a journal, that may take long.
         self._savers = WorkerPool("saver", lambda save: save(), 8)
         self.helpers = [self._savers]  # pools for other things than tasks
         # Guards Live.withdrawn: to set it and to withdraw the task from the pool are one step.
@@ -3051,9 +3035,9 @@ class Application:
     def judge(self, request: Request) -> Verdict:
         """Return what is to become of a request, judged by its head, once. Raises nothing.
 
-        The application's checks refuse first, so that without a token nobody learns what paths
-        there are; then the router, because there is no such path or method; then the check of the
-        route.
+        Refusals have this order: that of the application's checks, so that without a token nobody
+        learns what paths there are; that of the router (404, 405); that of the route's own check.
+        The router is asked first all the same, because a check needs to know what the route waives.
         """
         try:
             try:
@@ -3409,7 +3393,7 @@ class Application:
     def _begin_coroutine(self, record: Record) -> tuple[Callable[[], Any] | None, float | None]:
         """Return what starts the coroutine of a task, and its time limit.
 
-        Twice None if there is nothing to start: the task is final now, or the journal is lost.
+        (None, None): there is nothing to start. The task is final now, or the journal is lost.
         """
         task_type = self.types[record.type]
         try:
@@ -3506,8 +3490,8 @@ BODY = Phase("body", _READ, True, 20)  # for the rest of its body
 LENT = Phase("lent", 0, False, math.inf)  # for a thread that works on the answer, or on TLS
 WAITING = Phase("waiting", _READ, True, math.inf)  # for an answer that comes later: `wait_for`
 ANSWER = Phase("answer", _WRITE, False, 20)  # for the socket to take the rest of what is sent
-# For nothing: a socket nearly always takes bytes. So it goes on in the next round of the loop,
-# after the other connections.
+# For its turn: its next request is here already, but other connections come first. A socket nearly
+# always takes bytes, so the selector returns it in the next round of the loop.
 TURN = Phase("turn", _WRITE, False, 20)
 IDLE = Phase("idle", _READ, True, 75)  # for the next request
 LINGER = Phase("linger", _READ, True, 5)  # for the client to close, after the last answer
@@ -3553,11 +3537,11 @@ def read_head(buffer: bytearray, peer: str = "") -> Generator[Phase, Any, Reques
             line_end = buffer.find(b"\r\n", max(0, seen - 1))
             if line_end >= 0:
                 parse_request_line(bytes(buffer[:line_end]))  # raises if it is wrong
-            elif len(buffer) > MAX_LINE + 1:  # a whole line may be here, and the CR of its end
+            elif len(buffer) >= MAX_LINE + 2:  # a whole line and its CR LF would be that long
                 parse_request_line(bytes(buffer))  # raises because it is too long
         if line_end >= 0:
             length = len(buffer) - (line_end + 2)
-            if length > MAX_HEADERS + 3:  # all headers may be here, and CR LF CR of their end
+            if length >= MAX_HEADERS + 4:  # all headers and their CR LF CR LF would be that long
                 raise HTTPError(431, f"Send at most {MAX_HEADERS} bytes of headers.")
         seen = len(buffer)
         yield HEADER
@@ -3646,7 +3630,7 @@ def parse_head(head: bytes, peer: str = "") -> Request:
     method, authority, path, query, minor = parse_request_line(line)
     fields = parse_headers(block, minor)
     host = authority or fields.headers.get("host", "")
-    # HTTP/1.1 asks for a Host, and that of `OPTIONS *` alone may be empty (RFC 9112, 3.2).
+    # HTTP/1.1 requires a Host. It may be empty only for `OPTIONS *` (RFC 9112, 3.2).
     if not host and minor and path != "*":
         raise HTTPError(400, "Send the name or address of this server as the Host.")
     return Request(method, path, query, host, fields, peer=peer)
@@ -3923,10 +3907,10 @@ class Connection:
                 self.resume()
         elif self.phase is WAITING:
             # The client is gone, or has ended its sending and still reads. It gets its answers now,
-            # then the connection ends (RFC 9112, 9.5). This is remembered, because TLS reports an
-            # end of file only once.
+            # then the connection ends (RFC 9112, 9.5), in enter(), when it would have to receive.
+            # This is remembered, because TLS reports an end of file only once.
             self.client_ended = True
-            if isinstance(self.awaited, Later) and self.awaited.can_hurry:
+            if isinstance(self.awaited, Later) and self.awaited.is_quick:
                 self.resume()
         else:
             raise ConnectionError
@@ -3955,13 +3939,9 @@ class Connection:
             self.unsent = yield from self.next_answer()
             while self.send():
                 yield ANSWER
-            if self.buffer:  # the next request is here already
+            if self.buffer:
+                self.begin(TURN)
                 yield TURN
-            if not self.closing:
-                # Not enter(): a request that was read and answered without a wait leaves the phase
-                # as it was, IDLE. enter() would keep its deadline, but the next pause has 75
-                # seconds, too.
-                self.begin(IDLE)
         # A plain close would reset the connection, and a client that is still sending would lose
         # the answer. So end this side only, and drop what still comes (RFC 9112, 9.6).
         self.end_sending()
@@ -3974,7 +3954,8 @@ class Connection:
         application = self.server.application
         request = None
         try:
-            while not self.buffer:
+            if not self.buffer:
+                self.begin(IDLE)  # each pause has a deadline of its own
                 yield IDLE
             request = yield from read_head(self.buffer, self.peer)
             verdict = application.judge(request)
@@ -4032,10 +4013,9 @@ class Connection:
         because the connection does not wait for its Later any more. The other three act in the
         phase WAITING only, which is over.
 
-        A wake that comes before the `yield` is not lost: it stays in the loop's queue, and is
-        looked at after it.
+        A wake that comes before the `yield` is not lost: the loop reads its queue only after that.
         """
-        if self.client_ended and later.can_hurry:
+        if self.client_ended and later.is_quick:
             return
         wake = functools.partial(self.server.wake, self, later)
         self.awaited = later
@@ -4123,8 +4103,8 @@ class Server(http.server.ThreadingHTTPServer):
     # The kernel's queue of new connections. With the base class's 5, most of a burst get no answer.
     request_queue_size = 1024
 
-    MAX_ACCEPTED = 100  # connections at once; then the others have their turn
-    MAX_RESUMED = 100  # the same for answers that have become due
+    ACCEPTED_PER_ROUND = 100  # new connections in one round of the loop
+    RESUMED_PER_ROUND = 100  # connections for which something was due, in one round
     CHECK_SECONDS = 0.02  # at least, between two checks of all deadlines
 
     def __init__(
@@ -4250,7 +4230,7 @@ class Server(http.server.ThreadingHTTPServer):
                 self._accept()
             else:
                 self._waker.clear()
-        for _ in range(min(len(self._due), self.MAX_RESUMED)):
+        for _ in range(min(len(self._due), self.RESUMED_PER_ROUND)):
             connection, awaited, answer = self._due.popleft()
             if awaited is connection.awaited:  # otherwise it is a wake that comes too late
                 self._act(connection, functools.partial(connection.resume, answer))
@@ -4319,7 +4299,7 @@ class Server(http.server.ThreadingHTTPServer):
         if room <= 0:
             self._pause_accepting("all connections are in use")
             return
-        for _ in range(min(room, self.MAX_ACCEPTED)):
+        for _ in range(min(room, self.ACCEPTED_PER_ROUND)):
             try:
                 sock, address = self.get_request()
             except BlockingIOError:  # there are no more
@@ -4481,6 +4461,9 @@ class LogHandler(logging.Handler):
         return f"{_whole_second(int(seconds))}Z {level} {text}\n"
 
 
+ENDING = "this process is ending"  # why a store no longer uses its journal
+
+
 def run_until_stopped(server: Server, grace: float) -> int:
     """Serve until a signal or `server.shutdown`, then stop in order; return an exit status.
 
@@ -4501,7 +4484,7 @@ def run_until_stopped(server: Server, grace: float) -> int:
         signals.append(number)
         if len(signals) > 1:
             # The children are killed next. The journal must not note their tasks as failed.
-            application.store.journal = None
+            application.store.lost = ENDING
             application.children.kill()
             os._exit(128 + number)
         stops.put(grace)
@@ -4526,8 +4509,8 @@ def run_until_stopped(server: Server, grace: float) -> int:
         server.serve_forever()
     finally:
         server.server_close()
-    # If somebody has called server.shutdown, these two are still to be done: to stop the
-    # application, and to end the thread that waits for a stop. If not, they do nothing.
+    # After a signal, stop_in_order has stopped the application, and its thread has ended: these two
+    # do nothing. After a plain server.shutdown, both are still to be done.
     application.stop()
     stops.put(None)
     if losses:
@@ -4665,7 +4648,7 @@ class Monitoring:
             watch=lambda wake: self._lister.submit(functools.partial(listing.make, wake)),
             unwatch=lambda wake: listing.drop(),
             answer=listing.response,
-            can_hurry=False,
+            is_quick=False,
         )
 
     def healthz(self, request: Request) -> Response:
@@ -4855,6 +4838,14 @@ def _locked_file(path: str) -> Any:
     return file
 
 
+class _Job(NamedTuple):
+    """What a thread asks of the thread that writes."""
+
+    record: Record | None  # to be saved
+    ids: list[str]  # to be deleted
+    outcome: queue.SimpleQueue[Exception | None]  # where it waits: None, if all has worked
+
+
 class SQLiteJournal(Journal):
     """Keeps records in an SQLite file that no other process can open meanwhile.
 
@@ -4866,8 +4857,9 @@ class SQLiteJournal(Journal):
     opens the database and closes it again, say to copy it, would unlock it.
     """
 
-    # Of the table; in the file as user_version. Version 1 has the fields of JOURNALED as above;
-    # `seq` is the sequence, times are seconds since 1970, result and payload are blobs of JSON.
+    # The version of the table, which the file keeps as user_version. Version 1 has the fields of
+    # JOURNALED as above; `seq` is the sequence, times are seconds since 1970, result and payload
+    # are blobs of JSON.
     VERSION = 1
     _CREATE = (
         "CREATE TABLE task (seq INTEGER PRIMARY KEY, id, name, status, type, created_at, "
@@ -4881,9 +4873,8 @@ class SQLiteJournal(Journal):
         # SQLite follows a link, and puts its log beside the file itself. So the link is followed
         # here.
         self._path = os.path.realpath(path)
-        # Jobs: a record to save or None, ids to delete, and a queue for the outcome: an exception,
-        # or None if it has worked. Instead of a job, None ends the thread.
-        self._jobs: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        # What the thread is to write; None ends it.
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._lock_file = None
         try:
             import sqlite3  # not every Python is built with it
@@ -4941,7 +4932,7 @@ class SQLiteJournal(Journal):
 
     def _hand_over(self, record: Record | None, ids: list[str]) -> None:
         outcome: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
-        self._jobs.put((record, ids, outcome))
+        self._jobs.put(_Job(record, ids, outcome))
         error = outcome.get()
         if error is not None:
             raise error
@@ -4987,24 +4978,26 @@ class SQLiteJournal(Journal):
 
     def _be_writer(self) -> None:
         """Be the thread that writes."""
-        jobs: list[Any] = []
-        while None not in jobs:
+        is_ending = False
+        while not is_ending:
             jobs = [self._jobs.get()]
             while not self._jobs.empty():
                 jobs.append(self._jobs.get())
-            work = [job for job in jobs if job is not None]
-            error = self._write(work)
-            if isinstance(error, RecordRefused):  # write each alone: the others must not suffer
-                for job in work:
-                    job[2].put(self._write([job]))
-            else:
-                for _, _, outcome in work:
-                    outcome.put(error)
+            is_ending = None in jobs
+            self._write_all([job for job in jobs if job is not None])
 
-    def _write(self, jobs: list[Any]) -> Exception | None:
+    def _write_all(self, jobs: list[_Job]) -> None:
+        error = self._write(jobs)
+        for job in jobs:
+            if isinstance(error, RecordRefused):  # write each alone: the others must not suffer
+                job.outcome.put(self._write([job]))
+            else:
+                job.outcome.put(error)
+
+    def _write(self, jobs: list[_Job]) -> Exception | None:
         """Do jobs in one transaction; return why that did not work."""
-        records = [record for record, _, _ in jobs if record is not None]
-        deleted = [task_id for _, ids, _ in jobs for task_id in ids]
+        records = [job.record for job in jobs if job.record is not None]
+        deleted = [task_id for job in jobs for task_id in job.ids]
         try:
             self._commit(records, deleted)
             return None
@@ -5110,7 +5103,8 @@ def tls_context(certificate: str, key: str) -> ssl.SSLContext:
     # A client may ask for another handshake on a connection that is open. The loop would compute
     # it, and all others would wait. OpenSSL 3 refuses that by itself.
     context.options |= getattr(ssl, "OP_NO_RENEGOTIATION", 0)
-    context.set_ciphers("ECDHE+AESGCM:ECDHE+CHACHA20")  # of TLS 1.2; all of TLS 1.3 have both, too
+    # Those of TLS 1.2; all of TLS 1.3 have forward secrecy and AEAD.
+    context.set_ciphers("ECDHE+AESGCM:ECDHE+CHACHA20")
     context.load_cert_chain(certificate, key)
     return context
 
@@ -5330,8 +5324,8 @@ class Description:
     def _tag(self, route: Route) -> str:
         """Return the name of the group of a route."""
         name = route.tag or "server"
-        # The group of the routes without a tag is called "server". If a task type is called that,
-        # too, _unique() sees two tags, "" and "server", and gives the second group another name.
+        # A task type may be called "server", too. _unique() compares the tags, "" and "server", and
+        # gives one of the two groups another name.
         return self._unique("tag", name, route.tag)
 
     def _about(self, tag: str) -> str:
@@ -5347,8 +5341,10 @@ class Description:
         """
         while True:
             plain = re.sub("[^a-z0-9]", "", name.lower())
-            # The owner of the name: this thing, if the name was free or this thing's; or another.
-            owner = self._named[kind].setdefault(plain, thing)
+            owner = self._named[kind].get(plain)
+            if owner is None:  # the name is free
+                self._named[kind][plain] = thing
+                return name
             if owner == thing:
                 return name
             name += "2"
@@ -6651,6 +6647,8 @@ def _cannot_listen(options: argparse.Namespace, error: OSError) -> ValueError:
 
 
 def _set_bounds(application: Application, options: argparse.Namespace) -> None:
+    # The defaults of the options are the bounds of the store, of `pool`, and the `max_workers` of
+    # `cpu_pool`. What was set on `coroutine_pool` is overwritten.
     for pool in application.pools:
         pool.max_workers, pool.max_waiting = options.workers, options.max_waiting
     application.cpu_pool.max_workers = options.cpu_workers
@@ -6757,7 +6755,7 @@ def main(application: Application | None = None, argv: list[str] | None = None) 
     if is_running:
         log.warning("some tasks were still running and are cut off")
     handler.finish(1)
-    application.store.journal = None  # what still runs is left for the next start to settle
+    application.store.lost = ENDING  # what still runs is left for the next start to settle
     application.children.kill()
     if is_main_thread:
         _leave(status, at_once=is_running)
