@@ -30,7 +30,7 @@ What it promises:
 
 The file is one story: each section uses only what stands above it, with one exception. The store
 (2) calls the methods of a journal, which section 10 describes. (Comments sometimes point ahead, and
-name the section.)
+routes name descriptions of section 12.)
 
     1 Lock      2 Records and store    3 Workers        4 Child processes
     5 Requests, responses, routes      6 Application    7 HTTP    8 Running
@@ -84,10 +84,10 @@ cost 16 KiB while it is idle, and to wake it for every answer would take time. T
 request parser, because it ignores Transfer-Encoding, accepts malformed requests, and takes most of
 the time of an answer.
 
-Why not asyncio's streams? They would serve just as many idle connections. But they are slow. Merely
-to read a head and to send a fixed answer takes them 80 % of the time that a whole poll takes here;
-the poll itself would come on top. And buffers, limits, deadlines and wake-ups would be handled
-inside asyncio, where the reader of this file cannot see them.
+Why not asyncio's streams? They would serve just as many idle connections. But they are slow: a mere
+head and a fixed answer, without any poll, already take them 80 % of the time that a whole poll
+takes here. And buffers, limits, deadlines and wake-ups would be handled inside asyncio, where the
+reader of this file cannot see them.
 
 Docstrings name the exceptions that a caller has to expect, each with its reason:
 "KeyError: there is no such record."
@@ -440,8 +440,8 @@ _JSON_ESCAPE = re.compile(
     r"""
     \\ud[89ab].. \\ud[c-f]..  # a pair of surrogates, which stand for one character
     | \\(ud[89a-f]..)          # a surrogate without the other half: group 1
-    | \\.                      # any other; of an escaped backslash it takes both characters, so
-                               # that the second one cannot begin an escape
+    | \\.                      # any other; an escaped backslash is one escape of two characters,
+                               # so its second one is not taken for the beginning of another
     """,
     re.VERBOSE,
 )
@@ -528,6 +528,7 @@ def _json_key(key: object) -> str:
     """Return what a key of a dict becomes in JSON, as `json` itself writes it."""
     if isinstance(key, str):
         return key
+    # A dict with this key alone is written and read again: its only key is the answer.
     (written,) = json.loads(json.dumps({key: None}))
     return str(written)
 
@@ -611,7 +612,8 @@ class Unavailable(Exception):
 
 # How a journal can fail to save a record, and what becomes of its task:
 #
-# (A record is saved when its task is created, when it starts, and when it is final: its outcome.)
+# (A record is saved three times: when its task is created, when it starts, and when it is final,
+# which is its *outcome*.)
 #
 #                      a create             a start or an outcome
 #     JournalError     is refused (503)     is saved again until that works
@@ -620,9 +622,9 @@ class Unavailable(Exception):
 
 
 class JournalError(Unavailable):
-    """Raised by the store: a record was not saved, or nobody knows whether it was.
+    """Raised by the store: a record was not saved.
 
-    It is unknown when the error came late, for example in the commit.
+    Or perhaps it was: the error may have come late, for example in the commit.
     """
 
 
@@ -663,7 +665,8 @@ class Store:
     PAUSES = (0.1, 0.3, 1.0, 3.0, 10.0)  # seconds between attempts to save; then always the last
     DELETE_AGAIN_SECONDS = 10.0  # after a failed delete, until the next one
     EVICTED_AT_ONCE = 1000  # records; the lock is held for a millisecond to drop them
-    DELETED_AT_ONCE = 250  # records; a disk needs some 15 ms for them, and creates wait that long
+    # Records. A disk needs some 15 ms for them; creates wait that long, because one thread writes.
+    DELETED_AT_ONCE = 250
 
     # `freeze_records` (below) acts when there are more than MANY records, and MANY_NEW are new.
     MANY, MANY_NEW = 100_000, 50_000
@@ -679,8 +682,8 @@ class Store:
         self.journal: Any = None
         self.journal_lost: Callable[[str], None] = lambda reason: None  # called when it is lost
         self.stopping = False  # becomes true once, by any thread
-        # Why the journal belongs to this server no more, or is to be left alone because the process
-        # is ending. Set once, by any thread.
+        # Empty while the journal may be used. Then a text that says why not: another server has
+        # taken it over, or this process is ending. Set once, by any thread.
         self.lost = ""
         self._clock = clock
         self._failed_at = -math.inf  # when the journal failed, by the monotonic clock
@@ -754,12 +757,11 @@ class Store:
         """Put in a new record; return it as it is held.
 
         Unavailable: the store is full or stopping, or a JournalError. RecordRefused: the journal
-        cannot take it. Duplicate: its id is taken. After each of these, there is no such record
-        here.
+        cannot take it. Duplicate: its id is taken. After each of these, the record is not here.
         """
         size = record.size()
-        # Make room, until evict() has nothing more to drop. This looks without the lock, so it is
-        # an estimate; below, the same is judged with the lock.
+        # While there is no room, drop what has outlived its time. This looks without the lock, so
+        # it is an estimate; below, the same is judged with the lock.
         while self._has_no_room(size) and self.evict():
             pass
         with self._lock.write:
@@ -865,7 +867,8 @@ class Store:
         """Return the refusal of one record too many. The write side is held."""
         seconds = self.keep
         if self._finished:
-            seconds += self._finished_at[0] - self._clock()
+            age = self._clock() - self._finished_at[0]  # of the oldest final task
+            seconds -= age
         sentence = f"As many {what} are held as {flag} allows; try again when the oldest final task"
         return Unavailable(f"{sentence} has outlived --keep.", seconds)
 
@@ -942,7 +945,7 @@ class Store:
 
         At most EVICTED_AT_ONCE of them, so that readers never wait for long: call it until it
         returns 0. `delete_doomed` deletes them in the journal later. So `add`, which calls this to
-        make room, does not wait for the disk.
+        make room, waits for its own save alone, and for no delete.
         """
         ids: list[str] = []
         with self._lock.write:
@@ -1006,14 +1009,14 @@ class Store:
         """
         with self._deletion:
             # A journal that never deletes must not fill memory. What is not noted here stays in the
-            # journal; the next start loads it, and evicts it again.
+            # journal, and the next start loads it.
             if len(self._doomed) < self.max_tasks:
                 self._doomed.update(ids)
 
     def _await_deletion(self, task_id: str) -> None:
-        """See that no delete of an older record with this id comes after its new one.
+        """See that a delete of an older record with this id does not hit the new one.
 
-        If the journal is deleting that just now, wait for it; if that is still to be done, call it
+        If the journal is at that delete just now, wait for its end; if it is still to come, call it
         off. JournalError: it takes too long.
         """
         with self._deletion:
@@ -1262,7 +1265,9 @@ class WorkerPool(BoundedQueue):
 
     - a worker is on the way;
     - all `max_workers` workers are busy, and each looks into the queue when it is done;
-    - somebody is about to call wake(): who has put the item, or a worker that has just taken one.
+    - a call of wake() is still to come. Whoever puts an item calls it; so does each worker that has
+      taken one, before it begins to work; so does the server, again and again, for the case that
+      the system had no thread to give.
 
     So a burst of short items wakes few threads, and long ones get a thread each.
     """
@@ -1335,7 +1340,9 @@ class WorkerPool(BoundedQueue):
             log.error("a worker ends: %s", describe(error))
             with self._lock:
                 self._workers -= 1  # of a worker that ends as usual, _wait_for_item does this
-                self._on_the_way = False  # if that was another one, one more is woken: no harm
+                # Perhaps another worker was on the way. Then one more is woken than needed: no
+                # harm.
+                self._on_the_way = False
         self._at_end()
         self.wake()  # for items that came meanwhile
 
@@ -1357,8 +1364,9 @@ class WorkerPool(BoundedQueue):
         with self._lock:
             self._idle += 1
             try:
-                # wait_for() looks now, after each notify, and once more when the time is over. So
-                # no item is missed for which this worker was notified at the last moment.
+                # wait_for() looks now, after each notify, and once more when the time is over,
+                # always with the lock. So an item that was put before that is taken. If it is put
+                # later, this worker is no longer counted, and wake() makes a new one.
                 has_come = self._not_empty.wait_for(self._look, self.IDLE_SECONDS)
             finally:
                 self._idle -= 1
@@ -1390,11 +1398,11 @@ class WorkerPool(BoundedQueue):
 #
 #     method         in              what is done
 #     -------------  --------------  --------------------------------------------------------
-#     _begin_next    a thread        calls before(item), which returns `start`, the function that
-#                                    makes the coroutine, and `seconds`, its time limit
-#     _start         the event loop  awaits what start() returns
+#     _begin_next    a thread        first step: calls before(item), which returns `start`, the
+#                                    function that makes the coroutine, and `seconds`, its limit
+#     _run           the event loop  awaits what start() returns
 #     _ended         the event loop  comes next, when that has returned or raised
-#     _last_step     a thread        calls after(item, value, error); then the slot is free
+#     _last_step     a thread        last step: calls after(item, value, error); the slot is free
 #
 # A slot is one of `max_workers`. If `start` is None, there is nothing to run, and the slot is free
 # at once. If `seconds` is None, there is no limit.
@@ -1413,7 +1421,7 @@ class Stopped(Exception):
     """The error of a coroutine that is interrupted because the server stops."""
 
 
-_ASYNC = inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR  # flags of the code of a coroutine
+_ASYNC = inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR  # flags of a coroutine's code
 
 
 class EventLoop:
@@ -1472,25 +1480,29 @@ class EventLoop:
         while not self._is_ending:
             try:
                 loop.run_forever()  # returns, too, when a coroutine stops the loop
-            except BaseException as error:  # of something that a coroutine has left behind (fact 4)
+            except BaseException as error:
+                # A task or a callback that a coroutine has left behind raised SystemExit (fact 4).
                 self._outlive(error)
         with self._lock:
             self.loop = None
         loop.close()
 
     def _outlive(self, error: BaseException) -> None:
-        """Log an exception that has ended asyncio's loop, if nobody else does.
+        """See that an exception that has ended asyncio's loop is logged, once.
 
-        A callback may have raised it: then nobody else does. Or a task of asyncio: then its
-        traceback contains the frame of a coroutine, and somebody awaits the task, or asyncio logs
-        the exception when the task is freed (fact 3). It is freed only if the frames of asyncio's
-        loop, which come before that one, no longer refer to it. So their variables are cleared.
+        1. A callback has raised it. Nobody else logs that, so it is done here.
+        2. A task of asyncio has raised it. Then the traceback contains the frame of a coroutine.
+           Whoever awaits that task gets the exception; otherwise asyncio logs it when the task is
+           freed (fact 3). The frames of asyncio's loop, which come before that of the coroutine,
+           would keep the task. So their variables are cleared.
         """
         trace = error.__traceback__
         if trace is not None:
             trace = trace.tb_next  # the first frame is that of _run, which goes on
         while trace is not None and (trace.tb_frame.f_code.co_flags & _ASYNC) == 0:
-            with contextlib.suppress(RuntimeError):  # it still runs, in another thread
+            # An exception that another thread has raised and handed over may come with a frame that
+            # still runs there.
+            with contextlib.suppress(RuntimeError):
                 trace.tb_frame.clear()
             trace = trace.tb_next
         if trace is None:
@@ -1595,11 +1607,11 @@ class CoroutinePool(BoundedQueue):
                 return
             key, item = self._take()
         self.wake()
-        function, seconds = self._before(item)
-        if function is None:
+        start, seconds = self._before(item)
+        if start is None:
             self._free_slot()
         else:
-            self._event_loop.call_soon(self._start, key, CoroutineRun(item), function, seconds)
+            self._event_loop.call_soon(self._run, key, CoroutineRun(item), start, seconds)
 
     def _last_step(self, item: Any, value: Any, error: BaseException | None) -> None:
         self._after(item, value, error)
@@ -1612,14 +1624,14 @@ class CoroutinePool(BoundedQueue):
 
     # In the thread of the event loop
 
-    def _start(
-        self, key: Hashable, run: CoroutineRun, function: Callable[[], Any], seconds: float | None
+    def _run(
+        self, key: Hashable, run: CoroutineRun, start: Callable[[], Any], seconds: float | None
     ) -> None:
         """Have a coroutine run."""
         loop = self._event_loop.loop
         self._runs[key] = run
         context = contextvars.Context()  # no task sees the context variables of another
-        coroutine = self._catch_all(run, function)
+        coroutine = self._catch_all(run, start)
         try:
             run.aio_task = context.run(loop.create_task, coroutine)
         except Exception as error:  # a coroutine has given the loop a task factory that fails
@@ -1631,14 +1643,14 @@ class CoroutinePool(BoundedQueue):
         if seconds is not None:
             reason = TaskError(f"timed out after {seconds} seconds")
             run.timer = loop.call_later(seconds, self._interrupt, run, reason)
-        if self._stop_reason is not None:  # the stop began during its first step
+        if self._stop_reason is not None:  # the stop has begun since the first step
             self._interrupt(run, self._stop_reason)
 
-    async def _catch_all(self, run: CoroutineRun, function: Callable[[], Any]) -> None:
+    async def _catch_all(self, run: CoroutineRun, start: Callable[[], Any]) -> None:
         """Note what the coroutine returns or raises: even SystemExit ends this one alone."""
         own = os.getpid()
         try:
-            run.outcome = (await function(), None)
+            run.outcome = (await start(), None)
         except BaseException as error:
             run.outcome = None, error
         # The coroutine may have called os.fork. The process that this makes must not run the other
@@ -1668,12 +1680,12 @@ class CoroutinePool(BoundedQueue):
             log.warning("a coroutine cannot be cancelled: %s", describe(error))
 
     def _give_up(self, run: CoroutineRun) -> None:
-        """Take the last step of a coroutine that goes on after its grace; its slot stays taken."""
+        """Call after() for a coroutine that goes on after its grace; its slot stays taken."""
         if not run.aio_task.done():
             run.given_up = True
             self._threads.submit(functools.partial(self._after, run.item, None, run.reason))
 
-    def _ended(self, key: Hashable, run: CoroutineRun, task: Any) -> None:
+    def _ended(self, key: Hashable, run: CoroutineRun, aio_task: Any) -> None:
         """A coroutine has ended: have its last step taken.
 
         If it was given up, that was done already; then only free its slot.
@@ -2330,8 +2342,9 @@ class Children:
     def _add(self) -> None:
         child = Child(self._reaping)
         with self._lock:
-            # When Python ends, `multiprocessing` waits for children: it has registered that when it
-            # was imported. What is registered later is called earlier. So kill() comes first.
+            # When Python ends, `multiprocessing` waits for its children. kill() has to end them
+            # before, and it does: what is registered last is called first, and `multiprocessing`
+            # has registered its wait long ago, when it was imported.
             atexit.unregister(self.kill)  # so that it is registered once
             atexit.register(self.kill)
             self._all.add(child)
@@ -2418,26 +2431,26 @@ class Response(NamedTuple):
 class Later(NamedTuple):
     """Returned by an endpoint that cannot answer yet. Its connection waits, and no thread does.
 
-    The server's loop calls `watch(wake)`. From then on any thread may call `wake`, once or more.
-    The wait is over at the first of these:
+    The server's loop (or Application.handle) calls `watch(wake)`. From then on any thread may call
+    `wake`, once or more. The wait is over at the first of these:
 
     - `wake` was called;
     - `seconds` have passed;
     - the server shuts down;
-    - if `is_quick` is true: the client has ended its sending (it may still read).
+    - if `may_hurry` is true: the client has ended its sending (it may still read).
 
     Then the loop calls `unwatch(wake)` and `answer()`, which must not block. If the connection
     breaks, it calls `unwatch(wake)` alone. If the client had ended its sending before, and
-    `is_quick` is true, there is no wait: the loop calls `answer()` alone.
+    `may_hurry` is true, there is no wait: the loop calls `answer()` alone.
     """
 
     seconds: float
     watch: Callable[[Callable[[], None]], None]
     unwatch: Callable[[Callable[[], None]], None]
     answer: Callable[[], Response]
-    # Whether answer() is quick even if `wake` was not called. That of GET /tasks (9) is not: it
-    # would make the listing, in the loop.
-    is_quick: bool = True
+    # Whether a client that ends its sending is answered at once, before `wake`. False if answer()
+    # would then do slow work: that of GET /tasks (9) would make the listing, in the loop.
+    may_hurry: bool = True
 
 
 class HTTPError(Exception):
@@ -2515,8 +2528,9 @@ class Router:
           it. That is the default. If it is false, the server's loop calls the endpoint itself, and
           all other connections wait meanwhile.
         - `check(request)`: a rule for the head of a request; may raise HTTPError; must be quick.
-        - `waived`: statuses whose refusal is ignored here: a request that one of the application's
-          checks refuses with one of them is let in, with `trusted` false.
+        - `waived`: statuses, such as (401, 421). If a check of the application refuses a request
+        with
+          one of these, this route lets it in all the same, with `trusted` false.
         - `summary`, `details`: what it does, in a line, and more. `tag`: to which group it belongs.
         - `operation`: its name in clients that are made from the description.
         - `statuses`: those that its answer can have, with a sentence for each. `refusals`: those
@@ -2584,7 +2598,7 @@ _BRACKET_OR_STRING = re.compile(
     r"""
     [\[{\]}]
     | " [^"\\]* (?: \\. [^"\\]* )*  # characters and escapes
-      (?: " | \\?\Z )               # the closing quote; or the end, perhaps after a backslash
+      (?: " | \\?\Z )               # the closing quote; or the end, even in an escape
     """,
     re.DOTALL | re.VERBOSE,
 )
@@ -2872,7 +2886,7 @@ def _check_import(name: str, function: Any, default: Default) -> None:
                 "move the function into a module of its own"
             )
     # A server may run in a process of `multiprocessing`. That process and its children import the
-    # file of the program as __mp_main__.
+    # file of the program as __mp_main__, so this name need not be looked up.
     elif module != "__mp_main__" and not _is_importable(module):
         raise ValueError(
             f"task type {name!r}: a child process cannot import {module}; with cpu=True, put the "
@@ -2943,8 +2957,8 @@ class Application:
     """The task types, their endpoints, and the life of a task. It knows no sockets.
 
     Building one starts no thread, process or socket. Public attributes may be set until the first
-    request. `main` sets the bounds of the store and of the pools as its options say; the defaults
-    of the options are what was set before.
+    request. `main` overwrites the bounds of the store and of the pools by its options; an option
+    that is not given keeps what you have set (see `_set_bounds`).
     """
 
     # A task that waits for a network costs a thread of some 16 KiB, so hundreds fit into the
@@ -2977,8 +2991,8 @@ class Application:
         # Takes the two lines that the log has for each task. `main` replaces it by LogHandler.put,
         # which takes a fifth of the time.
         self.log_task: Callable[..., None] = log.info
-        # A task that no worker runs, because it was cancelled or interrupted, is made final by
-        # these threads: with a journal, that may take long.
+        # A task that no worker runs, because it was cancelled or found unfinished at the start, is
+        # made final by these threads: with a journal, that may take long.
         self._savers = WorkerPool("saver", lambda save: save(), 8)
         self.helpers = [self._savers]  # pools for other things than tasks
         # Guards Live.withdrawn: to set it and to withdraw the task from the pool are one step.
@@ -3196,7 +3210,7 @@ class Application:
             self._add(task_type, record, live)
         except Duplicate:  # another client with this key was faster
             repeated = self._answer_repeat(task_type, task_id, name)
-            if repeated is None:  # that one was refused meanwhile: this one may try again
+            if repeated is None:  # that one was refused meanwhile: have the client send this again
                 raise _still_being_stored() from None
             return repeated
         self.log_task("task %s created: type %s, name %s", task_id, record.type, ascii(name))
@@ -3272,7 +3286,8 @@ class Application:
         live = record.live
         if live is None:  # it is final
             return Response(200, encode_cached(record))
-        # `cancel_requested` and `withdrawn` are set in one step: a second cancel sees both or none.
+        # In one step, so that a second cancel, which finds `cancel_requested`, also finds whether
+        # the first one has withdrawn the task.
         with self._cancelling:
             is_first = not live.cancel_requested
             live.cancel_requested = True
@@ -3490,8 +3505,9 @@ BODY = Phase("body", _READ, True, 20)  # for the rest of its body
 LENT = Phase("lent", 0, False, math.inf)  # for a thread that works on the answer, or on TLS
 WAITING = Phase("waiting", _READ, True, math.inf)  # for an answer that comes later: `wait_for`
 ANSWER = Phase("answer", _WRITE, False, 20)  # for the socket to take the rest of what is sent
-# For its turn: its next request is here already, but other connections come first. A socket nearly
-# always takes bytes, so the selector returns it in the next round of the loop.
+# For its turn: the next request is here already, but other connections come first. There is nothing
+# to send; _WRITE is a trick. A socket nearly always has room, so the selector returns it in the
+# next round.
 TURN = Phase("turn", _WRITE, False, 20)
 IDLE = Phase("idle", _READ, True, 75)  # for the next request
 LINGER = Phase("linger", _READ, True, 5)  # for the client to close, after the last answer
@@ -3537,11 +3553,11 @@ def read_head(buffer: bytearray, peer: str = "") -> Generator[Phase, Any, Reques
             line_end = buffer.find(b"\r\n", max(0, seen - 1))
             if line_end >= 0:
                 parse_request_line(bytes(buffer[:line_end]))  # raises if it is wrong
-            elif len(buffer) >= MAX_LINE + 2:  # a whole line and its CR LF would be that long
+            elif len(buffer) >= MAX_LINE + 2:  # so much, and no CR LF: the line is too long
                 parse_request_line(bytes(buffer))  # raises because it is too long
         if line_end >= 0:
             length = len(buffer) - (line_end + 2)
-            if length >= MAX_HEADERS + 4:  # all headers and their CR LF CR LF would be that long
+            if length >= MAX_HEADERS + 4:  # so much, and no CR LF CR LF: they are too long
                 raise HTTPError(431, f"Send at most {MAX_HEADERS} bytes of headers.")
         seen = len(buffer)
         yield HEADER
@@ -3810,13 +3826,13 @@ if ssl is not None:
 class Connection:
     """One client's socket, what has arrived on it, and the phase that it waits in.
 
-    It belongs to the server's loop, which alone calls it. Nothing here blocks: what might block
-    (an endpoint, a step of TLS) is done by a thread of `server`. What a connection does is written
-    in one generator, `serve`, as if it could wait: it yields the phase to wait in, and is resumed
-    when what it waits for has come, or the deadline of the phase has passed. A request leads it
-    through HEADER, BODY, LENT or WAITING, and ANSWER; it skips the phases in which there is nothing
-    to wait for. The deadline is set when a phase begins. If the connection waits again in the same
-    phase, `enter` keeps the deadline; `begin` sets a new one.
+    It belongs to the server's loop, which alone calls it (but try_handshake). Nothing here blocks:
+    what might block (an endpoint, a step of TLS) is done by a thread of `server`. What a connection
+    does is written in one generator, `serve`, as if it could wait: it yields the phase to wait in,
+    and is resumed when what it waits for has come, or the deadline of the phase has passed. A
+    request leads it through HEADER, BODY, LENT, WAITING and ANSWER; it skips the phases in which
+    there is nothing to wait for. The deadline is set when a phase begins. If the connection waits
+    again in the same phase, `enter` keeps the deadline; `begin` sets a new one.
 
         phase                      what resumes it             what its deadline does
         -------------------------  --------------------------  -----------------------
@@ -3906,11 +3922,12 @@ class Connection:
             if self.phase is not WAITING:  # there it belongs to the next request
                 self.resume()
         elif self.phase is WAITING:
-            # The client is gone, or has ended its sending and still reads. It gets its answers now,
-            # then the connection ends (RFC 9112, 9.5), in enter(), when it would have to receive.
-            # This is remembered, because TLS reports an end of file only once.
+            # The client is gone, or has ended its sending and still reads. So answer at once what
+            # it waits for, and then what is in the buffer. When this connection would have to
+            # receive again, enter() ends it (RFC 9112, 9.5). The end of file is noted, because TLS
+            # tells it only once.
             self.client_ended = True
-            if isinstance(self.awaited, Later) and self.awaited.is_quick:
+            if isinstance(self.awaited, Later) and self.awaited.may_hurry:
                 self.resume()
         else:
             raise ConnectionError
@@ -4002,20 +4019,21 @@ class Connection:
     def wait_for(self, later: Later) -> Generator[Phase, Any, None]:
         """Wait until an answer is due.
 
-        The wait can end in four ways, all of them in the server's loop:
+        The wait can end in four ways, all of them in the server's loop, so that no two of them
+        happen at once:
 
         - a wake, which comes through the loop's queue of what is due (`Server._serve_once`);
         - the deadline (`expire`);
         - a client that ends its sending (`on_ready`);
         - the end of the server (`Server._drain`).
 
-        The first of them ends it, and those that come later do nothing. The loop drops a late wake,
-        because the connection does not wait for its Later any more. The other three act in the
-        phase WAITING only, which is over.
+        Whichever comes first calls resume(), which clears `awaited`. A wake that comes later brings
+        its own Later, and the loop drops it, because that is not `awaited` any more. The other
+        three act in the phase WAITING only, which has ended.
 
         A wake that comes before the `yield` is not lost: the loop reads its queue only after that.
         """
-        if self.client_ended and later.is_quick:
+        if self.client_ended and later.may_hurry:
             return
         wake = functools.partial(self.server.wake, self, later)
         self.awaited = later
@@ -4073,7 +4091,7 @@ class Connection:
 
 
 def raise_descriptor_limit() -> int:
-    """Raise the limit of descriptors; return how many of them connections may take."""
+    """Raise the limit of descriptors; return the number that connections may use."""
     if issubclass(selectors.DefaultSelector, selectors.SelectSelector):  # Windows: it takes 512
         return 480
     import resource  # POSIX only
@@ -4473,9 +4491,11 @@ def run_until_stopped(server: Server, grace: float) -> int:
     """
     application = server.application
     # The thread below waits for what is put here. To begin the stop, put the seconds that running
-    # tasks may still have; if there is nothing to stop any more, put None. It is no Event: set()
-    # holds a lock, and if a handler of a signal is called in the middle of it, the set() in the
-    # handler waits for that lock for ever. SimpleQueue.put() can be called in the middle of itself.
+    # tasks may still have; if there is nothing to stop any more, put None.
+    #
+    # Why is it no Event? A handler of a signal may be called in the middle of an Event.set() (4,
+    # fact 6), which holds the lock of the Event. The set() in the handler would wait for that lock
+    # for ever. SimpleQueue.put() may be interrupted by another put().
     stops: queue.SimpleQueue[float | None] = queue.SimpleQueue()
     signals: list[int] = []
     losses: list[str] = []
@@ -4648,7 +4668,7 @@ class Monitoring:
             watch=lambda wake: self._lister.submit(functools.partial(listing.make, wake)),
             unwatch=lambda wake: listing.drop(),
             answer=listing.response,
-            is_quick=False,
+            may_hurry=False,
         )
 
     def healthz(self, request: Request) -> Response:
@@ -4729,10 +4749,12 @@ class Journal:
 
     *One server.* A journal belongs to one server at a time, because each server holds all records
     in memory. `load` keeps a second one out, or has it wait until the first has ended: by a lock
-    that goes when its owner dies. (One made by `flock` lasts longer if a task has called os.fork:
-    until the copy, too, has closed the file. So give `os.register_at_fork` a function that closes
-    it in the copy.) A journal that finds that another server has taken over raises JournalLost,
-    from any method and from then on: the server begins nothing more, and ends with status 1.
+    that goes when its owner dies. (A lock made by `flock` belongs to the open file. If a task calls
+    os.fork, the copy has that file open, too, and the lock lasts until both have closed it. So give
+    `os.register_at_fork` a function that closes it in the copy.)
+
+    A journal that finds that another server has taken over raises JournalLost, from any method and
+    from then on: the server begins nothing more, and ends with status 1.
 
     *Order.* The server promises that for one id the calls follow each other: the next one begins
     after the last one has returned or raised. Calls for different ids come from many threads at
@@ -4843,7 +4865,7 @@ class _Job(NamedTuple):
 
     record: Record | None  # to be saved
     ids: list[str]  # to be deleted
-    outcome: queue.SimpleQueue[Exception | None]  # where it waits: None, if all has worked
+    outcome: queue.SimpleQueue[Exception | None]  # it waits here; None is put if all has worked
 
 
 class SQLiteJournal(Journal):
@@ -5103,7 +5125,7 @@ def tls_context(certificate: str, key: str) -> ssl.SSLContext:
     # A client may ask for another handshake on a connection that is open. The loop would compute
     # it, and all others would wait. OpenSSL 3 refuses that by itself.
     context.options |= getattr(ssl, "OP_NO_RENEGOTIATION", 0)
-    # Those of TLS 1.2; all of TLS 1.3 have forward secrecy and AEAD.
+    # These are ciphers of TLS 1.2; all ciphers of TLS 1.3 have forward secrecy and AEAD.
     context.set_ciphers("ECDHE+AESGCM:ECDHE+CHACHA20")
     context.load_cert_chain(certificate, key)
     return context
@@ -5324,8 +5346,8 @@ class Description:
     def _tag(self, route: Route) -> str:
         """Return the name of the group of a route."""
         name = route.tag or "server"
-        # A task type may be called "server", too. _unique() compares the tags, "" and "server", and
-        # gives one of the two groups another name.
+        # A task type may be called "server", too. Then two groups ask for that name. _unique() sees
+        # by their tags, "" and "server", that they differ, and gives the second one another name.
         return self._unique("tag", name, route.tag)
 
     def _about(self, tag: str) -> str:
@@ -6580,9 +6602,10 @@ def _parse_options(argv: list[str] | None, application: Application) -> argparse
 def _switch_interval(workers: int) -> float:
     """Return for how many seconds a thread that computes may keep the interpreter.
 
-    It goes to sys.setswitchinterval. With Python's default of 5 ms, clients wait too long beside
-    tasks that compute. But each thread that waits for the interpreter wakes once in such an
-    interval; if that is too short, thousands of threads do nothing else.
+    It goes to sys.setswitchinterval. A shorter interval serves clients sooner beside tasks that
+    compute. But each thread that waits for the interpreter wakes once in every interval; if there
+    are thousands, that alone takes all the time. So: 5 microseconds for each worker, from 0.5 to 50
+    milliseconds. (Python's default is 5 milliseconds.)
     """
     return min(max(0.0005, 5e-6 * workers), 0.05)
 
@@ -6647,8 +6670,8 @@ def _cannot_listen(options: argparse.Namespace, error: OSError) -> ValueError:
 
 
 def _set_bounds(application: Application, options: argparse.Namespace) -> None:
-    # The defaults of the options are the bounds of the store, of `pool`, and the `max_workers` of
-    # `cpu_pool`. What was set on `coroutine_pool` is overwritten.
+    # An option that is not given keeps what was set on the store, on `pool`, and as `max_workers`
+    # of `cpu_pool`. The other bounds of `cpu_pool` and `coroutine_pool` become those of `pool`.
     for pool in application.pools:
         pool.max_workers, pool.max_waiting = options.workers, options.max_waiting
     application.cpu_pool.max_workers = options.cpu_workers
@@ -6754,7 +6777,7 @@ def main(application: Application | None = None, argv: list[str] | None = None) 
     is_running = any(pool.counts()[1] for pool in application.pools)
     if is_running:
         log.warning("some tasks were still running and are cut off")
-    handler.finish(1)
+    handler.finish(1)  # now, because _leave() may end the process at once
     application.store.lost = ENDING  # what still runs is left for the next start to settle
     application.children.kill()
     if is_main_thread:
