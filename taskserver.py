@@ -29,8 +29,8 @@ What it promises:
 - A stop finishes what it can in the time that it is given, and says what it could not.
 
 The file is one story: each section uses only what stands above it, with one exception. The store
-(2) calls the methods of a journal, which section 10 describes. (Comments sometimes point ahead, and
-routes name descriptions of section 12.)
+(2) calls the methods of a journal, which section 10 describes. (Some comments point ahead. And some
+routes carry the name of a schema, such as "TaskRecord", that section 12 defines.)
 
     1 Lock      2 Records and store    3 Workers        4 Child processes
     5 Requests, responses, routes      6 Application    7 HTTP    8 Running
@@ -48,7 +48,8 @@ The way of a create:
     (6, `judge`). Then the connection takes the body (7, `read_body`).
  4. The endpoint reserves a place in a pool of workers (3) and adds a pending record to the store
     (2), a dict behind a lock (1). With a journal (10), the record is written to disk before that.
-    Then the record is put into the pool's queue (3).
+    Then the record is put into the pool's queue (3). The loop itself calls the endpoint; but with a
+    journal, or a long body, one of the server's threads does, and the connection is LENT to it (7).
  5. The connection sends the answer, status 201, and waits for the next request (7).
  6. In its next round, the loop wakes a worker, which is a thread, and which takes the record. It
     calls the function itself, or has its child process do so (4); a coroutine it hands to an event
@@ -70,11 +71,11 @@ Words: a *task* is one request to run a *task type*, that is, a function and its
 *failed*. The *payload* is what was posted, the *result* what the function returned. The *store*
 holds records, a *pool* owns *workers*, which are threads; most of them run tasks. A *coroutine* and
 a *child* process are the two other places where a function can run. The *journal* is where records
-outlive the process; it is *lost* when another server has taken it over. The server's *loop* is the
-thread that waits for all sockets at once (7); the *event loop* is that of asyncio (3). To *wake* a
-thread, a loop or a connection is to have it look again for what it waits for; it may find nothing.
-A *final* record that has outlived its time is *evicted*. Words such as --keep are options of the
-command line (14). Durations are in seconds, sizes in bytes.
+outlive the process; it is *lost* when this server may not use it any more. The server's *loop* is
+the thread that waits for all sockets at once (7); the *event loop* is that of asyncio (3). To
+*wake* a thread, a loop or a connection is to have it look again for what it waits for; it may find
+nothing. A *final* record that has outlived its time is *evicted*. Words such as --keep are options
+of the command line (14). Durations are in seconds, sizes in bytes.
 
 Of `http.server.ThreadingHTTPServer` this file uses three things: the listening socket with its
 address; the code that binds and closes that socket; and the names of some methods (`serve_forever`,
@@ -84,10 +85,10 @@ cost 16 KiB while it is idle, and to wake it for every answer would take time. T
 request parser, because it ignores Transfer-Encoding, accepts malformed requests, and takes most of
 the time of an answer.
 
-Why not asyncio's streams? They would serve just as many idle connections. But they are slow: a mere
-head and a fixed answer, without any poll, already take them 80 % of the time that a whole poll
-takes here. And buffers, limits, deadlines and wake-ups would be handled inside asyncio, where the
-reader of this file cannot see them.
+Why not asyncio's streams? They would serve just as many idle connections. But they are slow. To
+read a head with them and to send a fixed answer, with nothing done in between, costs 80 % of what a
+complete poll costs here; the poll itself would be added to that. And buffers, limits, deadlines and
+wake-ups would be handled inside asyncio, where the reader of this file cannot see them.
 
 Docstrings name the exceptions that a caller has to expect, each with its reason:
 "KeyError: there is no such record."
@@ -172,8 +173,9 @@ log = logging.getLogger("taskserver")
 #    notify() or the time is over, and takes the lock again before it returns.
 # 3. When its main thread has ended, a process waits for its other threads, but not for daemon
 #    threads. The threads here are daemon threads.
-# 4. One thread at a time runs Python's code, unless Python is free-threaded. It gives way after
-#    some milliseconds, but not in the middle of a long call, such as that of a JSON encoder.
+# 4. One thread at a time runs Python's code: it has the *global interpreter lock*. It gives that
+#    away after some milliseconds, but not in the middle of a long call, such as that of a JSON
+#    encoder. (There is no such lock if Python is free-threaded.)
 
 
 class ReadersWriterLock:
@@ -656,6 +658,7 @@ class Store:
         free --add--> reserved --saved--> pending --finish--> final --evict--> doomed
         reserved --not saved--> doomed, because the journal may hold it all the same
         doomed --delete_doomed--> free
+        doomed --add--> reserved, and the delete is called off
 
     A *reserved* id counts against the bounds, but `get` does not find it. A *doomed* id is still to
     be deleted in the journal; here it is gone, and does not count.
@@ -665,7 +668,8 @@ class Store:
     PAUSES = (0.1, 0.3, 1.0, 3.0, 10.0)  # seconds between attempts to save; then always the last
     DELETE_AGAIN_SECONDS = 10.0  # after a failed delete, until the next one
     EVICTED_AT_ONCE = 1000  # records; the lock is held for a millisecond to drop them
-    # Records. A disk needs some 15 ms for them; creates wait that long, because one thread writes.
+    # The records that one call of journal.delete() deletes. A disk needs some 15 ms for so many,
+    # and creates wait meanwhile, because one thread writes both (10).
     DELETED_AT_ONCE = 250
 
     # `freeze_records` (below) acts when there are more than MANY records, and MANY_NEW are new.
@@ -945,7 +949,7 @@ class Store:
 
         At most EVICTED_AT_ONCE of them, so that readers never wait for long: call it until it
         returns 0. `delete_doomed` deletes them in the journal later. So `add`, which calls this to
-        make room, waits for its own save alone, and for no delete.
+        make room, need not wait for that.
         """
         ids: list[str] = []
         with self._lock.write:
@@ -1041,16 +1045,16 @@ class Store:
     def freeze_records(self) -> None:
         """Have Python's garbage collector overlook the records while there are many.
 
+        It does nothing with the default of --max-tasks, which is MANY: there are never more.
+
         Now and then the collector looks at everything, while everybody waits: 0.5 s for a million
         records. gc.freeze() hides from it all objects that there are now, even garbage. So after
         every MANY_NEW new records, this method has the collector look once at what is not hidden
         yet, and free the garbage (30 ms, and the first time 60); then it hides the rest.
 
         What is hidden is still freed when nothing refers to it any more. The cost: a hidden
-        reference cycle is not freed until there are few records again. With the default of
-        --max-tasks, which is MANY, there are never more than MANY records, and this does nothing.
-        CPython can do it from 3.7 on; in free-threaded builds the pause is shorter, but not gone;
-        PyPy needs none of it.
+        reference cycle is not freed until there are few records again. CPython can do it from 3.7
+        on; in free-threaded builds the pause is shorter, but not gone; PyPy needs none of it.
         """
         if not _CAN_FREEZE:
             return
@@ -1265,9 +1269,11 @@ class WorkerPool(BoundedQueue):
 
     - a worker is on the way;
     - all `max_workers` workers are busy, and each looks into the queue when it is done;
-    - a call of wake() is still to come. Whoever puts an item calls it; so does each worker that has
-      taken one, before it begins to work; so does the server, again and again, for the case that
-      the system had no thread to give.
+    - a call of wake() is still to come.
+
+    Three call it: whoever has put an item (the server does so in its next round); each worker that
+    has taken one, before it begins to work; and the server in every round, for the case that the
+    system had no thread to give.
 
     So a burst of short items wakes few threads, and long ones get a thread each.
     """
@@ -1329,7 +1335,7 @@ class WorkerPool(BoundedQueue):
     def _be_worker(self) -> None:
         """Be a worker."""
         try:
-            item = self._wait_for_item()
+            item = self._get(is_new=True)
             while item is not None:
                 self.wake()  # if there are more items, for another worker
                 self._work_on(item)
@@ -1339,9 +1345,9 @@ class WorkerPool(BoundedQueue):
             # any point, through Python's C interface (PyThreadState_SetAsyncExc).
             log.error("a worker ends: %s", describe(error))
             with self._lock:
-                self._workers -= 1  # of a worker that ends as usual, _wait_for_item does this
-                # Perhaps another worker was on the way. Then one more is woken than needed: no
-                # harm.
+                self._workers -= 1  # when a worker ends as usual, _get does this
+                # If this worker was on the way, nobody else would be called. If another one was,
+                # one more is called than needed, which does no harm.
                 self._on_the_way = False
         self._at_end()
         self.wake()  # for items that came meanwhile
@@ -1352,33 +1358,34 @@ class WorkerPool(BoundedQueue):
         finally:
             self._done()
 
-    def _get(self) -> Any:
-        """Return the next item for a worker that was busy; None: it has to end."""
-        with self._lock:
-            if self._may_begin():
-                return self._take()[1]
-        return self._wait_for_item()
+    def _get(self, is_new: bool = False) -> Any:
+        """Return the next item; None: there was none for a while, and this worker has to end.
 
-    def _wait_for_item(self) -> Any:
-        """Return the next item for an idle worker or a new one; None: it has to end."""
+        `is_new`: the worker was just made.
+        """
         with self._lock:
-            self._idle += 1
-            try:
-                # wait_for() looks now, after each notify, and once more when the time is over,
-                # always with the lock. So an item that was put before that is taken. If it is put
-                # later, this worker is no longer counted, and wake() makes a new one.
-                has_come = self._not_empty.wait_for(self._look, self.IDLE_SECONDS)
-            finally:
-                self._idle -= 1
-            if has_come:
-                return self._take()[1]
-            self._workers -= 1
-            return None
+            if is_new:
+                self._on_the_way = False
+            while not self._may_begin():
+                if not self._wait_idle():
+                    self._workers -= 1
+                    return None
+            return self._take()[1]
 
-    def _look(self) -> bool:
-        """Have a worker look into the queue. The lock is held."""
+    def _wait_idle(self) -> bool:
+        """Wait to be notified; return false if there was nothing to do for too long.
+
+        The lock is held.
+        """
+        self._idle += 1
+        try:
+            notified = self._not_empty.wait(self.IDLE_SECONDS)
+        finally:
+            self._idle -= 1
         self._on_the_way = False
-        return self._may_begin()
+        # When its time is over, a worker still counts as idle until it has the lock back. It may be
+        # notified just then, and nobody else is called for that item. So it looks into the queue.
+        return notified or self._may_begin()
 
 
 # Coroutines
@@ -1398,9 +1405,9 @@ class WorkerPool(BoundedQueue):
 #
 #     method         in              what is done
 #     -------------  --------------  --------------------------------------------------------
-#     _begin_next    a thread        first step: calls before(item), which returns `start`, the
-#                                    function that makes the coroutine, and `seconds`, its limit
-#     _run           the event loop  awaits what start() returns
+#     _begin_next    a thread        first step: calls before(item). That returns two values:
+#                                    `start` makes the coroutine, `seconds` is its time limit
+#     _start_run     the event loop  makes a task of asyncio, which awaits start()
 #     _ended         the event loop  comes next, when that has returned or raised
 #     _last_step     a thread        last step: calls after(item, value, error); the slot is free
 #
@@ -1450,7 +1457,7 @@ class EventLoop:
                 return False
             loop.set_exception_handler(self._log_stray)
             thread = threading.Thread(
-                target=self._run, args=(loop,), name="event-loop", daemon=True
+                target=self._be_thread, args=(loop,), name="event-loop", daemon=True
             )
             try:
                 thread.start()
@@ -1474,7 +1481,7 @@ class EventLoop:
         self._is_ending = True
         self.loop.stop()
 
-    def _run(self, loop: Any) -> None:
+    def _be_thread(self, loop: Any) -> None:
         """Be the loop's thread."""
         self._is_ending = False
         while not self._is_ending:
@@ -1492,16 +1499,17 @@ class EventLoop:
 
         1. A callback has raised it. Nobody else logs that, so it is done here.
         2. A task of asyncio has raised it. Then the traceback contains the frame of a coroutine.
-           Whoever awaits that task gets the exception; otherwise asyncio logs it when the task is
-           freed (fact 3). The frames of asyncio's loop, which come before that of the coroutine,
-           would keep the task. So their variables are cleared.
+           Whoever awaits that task gets the exception; or else asyncio logs it, but only when the
+           task is freed (fact 3). The traceback would prevent that: it holds the frames of
+           asyncio's own functions, and a variable there refers to the task. So the variables of
+           these frames are cleared, up to the first frame of a coroutine.
         """
         trace = error.__traceback__
         if trace is not None:
-            trace = trace.tb_next  # the first frame is that of _run, which goes on
+            trace = trace.tb_next  # the first frame is that of _be_thread, which goes on
         while trace is not None and (trace.tb_frame.f_code.co_flags & _ASYNC) == 0:
-            # An exception that another thread has raised and handed over may come with a frame that
-            # still runs there.
+            # clear() raises RuntimeError for a frame that still runs. There is one if another
+            # thread has caught the exception, and has handed it over.
             with contextlib.suppress(RuntimeError):
                 trace.tb_frame.clear()
             trace = trace.tb_next
@@ -1530,7 +1538,7 @@ class CoroutineRun:
         self.timer: Any = None
         self.reason: Exception | None = None  # why it was interrupted
         self.outcome: tuple[Any, BaseException | None] | None = None  # its value and its error
-        self.given_up = False  # it goes on, but its last step was taken already
+        self.given_up = False  # it goes on, but after() was called already
 
 
 class CoroutinePool(BoundedQueue):
@@ -1611,7 +1619,7 @@ class CoroutinePool(BoundedQueue):
         if start is None:
             self._free_slot()
         else:
-            self._event_loop.call_soon(self._run, key, CoroutineRun(item), start, seconds)
+            self._event_loop.call_soon(self._start_run, key, CoroutineRun(item), start, seconds)
 
     def _last_step(self, item: Any, value: Any, error: BaseException | None) -> None:
         self._after(item, value, error)
@@ -1624,7 +1632,7 @@ class CoroutinePool(BoundedQueue):
 
     # In the thread of the event loop
 
-    def _run(
+    def _start_run(
         self, key: Hashable, run: CoroutineRun, start: Callable[[], Any], seconds: float | None
     ) -> None:
         """Have a coroutine run."""
@@ -1787,10 +1795,11 @@ class Waker:
 #    the copy has closed the file.
 # 5. What a function changes in its process, such as the working directory, is still changed for the
 #    next function.
-# 6. Python calls a handler of a signal in the main thread, between any two steps of what that does.
-# 7. Processes can form a group, which one call ends as a whole. A child has a group of its own,
-#    with all that its tasks have started. A terminal lets one group at a time read from it, and
-#    suspends a program of any other group that tries.
+# 6. Python calls a handler of a signal in the main thread, between any two steps of whatever that
+#    thread is doing.
+# 7. Processes can form a group; one call ends all of them. A child has a group of its own, to which
+#    all belongs that its tasks start. Only one group at a time may read from a terminal; a program
+#    of another group that tries is suspended.
 #
 # So a child begins like this: its worker blocks the stop signals in its own thread, and starts it
 # (`Child._start`). It makes its group, sets its handlers, and unblocks the signals (`_child_main`).
@@ -2219,7 +2228,7 @@ class Child:
             if self._process is None or self._has_ended():
                 self.end()
                 self._start()
-        except Exception as error:  # also: no process, memory or descriptor to be had
+        except Exception as error:  # it cannot be pickled; or no process or memory is to be had
             raise TaskError(f"no child process can take the task: {describe(error)}") from None
         deadline = time.monotonic() + START_SECONDS
         try:
@@ -2258,7 +2267,7 @@ class Child:
             if not ready:
                 raise TimeoutError
             if self._waker in ready:
-                self._waker.clear()  # next, `cancel_requested` is looked at, which was set before
+                self._waker.clear()  # now the loop looks at `cancel_requested` again
             elif self._pipe.poll():
                 message: bytes = self._pipe.recv_bytes()
                 return message
@@ -2342,9 +2351,9 @@ class Children:
     def _add(self) -> None:
         child = Child(self._reaping)
         with self._lock:
-            # When Python ends, `multiprocessing` waits for its children. kill() has to end them
-            # before, and it does: what is registered last is called first, and `multiprocessing`
-            # has registered its wait long ago, when it was imported.
+            # At its end, Python calls the functions that were registered, the last one first. The
+            # one of `multiprocessing`, which waits for its children, was registered when that was
+            # imported. So kill() comes before it.
             atexit.unregister(self.kill)  # so that it is registered once
             atexit.register(self.kill)
             self._all.add(child)
@@ -2440,8 +2449,8 @@ class Later(NamedTuple):
     - if `may_hurry` is true: the client has ended its sending (it may still read).
 
     Then the loop calls `unwatch(wake)` and `answer()`, which must not block. If the connection
-    breaks, it calls `unwatch(wake)` alone. If the client had ended its sending before, and
-    `may_hurry` is true, there is no wait: the loop calls `answer()` alone.
+    breaks, it calls `unwatch(wake)` alone. If the client has ended its sending even before the wait
+    would begin, and `may_hurry` is true, it calls `answer()` alone.
     """
 
     seconds: float
@@ -2449,7 +2458,8 @@ class Later(NamedTuple):
     unwatch: Callable[[Callable[[], None]], None]
     answer: Callable[[], Response]
     # Whether a client that ends its sending is answered at once, before `wake`. False if answer()
-    # would then do slow work: that of GET /tasks (9) would make the listing, in the loop.
+    # would have to do slow work for that, in the loop. GET /tasks (9) is such a case: if its worker
+    # has not made the listing yet, answer() makes it.
     may_hurry: bool = True
 
 
@@ -2529,8 +2539,7 @@ class Router:
           all other connections wait meanwhile.
         - `check(request)`: a rule for the head of a request; may raise HTTPError; must be quick.
         - `waived`: statuses, such as (401, 421). If a check of the application refuses a request
-        with
-          one of these, this route lets it in all the same, with `trusted` false.
+          with one of these, this route lets it in all the same, with `trusted` false.
         - `summary`, `details`: what it does, in a line, and more. `tag`: to which group it belongs.
         - `operation`: its name in clients that are made from the description.
         - `statuses`: those that its answer can have, with a sentence for each. `refusals`: those
@@ -2593,12 +2602,13 @@ MAX_DEPTH = 100  # of nested arrays and objects
 MAX_DIGITS = 4300  # of an integer; the bound of newer Pythons
 
 # Brackets in a string do not count. So a string such as "a]" is matched as a whole. One without a
-# closing quote goes on to the end of the text; the decoder refuses it later.
+# closing quote goes on to the end of the text, perhaps a lone backslash; the decoder refuses it
+# later.
 _BRACKET_OR_STRING = re.compile(
     r"""
     [\[{\]}]
     | " [^"\\]* (?: \\. [^"\\]* )*  # characters and escapes
-      (?: " | \\?\Z )               # the closing quote; or the end, even in an escape
+      (?: " | \\?\Z )               # the closing quote; or the end of the text
     """,
     re.DOTALL | re.VERBOSE,
 )
@@ -2885,8 +2895,8 @@ def _check_import(name: str, function: Any, default: Default) -> None:
                 f"task type {name!r}: a child process cannot import this program; with cpu=True, "
                 "move the function into a module of its own"
             )
-    # A server may run in a process of `multiprocessing`. That process and its children import the
-    # file of the program as __mp_main__, so this name need not be looked up.
+    # In a process of `multiprocessing`, the file of the program is imported as __mp_main__. If a
+    # server runs there, its children know that name as well, but no finder does.
     elif module != "__mp_main__" and not _is_importable(module):
         raise ValueError(
             f"task type {name!r}: a child process cannot import {module}; with cpu=True, put the "
@@ -3286,8 +3296,8 @@ class Application:
         live = record.live
         if live is None:  # it is final
             return Response(200, encode_cached(record))
-        # In one step, so that a second cancel, which finds `cancel_requested`, also finds whether
-        # the first one has withdrawn the task.
+        # The lock makes one step of these assignments. Otherwise a second cancel could see that the
+        # task was cancelled, but not yet that it was withdrawn, and would take it for running.
         with self._cancelling:
             is_first = not live.cancel_requested
             live.cancel_requested = True
@@ -3484,8 +3494,15 @@ _WELL_FORMED_HOST = re.compile(_HOST.decode())
 _CHUNK_LINE = re.compile(  # RFC 9112, 7.1 and 7.1.1
     rb"([0-9A-Fa-f]+)(?:[ \t]*;[ \t]*%s(?:[ \t]*=[ \t]*(?:%s|%s))?)*" % (_TOKEN, _TOKEN, _QUOTED)
 )
-# Control bytes, a bare LF, a bare CR (RFC 9112, 2.2); a CR at the end may still get its LF.
-_FORBIDDEN = re.compile(rb"[^\t\r\n\x20-\x7e\x80-\xff]|(?<!\r)\n|\r(?!\n|\Z)")
+# What a head and a chunk line must not contain (RFC 9112, 2.2).
+_FORBIDDEN = re.compile(
+    rb"""
+    [^\t\r\n\x20-\x7e\x80-\xff]  # a control byte
+    | (?<!\r)\n                   # an LF without a CR
+    | \r(?!\n|\Z)                # a CR without an LF; at the end, the LF may still come
+    """,
+    re.VERBOSE,
+)
 
 
 class Phase(NamedTuple):
@@ -3541,8 +3558,8 @@ def read_head(buffer: bytearray, peer: str = "") -> Generator[Phase, Any, Reques
         if end >= 0:
             head = bytes(buffer[:end])
             request = parse_head(head, peer)
-            # The head is removed after it was parsed. For if it is refused, Connection.next_answer
-            # looks in the buffer whether the method is HEAD.
+            # The head is removed after it was parsed. If that fails, Connection.next_answer looks
+            # whether the buffer begins with HEAD, because then the refusal has no content.
             del buffer[: end + 4]
             return request
         # Not complete, but wrong already? The sender may be waiting for an answer.
@@ -3826,13 +3843,18 @@ if ssl is not None:
 class Connection:
     """One client's socket, what has arrived on it, and the phase that it waits in.
 
-    It belongs to the server's loop, which alone calls it (but try_handshake). Nothing here blocks:
-    what might block (an endpoint, a step of TLS) is done by a thread of `server`. What a connection
-    does is written in one generator, `serve`, as if it could wait: it yields the phase to wait in,
-    and is resumed when what it waits for has come, or the deadline of the phase has passed. A
-    request leads it through HEADER, BODY, LENT, WAITING and ANSWER; it skips the phases in which
-    there is nothing to wait for. The deadline is set when a phase begins. If the connection waits
-    again in the same phase, `enter` keeps the deadline; `begin` sets a new one.
+    Only the thread of the server's loop calls its methods. (The exception is try_handshake, which
+    another thread calls.) Nothing here blocks: what might block, some endpoints and a step of TLS,
+    is done by a thread of `server`.
+
+    What a connection does is written in one generator, `serve`, as if it could wait: it yields the
+    phase to wait in, and is resumed when what it waits for has come, or the deadline of the phase
+    has passed. A request leads it through HEADER, BODY, LENT, WAITING and ANSWER; it skips the
+    phases in which there is nothing to wait for.
+
+    Each `yield` of a phase leads to `enter`. That sets a deadline if the phase is a new one; so a
+    client that sends a byte now and then gets no more time for it. Where the same phase may begin
+    anew, `begin` comes before the yield.
 
         phase                      what resumes it             what its deadline does
         -------------------------  --------------------------  -----------------------
@@ -3922,28 +3944,32 @@ class Connection:
             if self.phase is not WAITING:  # there it belongs to the next request
                 self.resume()
         elif self.phase is WAITING:
-            # The client is gone, or has ended its sending and still reads. So answer at once what
-            # it waits for, and then what is in the buffer. When this connection would have to
-            # receive again, enter() ends it (RFC 9112, 9.5). The end of file is noted, because TLS
-            # tells it only once.
+            # The client is gone, or has ended its sending and still reads. Note that, because TLS
+            # tells it only once. Then end the wait, so that the answer is sent now. After it,
+            # `serve` goes on with what is in the buffer; when it would have to receive more,
+            # enter() closes the connection (RFC 9112, 9.5).
             self.client_ended = True
             if isinstance(self.awaited, Later) and self.awaited.may_hurry:
                 self.resume()
         else:
             raise ConnectionError
 
-    def resume(self, answer: Any = None) -> None:
-        """Go on until there is something to wait for."""
+    def resume(self, outcome: Any = None) -> None:
+        """Go on until there is something to wait for.
+
+        `outcome` becomes the value of the yield at which the steps wait; only that of LENT uses it.
+        """
         self.awaited = None
-        self.enter(self.steps.send(answer))
+        self.enter(self.steps.send(outcome))
 
     def expire(self) -> None:
-        """The deadline has passed: do what it does in this phase."""
+        """Do what the table says of this phase, because its deadline has passed."""
         is_receiving = self.phase is BODY or (self.phase is HEADER and self.buffer)
         if self.phase is WAITING:
             self.resume()
         elif is_receiving:
             refusal = HTTPError(408, "Send a request without long pauses.")
+            # Raised at the yield where the steps wait; next_answer() makes an answer of it.
             self.enter(self.steps.throw(refusal))
         else:  # also a new connection on which nothing has come
             raise TimeoutError
@@ -3954,7 +3980,7 @@ class Connection:
             yield from self.shake_hands()
         while not self.closing:
             self.unsent = yield from self.next_answer()
-            while self.send():
+            while self.send_some():
                 yield ANSWER
             if self.buffer:
                 self.begin(TURN)
@@ -4011,7 +4037,7 @@ class Connection:
                 self.closing = True
                 return request
             self.unsent = b"HTTP/1.1 100 Continue\r\n\r\n"
-            while self.send():
+            while self.send_some():
                 yield ANSWER
         body = yield from read_body(request.fields, self.buffer)
         return request.with_body(body)
@@ -4027,11 +4053,13 @@ class Connection:
         - a client that ends its sending (`on_ready`);
         - the end of the server (`Server._drain`).
 
-        Whichever comes first calls resume(), which clears `awaited`. A wake that comes later brings
-        its own Later, and the loop drops it, because that is not `awaited` any more. The other
-        three act in the phase WAITING only, which has ended.
+        Whichever comes first calls resume(), which sets `awaited` to None. A wake puts this
+        connection and this Later into the loop's queue; the loop resumes the connection only if
+        that Later is its `awaited` still. So a late wake is dropped. The other three act in the
+        phase WAITING only, which has ended.
 
-        A wake that comes before the `yield` is not lost: the loop reads its queue only after that.
+        A wake may come as early as in watch(), below. It is not lost: the loop, in whose thread
+        this runs, reads its queue only after the `yield`.
         """
         if self.client_ended and later.may_hurry:
             return
@@ -4044,7 +4072,7 @@ class Connection:
         finally:
             later.unwatch(wake)
 
-    def send(self) -> bool:
+    def send_some(self) -> bool:
         """Send what the socket takes; return whether something is left."""
         try:
             sent = self.socket.send(self.unsent)
@@ -4097,7 +4125,8 @@ def raise_descriptor_limit() -> int:
     import resource  # POSIX only
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    # macOS calls the hard limit infinite, refuses that as the soft one, but takes 10,240.
+    # macOS says that the hard limit is infinite. But there the soft limit cannot be set to that,
+    # only to 10,240. So try these in turn.
     for limit in hard, max(soft, 10_240), soft:
         with contextlib.suppress(ValueError, OSError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
@@ -4220,8 +4249,13 @@ class Server(http.server.ThreadingHTTPServer):
 
     def lend(self, connection: Connection, work: Callable[[], Any]) -> None:
         """Have a thread do `work`, which raises nothing; resume the connection with its outcome."""
+
+        def run() -> None:
+            outcome = work()
+            self._put_due(connection, work, outcome)
+
         connection.awaited = work
-        self._pool.submit(lambda: self._put_due(connection, work, work()))
+        self._pool.submit(run)
 
     def wake(self, connection: Connection, later: Later) -> None:
         """Resume a connection, if it still waits for this. Any thread may call it, repeatedly."""
@@ -4249,9 +4283,9 @@ class Server(http.server.ThreadingHTTPServer):
             else:
                 self._waker.clear()
         for _ in range(min(len(self._due), self.RESUMED_PER_ROUND)):
-            connection, awaited, answer = self._due.popleft()
+            connection, awaited, outcome = self._due.popleft()
             if awaited is connection.awaited:  # otherwise it is a wake that comes too late
-                self._act(connection, functools.partial(connection.resume, answer))
+                self._act(connection, functools.partial(connection.resume, outcome))
 
     def _check_deadlines(self, now: float) -> None:
         """Tell connections that their deadlines have passed, and find out when the next ones do."""
@@ -4262,7 +4296,10 @@ class Server(http.server.ThreadingHTTPServer):
             self._check_at(deadline)
 
     def _check_at(self, deadline: float) -> None:
-        """Have the next check at this deadline, but leave some time for other things before it."""
+        """Bring the next check forward to this deadline, if it would come later.
+
+        But not nearer than CHECK_SECONDS from now, so that there is time for other things.
+        """
         moment = max(deadline, time.monotonic() + self.CHECK_SECONDS)
         self._next_check = min(moment, self._next_check)
 
@@ -4275,8 +4312,8 @@ class Server(http.server.ThreadingHTTPServer):
         finally:
             self._is_evicting = False
 
-    def _put_due(self, connection: Connection, awaited: object, answer: Any) -> None:
-        self._due.append((connection, awaited, answer))
+    def _put_due(self, connection: Connection, awaited: object, outcome: Any) -> None:
+        self._due.append((connection, awaited, outcome))
         self._waker.wake()
 
     def _act(self, connection: Connection, act: Callable[[], None]) -> None:
@@ -4529,8 +4566,8 @@ def run_until_stopped(server: Server, grace: float) -> int:
         server.serve_forever()
     finally:
         server.server_close()
-    # After a signal, stop_in_order has stopped the application, and its thread has ended: these two
-    # do nothing. After a plain server.shutdown, both are still to be done.
+    # After a signal, the next two calls do nothing: stop_in_order has stopped the application, and
+    # the thread that reads the queue is done. After a plain server.shutdown, both are needed.
     application.stop()
     stops.put(None)
     if losses:
@@ -4553,7 +4590,7 @@ def stop_in_order(server: Server, grace: float) -> None:
         fate,
     )
     application.join(grace)  # 2. running tasks go on for a while, and polls are answered
-    application.coroutine_pool.shut_down(1)  # 3. coroutines are told, the rest ends with us
+    application.coroutine_pool.shut_down(1)  # 3. what still runs ends with the process
     server.shutdown(max(2.0, deadline - time.monotonic()))  # 4. answers under way are sent
 
 
@@ -4753,8 +4790,9 @@ class Journal:
     os.fork, the copy has that file open, too, and the lock lasts until both have closed it. So give
     `os.register_at_fork` a function that closes it in the copy.)
 
-    A journal that finds that another server has taken over raises JournalLost, from any method and
-    from then on: the server begins nothing more, and ends with status 1.
+    Another server may take a journal over all the same. Once the journal notices, each of its
+    methods raises JournalLost, from then on. The server then begins nothing more, and ends with
+    status 1.
 
     *Order.* The server promises that for one id the calls follow each other: the next one begins
     after the last one has returned or raised. Calls for different ids come from many threads at
@@ -4802,8 +4840,9 @@ class Journal:
         raise NotImplementedError
 
 
-# The fields of a record that a journal keeps. Whoever changes this list changes what is in files:
-# so raise SQLiteJournal.VERSION, and have SQLiteJournal._prepare convert older files.
+# The fields of a record that a journal keeps, in the order of Record. Whoever changes this list
+# changes what is in files: so raise SQLiteJournal.VERSION, and have SQLiteJournal._prepare convert
+# older files.
 JOURNALED = (
     "id",
     "name",
@@ -4865,7 +4904,8 @@ class _Job(NamedTuple):
 
     record: Record | None  # to be saved
     ids: list[str]  # to be deleted
-    outcome: queue.SimpleQueue[Exception | None]  # it waits here; None is put if all has worked
+    # The thread that asks waits here. The one that writes puts None, or the error.
+    outcome: queue.SimpleQueue[Exception | None]
 
 
 class SQLiteJournal(Journal):
@@ -4924,7 +4964,7 @@ class SQLiteJournal(Journal):
         self._thread.start()
 
     def close(self) -> None:
-        """Close the file, after what was handed over is written. Blocks.
+        """Write all that was handed over, then close the file. Blocks.
 
         The server never does this.
         """
@@ -5113,6 +5153,9 @@ def token_check(token: str) -> Callable[[Request], None]:
 
 def tls_context(certificate: str, key: str) -> ssl.SSLContext:
     """Return a context for `Server`: TLS 1.2 or newer, with forward secrecy and AEAD alone.
+
+    *Forward secrecy*: who gets hold of the key later cannot decrypt what was recorded. *AEAD*: what
+    was changed on the way is noticed.
 
     OSError: a file is missing or wrong. ValueError: this Python has no TLS.
     """
@@ -5346,8 +5389,8 @@ class Description:
     def _tag(self, route: Route) -> str:
         """Return the name of the group of a route."""
         name = route.tag or "server"
-        # A task type may be called "server", too. Then two groups ask for that name. _unique() sees
-        # by their tags, "" and "server", that they differ, and gives the second one another name.
+        # _unique() gives a name to one thing alone. Here the thing is the tag: "" for the server's
+        # own group, "server" for a task type of that name. These differ, so one gets another name.
         return self._unique("tag", name, route.tag)
 
     def _about(self, tag: str) -> str:
@@ -6670,8 +6713,9 @@ def _cannot_listen(options: argparse.Namespace, error: OSError) -> ValueError:
 
 
 def _set_bounds(application: Application, options: argparse.Namespace) -> None:
-    # An option that is not given keeps what was set on the store, on `pool`, and as `max_workers`
-    # of `cpu_pool`. The other bounds of `cpu_pool` and `coroutine_pool` become those of `pool`.
+    # --max-waiting is for all three pools, --workers for two of them, --cpu-workers for the third.
+    # Their defaults were what was set on `pool`, and as `max_workers` of `cpu_pool`. So what was
+    # set on `coroutine_pool`, or as `max_waiting` of `cpu_pool`, is overwritten.
     for pool in application.pools:
         pool.max_workers, pool.max_waiting = options.workers, options.max_waiting
     application.cpu_pool.max_workers = options.cpu_workers

@@ -5669,7 +5669,7 @@ def test_a_coroutine_that_is_cancelled_before_the_loop_knows_of_it_is_not_called
     coroutines, monkeypatch
 ):
     pool, answers, called = coroutines.coroutine_pool, [], []
-    call_in_loop, start = pool._event_loop.call_soon, pool._run
+    call_in_loop, start = pool._event_loop.call_soon, pool._start_run
 
     def call_late(function, *arguments):
         if function == start:
