@@ -48,8 +48,8 @@ The way of a create:
     (6, `judge`). Then the connection takes the body (7, `read_body`).
  4. The endpoint reserves a place in a pool of workers (3) and adds a pending record to the store
     (2), a dict behind a lock (1). With a journal (10), the record is written to disk before that.
-    Then the record is put into the pool's queue (3). The loop itself calls the endpoint; but with a
-    journal, or a long body, one of the server's threads does, and the connection is LENT to it (7).
+    Then the record is put into the pool's queue (3). Usually the loop itself calls the endpoint.
+    With a journal or a long body, that could take long; then a thread of the server calls it.
  5. The connection sends the answer, status 201, and waits for the next request (7).
  6. In its next round, the loop wakes a worker, which is a thread, and which takes the record. It
     calls the function itself, or has its child process do so (4); a coroutine it hands to an event
@@ -1009,7 +1009,8 @@ class Store:
     def _doom(self, ids: list[str]) -> None:
         """Note what the journal is to delete. The write side is held.
 
-        (`_deletion` may be taken while `_lock` is held, never `_lock` while `_deletion` is held.)
+        (The order of the locks is `_lock`, then `_deletion`. If a thread took them in the other
+        order, each of two threads could wait for ever for what the other one holds.)
         """
         with self._deletion:
             # A journal that never deletes must not fill memory. What is not noted here stays in the
@@ -1346,8 +1347,9 @@ class WorkerPool(BoundedQueue):
             log.error("a worker ends: %s", describe(error))
             with self._lock:
                 self._workers -= 1  # when a worker ends as usual, _get does this
-                # If this worker was on the way, nobody else would be called. If another one was,
-                # one more is called than needed, which does no harm.
+                # This may stand for the worker that ends here; while it is true, wake() calls
+                # nobody. If it stands for another worker, one more is called than needed, which
+                # does no harm.
                 self._on_the_way = False
         self._at_end()
         self.wake()  # for items that came meanwhile
@@ -1383,8 +1385,9 @@ class WorkerPool(BoundedQueue):
         finally:
             self._idle -= 1
         self._on_the_way = False
-        # When its time is over, a worker still counts as idle until it has the lock back. It may be
-        # notified just then, and nobody else is called for that item. So it looks into the queue.
+        # When its time is over, a worker still counts as idle until it has the lock back. If wake()
+        # comes in between, it relies on this worker and calls nobody else; but wait() returns
+        # false. So the worker looks into the queue, whatever wait() has returned.
         return notified or self._may_begin()
 
 
@@ -1408,7 +1411,7 @@ class WorkerPool(BoundedQueue):
 #     _begin_next    a thread        first step: calls before(item). That returns two values:
 #                                    `start` makes the coroutine, `seconds` is its time limit
 #     _start_run     the event loop  makes a task of asyncio, which awaits start()
-#     _ended         the event loop  comes next, when that has returned or raised
+#     _ended         the event loop  called by asyncio when the coroutine has returned or raised
 #     _last_step     a thread        last step: calls after(item, value, error); the slot is free
 #
 # A slot is one of `max_workers`. If `start` is None, there is nothing to run, and the slot is free
@@ -1500,9 +1503,9 @@ class EventLoop:
         1. A callback has raised it. Nobody else logs that, so it is done here.
         2. A task of asyncio has raised it. Then the traceback contains the frame of a coroutine.
            Whoever awaits that task gets the exception; or else asyncio logs it, but only when the
-           task is freed (fact 3). The traceback would prevent that: it holds the frames of
+           task is freed (fact 3). The traceback keeps the task alive: it holds the frames of
            asyncio's own functions, and a variable there refers to the task. So the variables of
-           these frames are cleared, up to the first frame of a coroutine.
+           these frames are cleared, up to the first frame of a coroutine. Then asyncio logs.
         """
         trace = error.__traceback__
         if trace is not None:
@@ -3061,7 +3064,7 @@ class Application:
 
         Refusals have this order: that of the application's checks, so that without a token nobody
         learns what paths there are; that of the router (404, 405); that of the route's own check.
-        The router is asked first all the same, because a check needs to know what the route waives.
+        The router is asked first all the same, because the route says which refusals it waives.
         """
         try:
             try:
@@ -3220,7 +3223,7 @@ class Application:
             self._add(task_type, record, live)
         except Duplicate:  # another client with this key was faster
             repeated = self._answer_repeat(task_type, task_id, name)
-            if repeated is None:  # that one was refused meanwhile: have the client send this again
+            if repeated is None:  # the other create was refused after all: try again
                 raise _still_being_stored() from None
             return repeated
         self.log_task("task %s created: type %s, name %s", task_id, record.type, ascii(name))
@@ -3558,8 +3561,8 @@ def read_head(buffer: bytearray, peer: str = "") -> Generator[Phase, Any, Reques
         if end >= 0:
             head = bytes(buffer[:end])
             request = parse_head(head, peer)
-            # The head is removed after it was parsed. If that fails, Connection.next_answer looks
-            # whether the buffer begins with HEAD, because then the refusal has no content.
+            # This comes after parsing. If parsing raises, next_answer() still needs the first
+            # bytes, because the refusal of a HEAD request has no content.
             del buffer[: end + 4]
             return request
         # Not complete, but wrong already? The sender may be waiting for an answer.
@@ -3944,10 +3947,10 @@ class Connection:
             if self.phase is not WAITING:  # there it belongs to the next request
                 self.resume()
         elif self.phase is WAITING:
-            # The client is gone, or has ended its sending and still reads. Note that, because TLS
-            # tells it only once. Then end the wait, so that the answer is sent now. After it,
-            # `serve` goes on with what is in the buffer; when it would have to receive more,
-            # enter() closes the connection (RFC 9112, 9.5).
+            # The client is gone, or has ended its sending and still reads. This is remembered,
+            # because TLS tells it only once. Then the wait ends, so that the answer is sent now.
+            # After it, `serve` goes on with what is in the buffer; when it would have to receive
+            # more, enter() closes the connection (RFC 9112, 9.5).
             self.client_ended = True
             if isinstance(self.awaited, Later) and self.awaited.may_hurry:
                 self.resume()
@@ -4530,9 +4533,9 @@ def run_until_stopped(server: Server, grace: float) -> int:
     # The thread below waits for what is put here. To begin the stop, put the seconds that running
     # tasks may still have; if there is nothing to stop any more, put None.
     #
-    # Why is it no Event? A handler of a signal may be called in the middle of an Event.set() (4,
-    # fact 6), which holds the lock of the Event. The set() in the handler would wait for that lock
-    # for ever. SimpleQueue.put() may be interrupted by another put().
+    # It is not an Event: if a handler of a signal were called while this thread is in Event.set()
+    # (4, fact 6), its own set() would wait for ever for the lock of the Event. SimpleQueue.put() is
+    # safe: a put() in the middle of a put() works.
     stops: queue.SimpleQueue[float | None] = queue.SimpleQueue()
     signals: list[int] = []
     losses: list[str] = []
