@@ -1761,7 +1761,8 @@ class Waker:
     def clear(self) -> None:
         """Forget that wake() was called."""
         with contextlib.suppress(BlockingIOError):
-            self._receiver.recv(4096)
+            while len(self._receiver.recv(4096)) == 4096:
+                pass  # there is more
 
     def close(self) -> None:
         """Close both ends."""

@@ -1989,11 +1989,15 @@ def test_a_wake_can_be_waited_for_until_it_is_cleared(waker):
     assert can_be_read(waker)
 
 
-def test_many_wakes_are_one(waker):
+def test_no_number_of_wakes_blocks_and_all_of_them_can_be_cleared(waker):
     for _ in range(1_000_000):  # as many bytes fit into no socket
         waker.wake()
-    waker.clear()
-    assert not can_be_read(waker)
+
+    def is_cleared():  # where it is a TCP connection, bytes may still be on their way
+        waker.clear()
+        return not can_be_read(waker)
+
+    assert eventually(is_cleared)
 
 
 def test_what_is_there_before_a_wake_is_found_after_its_clear(waker):
