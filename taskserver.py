@@ -72,10 +72,11 @@ Words: a *task* is one request to run a *task type*, that is, a function and its
 holds records, a *pool* owns *workers*, which are threads; most of them run tasks. A *coroutine* and
 a *child* process are the two other places where a function can run. The *journal* is where records
 outlive the process; it is *lost* when this server may not use it any more. The server's *loop* is
-the thread that waits for all sockets at once (7); the *event loop* is that of asyncio (3). To
-*wake* a thread, a loop or a connection is to have it look again for what it waits for; it may find
-nothing. A *final* record that has outlived its time is *evicted*. Words such as --keep are options
-of the command line (14). Durations are in seconds, sizes in bytes.
+the thread that waits for all sockets at once, and does in each *round* what there is to do (7); the
+*event loop* is that of asyncio (3). To *wake* a thread, a loop or a connection is to have it look
+again for what it waits for; it may find nothing. A *final* record that has outlived its time is
+*evicted*. Words such as --keep are options of the command line (14). Durations are in seconds,
+sizes in bytes.
 
 Of `http.server.ThreadingHTTPServer` this file uses three things: the listening socket with its
 address; the code that binds and closes that socket; and the names of some methods (`serve_forever`,
@@ -85,13 +86,14 @@ cost 16 KiB while it is idle, and to wake it for every answer would take time. T
 request parser, because it ignores Transfer-Encoding, accepts malformed requests, and takes most of
 the time of an answer.
 
-Why not asyncio's streams? They would serve just as many idle connections. But they are slow. To
-read a head with them and to send a fixed answer, with nothing done in between, costs 80 % of what a
-complete poll costs here; the poll itself would be added to that. And buffers, limits, deadlines and
-wake-ups would be handled inside asyncio, where the reader of this file cannot see them.
+Why not asyncio's streams? They would serve just as many idle connections. But they are slow: to
+read a head with them and to send a fixed answer, with nothing done in between, takes 80 % of the
+time that a whole poll takes here. Routing, the store and JSON would come on top. And buffers,
+limits, deadlines and wake-ups would be handled inside asyncio, where the reader of this file cannot
+see them.
 
-Docstrings name the exceptions that a caller has to expect, each with its reason:
-"KeyError: there is no such record."
+Docstrings name the exceptions that a caller has to expect, and why they are raised, unless that is
+plain: "KeyError: there is no such record."
 """
 
 from __future__ import annotations
@@ -442,8 +444,8 @@ _JSON_ESCAPE = re.compile(
     r"""
     \\ud[89ab].. \\ud[c-f]..  # a pair of surrogates, which stand for one character
     | \\(ud[89a-f]..)          # a surrogate without the other half: group 1
-    | \\.                      # any other; an escaped backslash is one escape of two characters,
-                               # so its second one is not taken for the beginning of another
+    | \\.                      # any other escape. An escaped backslash is one, so that in \\ud800
+                               # the rest is plain text
     """,
     re.VERBOSE,
 )
@@ -635,7 +637,10 @@ class RecordRefused(Exception):
 
 
 class JournalLost(Exception):
-    """Raised by a journal that no longer belongs to this server, which must end. Says why."""
+    """Raised by a journal that no longer belongs to this server, which must end. Says why.
+
+    Raised by the store, too, when it may not use its journal any more (`Store.lost`).
+    """
 
 
 class Duplicate(Exception):
@@ -845,7 +850,7 @@ class Store:
         """Save a record.
 
         JournalError: nobody knows whether it is saved. RecordRefused: it can never be. JournalLost:
-        the journal is another server's.
+        the journal is another server's, or this process is ending.
         """
         if self.lost:
             raise JournalLost(self.lost)
@@ -1021,8 +1026,11 @@ class Store:
     def _await_deletion(self, task_id: str) -> None:
         """See that a delete of an older record with this id does not hit the new one.
 
-        If the journal is at that delete just now, wait for its end; if it is still to come, call it
-        off. JournalError: it takes too long.
+        For example, a create with an Idempotency-Key was refused, because the journal failed. So
+        the key is doomed. Now the client sends the create again. If the delete is still to come, it
+        is called off here; if the journal is at it just now, this waits for its end.
+
+        JournalError: it takes too long.
         """
         with self._deletion:
             if not self._deletion.wait_for(lambda: task_id not in self._deleting, 5):
@@ -1080,7 +1088,7 @@ class Store:
 
     # The start
 
-    def recover(self) -> list[Record]:
+    def load(self) -> list[Record]:
         """Take in what the journal holds; return those records that are pending. Blocks.
 
         OSError: it cannot be read. JournalLost.
@@ -1090,7 +1098,7 @@ class Store:
         was_enabled = gc.isenabled()
         gc.disable()  # it would look at all that is loaded again and again
         try:
-            pending = self._take_in(self._load())
+            pending = self._take_in(self._read_journal())
         finally:
             if was_enabled:
                 gc.enable()
@@ -1098,7 +1106,7 @@ class Store:
             self._freeze()  # as in freeze_records
         return pending
 
-    def _load(self) -> list[Record]:
+    def _read_journal(self) -> list[Record]:
         """Return what the journal holds; when that takes long, say in the log how far it is."""
         loaded: list[Record] = []
         done = threading.Event()
@@ -1265,18 +1273,19 @@ class WorkerPool(BoundedQueue):
     Each takes one item after the other out of the queue and calls `work` with it. `work` must not
     raise.
 
-    A worker is *on the way* from when it is made or notified until it has the lock and looks into
-    the queue. While an item may begin, one of these is true:
+    wake() calls one worker: it notifies an idle one, or makes a new one if none is idle. From then
+    until it looks into the queue, that worker is *on the way*, and wake() calls no other. When it
+    has taken an item, it calls wake() itself, before it begins to work. So long items get a worker
+    each; but of a burst of short ones, a worker may take several before the next worker is there.
 
-    - a worker is on the way;
-    - all `max_workers` workers are busy, and each looks into the queue when it is done;
-    - a call of wake() is still to come.
+    No item is forgotten, because wake() is called
 
-    Three call it: whoever has put an item (the server does so in its next round); each worker that
-    has taken one, before it begins to work; and the server in every round, for the case that the
-    system had no thread to give.
+    1. after an item was put (by the server once in each round, for all that were put in it);
+    2. by each worker that has taken an item;
+    3. by the server in every round, because the system may have had no thread to give.
 
-    So a burst of short items wakes few threads, and long ones get a thread each.
+    If all `max_workers` workers are busy, wake() calls none, and need not: each looks into the
+    queue when it is done.
     """
 
     IDLE_SECONDS = 10.0  # without work, after which a worker ends
@@ -1297,7 +1306,7 @@ class WorkerPool(BoundedQueue):
         # Guarded by the lock, too:
         self._workers = 0  # threads
         self._idle = 0  # workers that wait for an item
-        self._on_the_way = False  # whether a worker is on the way, as said above
+        self._on_the_way = False  # whether a worker is on the way
 
     def wake(self) -> None:
         """Have a worker come if there is something for it to do. Does not block.
@@ -1347,9 +1356,8 @@ class WorkerPool(BoundedQueue):
             log.error("a worker ends: %s", describe(error))
             with self._lock:
                 self._workers -= 1  # when a worker ends as usual, _get does this
-                # This may stand for the worker that ends here; while it is true, wake() calls
-                # nobody. If it stands for another worker, one more is called than needed, which
-                # does no harm.
+                # Perhaps this worker was the one on the way; then wake() must call another. If
+                # another one is, wake() may call one too many, which does no harm.
                 self._on_the_way = False
         self._at_end()
         self.wake()  # for items that came meanwhile
@@ -1385,23 +1393,30 @@ class WorkerPool(BoundedQueue):
         finally:
             self._idle -= 1
         self._on_the_way = False
-        # When its time is over, a worker still counts as idle until it has the lock back. If wake()
-        # comes in between, it relies on this worker and calls nobody else; but wait() returns
-        # false. So the worker looks into the queue, whatever wait() has returned.
+        # What wait() returns is not enough. A worker whose time is over counts as idle until it has
+        # the lock back:
+        #
+        #     this worker                               another thread
+        #     ----------------------------------------  --------------------------------------------
+        #     its time is over
+        #                                               puts an item, and calls wake(), which finds
+        #                                               an idle worker and makes no new one
+        #     has the lock; wait() returns false
+        #
+        # So look into the queue, too.
         return notified or self._may_begin()
 
 
 # Coroutines
 #
-# Four facts about asyncio:
+# Three facts about asyncio:
 #
 # 1. An event loop runs many coroutines in one thread. Another thread may not touch them; it has the
 #    loop call a function (call_soon_threadsafe).
 # 2. A coroutine runs in a *task of asyncio*, which is no task in the words of this file. Its
 #    cancel() raises a CancelledError where the coroutine waits. The coroutine may catch that and go
 #    on.
-# 3. asyncio logs the exception of a task that nobody awaits, but only when that task is freed.
-# 4. A SystemExit or KeyboardInterrupt in a task or a callback ends the loop.
+# 3. A SystemExit or KeyboardInterrupt in a task or a callback ends the loop.
 #
 # A CoroutinePool is given two functions, `before` and `after`. They may wait for a disk, and decode
 # or encode what is long, so threads call them. An item of the pool goes through these methods:
@@ -1429,9 +1444,6 @@ class WorkerPool(BoundedQueue):
 
 class Stopped(Exception):
     """The error of a coroutine that is interrupted because the server stops."""
-
-
-_ASYNC = inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR  # flags of a coroutine's code
 
 
 class EventLoop:
@@ -1490,37 +1502,14 @@ class EventLoop:
         while not self._is_ending:
             try:
                 loop.run_forever()  # returns, too, when a coroutine stops the loop
-            except BaseException as error:
-                # A task or a callback that a coroutine has left behind raised SystemExit (fact 4).
-                self._outlive(error)
+            except BaseException as error:  # fact 3
+                log.warning("the event loop was ended, and goes on: %s", traceback_of(error))
         with self._lock:
             self.loop = None
         loop.close()
 
-    def _outlive(self, error: BaseException) -> None:
-        """See that an exception that has ended asyncio's loop is logged, once.
-
-        1. A callback has raised it. Nobody else logs that, so it is done here.
-        2. A task of asyncio has raised it. Then the traceback contains the frame of a coroutine.
-           Whoever awaits that task gets the exception; or else asyncio logs it, but only when the
-           task is freed (fact 3). The traceback keeps the task alive: it holds the frames of
-           asyncio's own functions, and a variable there refers to the task. So the variables of
-           these frames are cleared, up to the first frame of a coroutine. Then asyncio logs.
-        """
-        trace = error.__traceback__
-        if trace is not None:
-            trace = trace.tb_next  # the first frame is that of _be_thread, which goes on
-        while trace is not None and (trace.tb_frame.f_code.co_flags & _ASYNC) == 0:
-            # clear() raises RuntimeError for a frame that still runs. There is one if another
-            # thread has caught the exception, and has handed it over.
-            with contextlib.suppress(RuntimeError):
-                trace.tb_frame.clear()
-            trace = trace.tb_next
-        if trace is None:
-            log.warning("what a coroutine left behind failed: %s", traceback_of(error))
-
     def _log_stray(self, loop: Any, context: dict[str, Any]) -> None:
-        """Log what asyncio says of an exception that nobody awaits (a hook of asyncio)."""
+        """Log what asyncio says of an exception that nobody has fetched (a hook of asyncio)."""
         error = context.get("exception")
         if error is not None:
             text = traceback_of(error)
@@ -2355,9 +2344,9 @@ class Children:
     def _add(self) -> None:
         child = Child(self._reaping)
         with self._lock:
-            # At its end, Python calls the functions that were registered, the last one first. The
-            # one of `multiprocessing`, which waits for its children, was registered when that was
-            # imported. So kill() comes before it.
+            # At its end, Python calls what is registered here, the last function first.
+            # `multiprocessing` has registered one at its import, which waits for its children. So
+            # kill() comes before it, and there is nothing left to wait for.
             atexit.unregister(self.kill)  # so that it is registered once
             atexit.register(self.kill)
             self._all.add(child)
@@ -2449,21 +2438,21 @@ class Later(NamedTuple):
 
     - `wake` was called;
     - `seconds` have passed;
-    - the server shuts down;
-    - if `may_hurry` is true: the client has ended its sending (it may still read).
+    - `may_hurry` is true, and the client has ended its sending (it may still read);
+    - the server shuts down.
 
     Then the loop calls `unwatch(wake)` and `answer()`, which must not block. If the connection
-    breaks, it calls `unwatch(wake)` alone. If the client has ended its sending even before the wait
-    would begin, and `may_hurry` is true, it calls `answer()` alone.
+    breaks, it calls `unwatch(wake)` alone. If the third case is there from the beginning, there is
+    no wait: the loop calls `answer()` alone.
     """
 
     seconds: float
     watch: Callable[[Callable[[], None]], None]
     unwatch: Callable[[Callable[[], None]], None]
     answer: Callable[[], Response]
-    # Whether a client that ends its sending is answered at once, before `wake`. False if answer()
-    # would have to do slow work for that, in the loop. GET /tasks (9) is such a case: if its worker
-    # has not made the listing yet, answer() makes it.
+    # Whether a client that ends its sending is answered at once, before `wake`. It is false where
+    # answer() would be slow before `wake`, and hold up the loop. GET /tasks (9) is such a case: if
+    # its worker has not made the listing yet, answer() makes it.
     may_hurry: bool = True
 
 
@@ -2605,14 +2594,13 @@ def never_blocks(request: Request) -> bool:
 MAX_DEPTH = 100  # of nested arrays and objects
 MAX_DIGITS = 4300  # of an integer; the bound of newer Pythons
 
-# Brackets in a string do not count. So a string such as "a]" is matched as a whole. One without a
-# closing quote goes on to the end of the text, perhaps a lone backslash; the decoder refuses it
-# later.
+# Brackets in a string do not count. So a string such as "a]" is matched as a whole. A string
+# without a closing quote, which the decoder refuses later, is matched to the end of the text.
 _BRACKET_OR_STRING = re.compile(
     r"""
     [\[{\]}]
     | " [^"\\]* (?: \\. [^"\\]* )*  # characters and escapes
-      (?: " | \\?\Z )               # the closing quote; or the end of the text
+      (?: " | \\?\Z )               # the closing quote; or the end, which may be a backslash
     """,
     re.DOTALL | re.VERBOSE,
 )
@@ -2899,8 +2887,8 @@ def _check_import(name: str, function: Any, default: Default) -> None:
                 f"task type {name!r}: a child process cannot import this program; with cpu=True, "
                 "move the function into a module of its own"
             )
-    # In a process of `multiprocessing`, the file of the program is imported as __mp_main__. If a
-    # server runs there, its children know that name as well, but no finder does.
+    # The server may run in a process of `multiprocessing`. There, the file of the program is the
+    # module __mp_main__. Children import it by that name, too, but no finder knows it.
     elif module != "__mp_main__" and not _is_importable(module):
         raise ValueError(
             f"task type {name!r}: a child process cannot import {module}; with cpu=True, put the "
@@ -2971,8 +2959,8 @@ class Application:
     """The task types, their endpoints, and the life of a task. It knows no sockets.
 
     Building one starts no thread, process or socket. Public attributes may be set until the first
-    request. `main` overwrites the bounds of the store and of the pools by its options; an option
-    that is not given keeps what you have set (see `_set_bounds`).
+    request. `main` sets the bounds of `store` and of all pools by its options. Their defaults are
+    the bounds that `store`, `pool` and `cpu_pool` have; so set yours there.
     """
 
     # A task that waits for a network costs a thread of some 16 KiB, so hundreds fit into the
@@ -3833,9 +3821,9 @@ def encode_response(response: Response, request: Request | None, close: bool) ->
     return head + b"\r\n\r\n" + body
 
 
-# Bytes that are received at once: as many as TLS can send in one piece (RFC 8446, 5.1). It decrypts
-# a piece as a whole. If fewer were taken, the rest would stay in the TLS object, and the selector,
-# which sees the socket alone, would not tell.
+# Bytes that are received at once. TLS sends pieces of this size at most (RFC 8446, 5.1), and
+# decrypts a piece as a whole. If less of it were taken, the rest would stay in the TLS object; and
+# the selector would not return the socket for that, because in the socket there is nothing.
 RECEIVE_SIZE = 16_384
 MAX_PIPELINED = 65_536  # bytes that are read ahead while an answer comes later
 
@@ -3856,9 +3844,9 @@ class Connection:
     has passed. A request leads it through HEADER, BODY, LENT, WAITING and ANSWER; it skips the
     phases in which there is nothing to wait for.
 
-    Each `yield` of a phase leads to `enter`. That sets a deadline if the phase is a new one; so a
-    client that sends a byte now and then gets no more time for it. Where the same phase may begin
-    anew, `begin` comes before the yield.
+    Each `yield` of a phase leads to `enter`. If the connection is in that phase already, it keeps
+    its deadline: a client that sends a byte now and then gets no more time for it. Code that wants
+    a fresh deadline calls `begin` before the yield.
 
         phase                      what resumes it             what its deadline does
         -------------------------  --------------------------  -----------------------
@@ -3872,9 +3860,16 @@ class Connection:
 
         (*) if a request has begun; otherwise it closes the connection
 
-    A long poll, for example: it is IDLE, and bytes arrive. They are the whole head, and the record
-    is pending: it is WAITING. A worker makes the record final: it is resumed, and sends the answer,
-    of which the socket takes a half: ANSWER. The socket takes the rest: it is IDLE.
+    A long poll, for example, with wait=30:
+
+        what happens                                     phase      deadline in
+        -----------------------------------------------  ---------  -----------
+        it was answered, and sends nothing               IDLE       75 seconds
+        a part of a head arrives                         HEADER     10 seconds
+        the rest arrives; the record is pending          WAITING    30 seconds
+        the record is final; the socket takes a part
+        of the answer                                    ANSWER     20 seconds
+        the socket takes the rest                        IDLE       75 seconds
 
     An OSError, whoever raises it, means that the connection is over.
     """
@@ -4868,7 +4863,7 @@ def recover(application: Application) -> None:
     """Take over what the last process left: queue what had not begun, settle what was running."""
     if application.store.journal is not None:
         application.coroutine_pool.expect_journal()
-    for record in application.store.recover():
+    for record in application.store.load():
         task_type = application.types.get(record.type)
         if task_type is None:
             application.fail(record, "interrupted: the server has no such task type any more")
@@ -4909,7 +4904,7 @@ class _Job(NamedTuple):
     record: Record | None  # to be saved
     ids: list[str]  # to be deleted
     # The thread that asks waits here. The one that writes puts None, or the error.
-    outcome: queue.SimpleQueue[Exception | None]
+    reply: queue.SimpleQueue[Exception | None]
 
 
 class SQLiteJournal(Journal):
@@ -4997,9 +4992,9 @@ class SQLiteJournal(Journal):
         self._hand_over(None, ids)
 
     def _hand_over(self, record: Record | None, ids: list[str]) -> None:
-        outcome: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
-        self._jobs.put(_Job(record, ids, outcome))
-        error = outcome.get()
+        reply: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
+        self._jobs.put(_Job(record, ids, reply))
+        error = reply.get()
         if error is not None:
             raise error
 
@@ -5056,9 +5051,9 @@ class SQLiteJournal(Journal):
         error = self._write(jobs)
         for job in jobs:
             if isinstance(error, RecordRefused):  # write each alone: the others must not suffer
-                job.outcome.put(self._write([job]))
+                job.reply.put(self._write([job]))
             else:
-                job.outcome.put(error)
+                job.reply.put(error)
 
     def _write(self, jobs: list[_Job]) -> Exception | None:
         """Do jobs in one transaction; return why that did not work."""
@@ -5393,8 +5388,8 @@ class Description:
     def _tag(self, route: Route) -> str:
         """Return the name of the group of a route."""
         name = route.tag or "server"
-        # _unique() gives a name to one thing alone. Here the thing is the tag: "" for the server's
-        # own group, "server" for a task type of that name. These differ, so one gets another name.
+        # A task type may be called "server", too. Its tag is that name, and the tag of the server's
+        # own group is "". So they are two things, and _unique() changes the name of one.
         return self._unique("tag", name, route.tag)
 
     def _about(self, tag: str) -> str:
@@ -6718,8 +6713,6 @@ def _cannot_listen(options: argparse.Namespace, error: OSError) -> ValueError:
 
 def _set_bounds(application: Application, options: argparse.Namespace) -> None:
     # --max-waiting is for all three pools, --workers for two of them, --cpu-workers for the third.
-    # Their defaults were what was set on `pool`, and as `max_workers` of `cpu_pool`. So what was
-    # set on `coroutine_pool`, or as `max_waiting` of `cpu_pool`, is overwritten.
     for pool in application.pools:
         pool.max_workers, pool.max_waiting = options.workers, options.max_waiting
     application.cpu_pool.max_workers = options.cpu_workers
