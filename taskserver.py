@@ -66,7 +66,8 @@ The way of a long poll, `GET /poll-TYPE/<id>?wait=30`:
  5. That puts the connection into a queue and wakes the loop. The loop has the connection send the
     answer (7).
 
-Words: a *task* is one request to run a *task type*, that is, a function and its endpoints. A
+Words: a *task* is one request to run a *task type*, that is, a function and its endpoints. (A
+request of HTTP has a *head*, which is its first line and its headers, and perhaps a *body*.) A
 *record* describes a task; it is *pending* (the task waits or runs), then *final*: *completed* or
 *failed*. The *payload* is what was posted, the *result* what the function returned. The *store*
 holds records, a *pool* owns *workers*, which are threads; most of them run tasks. A *coroutine* and
@@ -232,8 +233,8 @@ class _WriteSide:
 
     def __enter__(self) -> None:
         lock = self._lock
-        # This thread keeps the mutex until __exit__. So nobody can enter or leave while it writes.
-        # Only wait(), below, gives the mutex back for a while.
+        # A writer keeps the mutex until __exit__, and that alone says that it writes: meanwhile,
+        # nobody can enter or leave. Only wait(), below, gives the mutex back for a while.
         lock.mutex.acquire()
         if not lock.readers:
             return
@@ -444,8 +445,8 @@ _JSON_ESCAPE = re.compile(
     r"""
     \\ud[89ab].. \\ud[c-f]..  # a pair of surrogates, which stand for one character
     | \\(ud[89a-f]..)          # a surrogate without the other half: group 1
-    | \\.                      # any other escape. An escaped backslash is one, so that in \\ud800
-                               # the rest is plain text
+    | \\.                      # any other. One of them is an escaped backslash, which is passed
+                               # over as a whole: what follows it is plain text, even "ud800"
     """,
     re.VERBOSE,
 )
@@ -639,7 +640,8 @@ class RecordRefused(Exception):
 class JournalLost(Exception):
     """Raised by a journal that no longer belongs to this server, which must end. Says why.
 
-    Raised by the store, too, when it may not use its journal any more (`Store.lost`).
+    (The SQLite journal of section 10 never does. One in a database on another machine may.) Raised
+    by the store, too, when it may not use its journal any more (`Store.lost`).
     """
 
 
@@ -993,9 +995,10 @@ class Store:
             ids = list(itertools.islice(self._doomed, self.DELETED_AT_ONCE))
             self._deleting.update(ids)
             self._doomed.difference_update(ids)
-        error = None
+        deleted, error = 0, None
         try:
             self.journal.delete(ids)
+            deleted = len(ids)
         except JournalLost as loss:
             self._lose(loss)  # from now on, nothing is to be deleted
         except BaseException as exception:
@@ -1008,8 +1011,7 @@ class Store:
             self._deletion.notify_all()
         if error is not None:
             log.error("the journal has not deleted %d records: %s", len(ids), describe(error))
-            return 0
-        return len(ids)
+        return deleted
 
     def _doom(self, ids: list[str]) -> None:
         """Note what the journal is to delete. The write side is held.
@@ -1392,6 +1394,8 @@ class WorkerPool(BoundedQueue):
             notified = self._not_empty.wait(self.IDLE_SECONDS)
         finally:
             self._idle -= 1
+        # If its time was over, another worker may be the one on the way. Then wake() may call one
+        # too many, which does no harm.
         self._on_the_way = False
         # What wait() returns is not enough. A worker whose time is over counts as idle until it has
         # the lock back:
@@ -2050,7 +2054,8 @@ def _child_main(pipe: Any) -> None:
         # This unblocks the stop signals, too, which Child._start blocks (fact 2).
         surroundings.restore()
         while True:
-            # The server waits for this before it sends: to send to a child that hangs would block.
+            # The server waits for READY before it sends a job. Otherwise, if this child hangs, the
+            # server would hang as well, in the middle of sending.
             pipe.send_bytes(READY)
             answer = _run_job(pipe, pipe.recv_bytes())
             if os.getpid() != own:  # a copy that the function has forked must not answer as well
@@ -2183,8 +2188,8 @@ class Child:
         if process is None:
             return
         with contextlib.suppress(ValueError):  # end() has just closed it, so it has ended
-            # Another thread may just have reaped it, but the system gives its number away much
-            # later.
+            # Another thread may just have reaped it. But the system gives numbers away in turn, so
+            # no other process has this one so soon.
             _end_group(process.pid)
             process.kill()
 
@@ -2278,6 +2283,8 @@ class Child:
             _start_tracker()
             # The child inherits this, so that no signal reaches it before its handlers are set.
             signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        # start(), below, does not call _before_fork, which takes the second lock, too: it starts a
+        # new program, and does not use os.fork.
         with self._reaping, _fork_lock:
             self._pipe, far_end = _SPAWN.Pipe()
             _own_files.add(self._pipe)
@@ -2442,17 +2449,17 @@ class Later(NamedTuple):
     - the server shuts down.
 
     Then the loop calls `unwatch(wake)` and `answer()`, which must not block. If the connection
-    breaks, it calls `unwatch(wake)` alone. If the third case is there from the beginning, there is
-    no wait: the loop calls `answer()` alone.
+    breaks, it calls `unwatch(wake)` alone. If `may_hurry` is true and the client has ended its
+    sending already, there is no wait: the loop calls `answer()` alone.
     """
 
     seconds: float
     watch: Callable[[Callable[[], None]], None]
     unwatch: Callable[[Callable[[], None]], None]
     answer: Callable[[], Response]
-    # Whether a client that ends its sending is answered at once, before `wake`. It is false where
-    # answer() would be slow before `wake`, and hold up the loop. GET /tasks (9) is such a case: if
-    # its worker has not made the listing yet, answer() makes it.
+    # Whether a client that ends its sending is answered at once. It is false for GET /tasks (9).
+    # There, watch() has a worker make a listing; if answer() is called before the worker is done,
+    # it makes the listing itself, in the loop. When a wait has taken too long, that is put up with.
     may_hurry: bool = True
 
 
@@ -2594,13 +2601,14 @@ def never_blocks(request: Request) -> bool:
 MAX_DEPTH = 100  # of nested arrays and objects
 MAX_DIGITS = 4300  # of an integer; the bound of newer Pythons
 
-# Brackets in a string do not count. So a string such as "a]" is matched as a whole. A string
-# without a closing quote, which the decoder refuses later, is matched to the end of the text.
+# Brackets in a string do not count. So a string such as "a]" is matched as a whole. If its closing
+# quote is missing, it is matched to the end of the text, even if that ends in a lone backslash; the
+# decoder refuses such a text later.
 _BRACKET_OR_STRING = re.compile(
     r"""
     [\[{\]}]
     | " [^"\\]* (?: \\. [^"\\]* )*  # characters and escapes
-      (?: " | \\?\Z )               # the closing quote; or the end, which may be a backslash
+      (?: " | \\?\Z )               # the closing quote; or else, all that is left
     """,
     re.DOTALL | re.VERBOSE,
 )
@@ -2766,7 +2774,8 @@ def check_origin(request: Request) -> None:
     """See that no page of another site sends this. HTTPError 403.
 
     Browsers say in Sec-Fetch-Site where a request comes from; older ones, in Origin. Others, such
-    as curl, send neither.
+    as curl, send neither. (A create needs no such check. It has the media type of JSON, and before
+    a browser sends that for another site, it asks the server for leave, which it never gets.)
     """
     site = request.header("sec-fetch-site")
     origin = request.header("origin").lower()
@@ -2959,8 +2968,9 @@ class Application:
     """The task types, their endpoints, and the life of a task. It knows no sockets.
 
     Building one starts no thread, process or socket. Public attributes may be set until the first
-    request. `main` sets the bounds of `store` and of all pools by its options. Their defaults are
-    the bounds that `store`, `pool` and `cpu_pool` have; so set yours there.
+    request. `main` overwrites the bounds of `store` and of all pools by its options. An option that
+    is not given has the value that is found in `store`, `pool` or `cpu_pool`; so set your own
+    bounds there. (`coroutine_pool` gets those of `pool`.)
     """
 
     # A task that waits for a network costs a thread of some 16 KiB, so hundreds fit into the
@@ -2990,8 +3000,8 @@ class Application:
             self._begin_coroutine, self._end_coroutine, self.WORKERS, self.MAX_WAITING
         )
         self.pools: list[BoundedQueue] = [self.pool, self.cpu_pool, self.coroutine_pool]
-        # Takes the two lines that the log has for each task. `main` replaces it by LogHandler.put,
-        # which takes a fifth of the time.
+        # Takes the lines that the log has for each task, usually two. `main` replaces it by
+        # LogHandler.put, which takes a fifth of the time.
         self.log_task: Callable[..., None] = log.info
         # A task that no worker runs, because it was cancelled or found unfinished at the start, is
         # made final by these threads: with a journal, that may take long.
@@ -3014,7 +3024,7 @@ class Application:
 
         The function gets the posted object and `report(fraction, message=None)`; what it returns is
         the result. It runs in a thread; if it is an `async def`, in an event loop, with all others;
-        with `cpu`, in a process of its own. `timeout` ends a coroutine or process after that time.
+        with `cpu`, in a child process. `timeout` ends a coroutine or process after that time.
         `rerun`: a task that was running when the server ended runs again at the next start;
         otherwise it fails. `payload` describes members of the payload by JSON Schemas; they stand
         in /openapi.json, and are not enforced.
@@ -3384,18 +3394,18 @@ class Application:
             trace = traceback_of(error)
             if trace:
                 log.warning("task %s: %s", record.id, trace)
-        final = Record(
-            record.id,
-            record.name,
-            status,
-            record.type,
-            record.created_at,
-            started_at,
-            time.time(),
-            fraction,
-            message,
-            result,
-            description,
+        final = Record(  # in half the time of record._replace
+            id=record.id,
+            name=record.name,
+            status=status,
+            type=record.type,
+            created_at=record.created_at,
+            started_at=started_at,
+            finished_at=time.time(),
+            progress=fraction,
+            message=message,
+            result=result,
+            error=description,
             sequence=record.sequence,
         )
         try:
@@ -3474,11 +3484,14 @@ _HOST = rb"(?:\[[0-9A-Fa-f]*:[0-9A-Fa-f:.]+\]|" + _NAME + rb")(?::[0-9]*)?"
 # "#", a query at "#", and a percent sign begins two hexadecimal digits.
 _PATH = rb"(?:[^\x00-\x20\x7f-\xff?#%]|%[0-9A-Fa-f]{2})*"
 _QUERY = rb"(?:[^\x00-\x20\x7f-\xff#%]|%[0-9A-Fa-f]{2})*"
-# RFC 9112, 3. The groups: method, authority, path, query, and the digits of the version. The target
-# is in origin-form, absolute-form (with an authority), or asterisk-form (a path that is "*").
+# RFC 9112, 3. There are six groups. A target in absolute-form has an authority; one in
+# asterisk-form has a path that is "*".
 _REQUEST_LINE = re.compile(
-    rb"(%s) (?:(?i:https?)://(%s))?(%s)(?:\?(%s))? HTTP/([0-9])\.([0-9])"
-    % (_TOKEN, _HOST, _PATH, _QUERY)
+    rb"(" + _TOKEN + rb") "  # the method
+    rb"(?:(?i:https?)://(" + _HOST + rb"))?"  # the authority
+    rb"(" + _PATH + rb")"
+    rb"(?:\?(" + _QUERY + rb"))?"
+    rb" HTTP/([0-9])\.([0-9])"
 )
 _ABSOLUTE_FORM = re.compile(rb"%s [A-Za-z][A-Za-z0-9+.\-]*://" % _TOKEN)
 _HEADER = re.compile(rb"(%s):(%s)" % (_TOKEN, _VALUE))
@@ -3550,8 +3563,8 @@ def read_head(buffer: bytearray, peer: str = "") -> Generator[Phase, Any, Reques
         if end >= 0:
             head = bytes(buffer[:end])
             request = parse_head(head, peer)
-            # This comes after parsing. If parsing raises, next_answer() still needs the first
-            # bytes, because the refusal of a HEAD request has no content.
+            # This comes after parsing. If parsing raises, there is no Request, and next_answer()
+            # looks at the first bytes to see whether it was HEAD: then the refusal has no content.
             del buffer[: end + 4]
             return request
         # Not complete, but wrong already? The sender may be waiting for an answer.
@@ -4002,7 +4015,7 @@ class Connection:
             request = yield from read_head(self.buffer, self.peer)
             verdict = application.judge(request)
             if request.fields.has_body():
-                request = yield from self.with_body(request, verdict)
+                request = yield from self.take_body(request, verdict)
             if verdict.refusal is None and verdict.route.blocks(request):
                 self.server.lend(self, functools.partial(application.answer, verdict, request))
                 answer = yield LENT
@@ -4024,7 +4037,7 @@ class Connection:
             log.debug("%s %s: %d", self.peer, what, answer.status)
         return encode_response(answer, request, self.closing)
 
-    def with_body(self, request: Request, verdict: Verdict) -> Generator[Phase, Any, Request]:
+    def take_body(self, request: Request, verdict: Verdict) -> Generator[Phase, Any, Request]:
         """Return a request with its body. If the client waits for 100 Continue, send that first.
 
         If the request is refused, such a client may send its body or not. Then there is no telling
@@ -4400,7 +4413,7 @@ class Server(http.server.ThreadingHTTPServer):
             self._is_accepting = True
 
     def _drain(self) -> bool:
-        """Close what has no answer to come, and give the others time to send theirs.
+        """Close connections without a complete request; give the others time to send their answers.
 
         Return true while connections are left and time is left. LINGER is spared, too, because to
         close such a connection could lose its last answer, see `Connection.serve`.
@@ -4529,9 +4542,9 @@ def run_until_stopped(server: Server, grace: float) -> int:
     # The thread below waits for what is put here. To begin the stop, put the seconds that running
     # tasks may still have; if there is nothing to stop any more, put None.
     #
-    # It is not an Event: if a handler of a signal were called while this thread is in Event.set()
-    # (4, fact 6), its own set() would wait for ever for the lock of the Event. SimpleQueue.put() is
-    # safe: a put() in the middle of a put() works.
+    # It is not an Event. on_signal(), below, is called in the main thread, perhaps in the middle of
+    # a set() there (4, fact 6). Then its own set() would wait for ever for the lock that the other
+    # one holds. A put() in the middle of a put() of a SimpleQueue works.
     stops: queue.SimpleQueue[float | None] = queue.SimpleQueue()
     signals: list[int] = []
     losses: list[str] = []
@@ -5388,8 +5401,9 @@ class Description:
     def _tag(self, route: Route) -> str:
         """Return the name of the group of a route."""
         name = route.tag or "server"
-        # A task type may be called "server", too. Its tag is that name, and the tag of the server's
-        # own group is "". So they are two things, and _unique() changes the name of one.
+        # A task type may be called "server", too. For _unique(), the third argument tells the two
+        # apart: it is "server" for that type, and "" for the server's own group. So the second one
+        # that comes is named "server2".
         return self._unique("tag", name, route.tag)
 
     def _about(self, tag: str) -> str:
