@@ -80,12 +80,12 @@ again for what it waits for; it may find nothing. A *final* record that has outl
 sizes in bytes.
 
 Of `http.server.ThreadingHTTPServer` this file uses three things: the listening socket with its
-address; the code that binds and closes that socket; and the names of some methods (`serve_forever`,
-`shutdown`, `service_actions`), so that whoever knows that class finds them here. Two parts are
-replaced. The first is its threads: here, one loop serves all connections. A thread for each would
-cost 16 KiB while it is idle, and to wake it for every answer would take time. The second is its
-request parser, because it ignores Transfer-Encoding, accepts malformed requests, and takes most of
-the time of an answer.
+address; the code that binds that socket, accepts from it and closes it; and the names of some
+methods (`serve_forever`, `shutdown`, `service_actions`), so that whoever knows that class finds
+them here. Two parts are replaced. The first is its threads: here, one loop serves all connections.
+A thread for each would cost 16 KiB while it is idle, and to wake it for every answer would take
+time. The second is its request parser, because it ignores Transfer-Encoding, accepts malformed
+requests, and takes most of the time of an answer.
 
 Why not asyncio's streams? They would serve just as many idle connections. But they are slow: to
 read a head with them and to send a fixed answer, with nothing done in between, takes 80 % of the
@@ -172,8 +172,9 @@ log = logging.getLogger("taskserver")
 #
 # 1. Between any two steps of one thread, another thread may go on. Who holds a lock keeps out those
 #    who ask for the same lock.
-# 2. A Condition belongs to a lock. wait() gives the lock back, sleeps until another thread calls
-#    notify() or the time is over, and takes the lock again before it returns.
+# 2. A Condition belongs to a lock; if it is given none, it makes one. wait() gives the lock back,
+#    sleeps until another thread calls notify() or the time is over, and takes the lock again before
+#    it returns.
 # 3. When its main thread has ended, a process waits for its other threads, but not for daemon
 #    threads. The threads here are daemon threads.
 # 4. One thread at a time runs Python's code: it has the *global interpreter lock*. It gives that
@@ -233,8 +234,8 @@ class _WriteSide:
 
     def __enter__(self) -> None:
         lock = self._lock
-        # A writer keeps the mutex until __exit__, and that alone says that it writes: meanwhile,
-        # nobody can enter or leave. Only wait(), below, gives the mutex back for a while.
+        # There is no flag for a writer that writes. It keeps the mutex until __exit__, and without
+        # the mutex nobody can enter. Only wait(), below, gives the mutex back for a while.
         lock.mutex.acquire()
         if not lock.readers:
             return
@@ -440,16 +441,30 @@ def encode_cached(record: Record, with_result: bool = True) -> bytes:
     return _encode_final_record(record, with_result)
 
 
-# The escapes in a text of JSON, tried in this order.
+# The escapes in a text of JSON, tried in this order. Only lone surrogates, group 1, are looked for:
+#
+#     \ud83d\ude00    is one escape, a pair
+#     \ud83d a        is a lone surrogate
+#     \\ud83d         is an escaped backslash, and then plain text
 _JSON_ESCAPE = re.compile(
     r"""
     \\ud[89ab].. \\ud[c-f]..  # a pair of surrogates, which stand for one character
-    | \\(ud[89a-f]..)          # a surrogate without the other half: group 1
-    | \\.                      # any other. One of them is an escaped backslash, which is passed
-                               # over as a whole: what follows it is plain text, even "ud800"
+    | \\(ud[89a-f]..)          # a surrogate without the other half
+    | \\.                      # any other
     """,
     re.VERBOSE,
 )
+
+
+def _escape_lone_surrogate(escape: re.Match[str]) -> str:
+    """Double the backslash of an escape that is a lone surrogate; return any other as it is.
+
+    So a client decodes the surrogate to plain text: a backslash and, for example, "udc80".
+    """
+    lone = escape.group(1)
+    if lone:
+        return f"\\\\{lone}"
+    return escape.group()
 
 
 class _Huge(Exception):
@@ -506,10 +521,12 @@ def _check_members(value: object) -> None:
             size += len(value)
         elif isinstance(value, dict):
             size += len(value)
+            keys: Iterable[str] = value
             if not _are_texts(value):
                 keys = [_json_key(key) for key in value]
-                if len(set(keys)) < len(keys):
+                if len(set(keys)) < len(value):
                     raise ValueError("two keys are the same as JSON, such as 1 and '1'")
+            size += sum(map(len, keys))
             members = value.values()
         elif isinstance(value, (list, tuple)):
             size += len(value)
@@ -564,17 +581,6 @@ def _place_of_fault(value: object, encoder: json.JSONEncoder) -> str:
     return f" at {escape_surrogates(place)}"
 
 
-def _escape_lone_surrogate(escape: re.Match[str]) -> str:
-    """Double the backslash of an escape that is a lone surrogate; return any other as it is.
-
-    So a client decodes the surrogate to plain text: a backslash and, for example, "udc80".
-    """
-    lone = escape.group(1)
-    if lone:
-        return f"\\\\{lone}"
-    return escape.group()
-
-
 class TaskError(Exception):
     """An error whose text becomes the record's `error` unchanged; `trace` is for the log alone."""
 
@@ -617,8 +623,8 @@ class Unavailable(Exception):
 
 # How a journal can fail to save a record, and what becomes of its task:
 #
-# (A record is saved three times: when its task is created, when it starts, and when it is final,
-# which is its *outcome*.)
+# (A record is saved up to three times: when its task is created, when it starts, and when it is
+# final, which is its *outcome*.)
 #
 #                      a create             a start or an outcome
 #     JournalError     is refused (503)     is saved again until that works
@@ -660,15 +666,15 @@ class Store:
     even beyond that.
 
     With a `journal` (its contract stands in section 10), a record is written there before anybody
-    sees it: `add`, `save` and `finish` block until it is. So an id goes these ways:
+    sees it: `add`, `save` and `finish` block until it is. An id is *reserved* while its first
+    record is being written: it counts against the bounds, but `get` does not find it. An id is
+    *doomed* when it is gone here, but has still to be deleted in the journal; it does not count. So
+    an id goes these ways:
 
         free --add--> reserved --saved--> pending --finish--> final --evict--> doomed
         reserved --not saved--> doomed, because the journal may hold it all the same
         doomed --delete_doomed--> free
         doomed --add--> reserved, and the delete is called off
-
-    A *reserved* id counts against the bounds, but `get` does not find it. A *doomed* id is still to
-    be deleted in the journal; here it is gone, and does not count.
     """
 
     FAILING_SECONDS = 30.0  # after a write has failed, the journal counts as failing for so long
@@ -863,7 +869,7 @@ class Store:
         except JournalLost as loss:
             self._lose(loss)
             raise
-        except BaseException as error:
+        except BaseException as error:  # even SystemExit ends no worker here
             if not self.failing:
                 log.error("the journal fails and will be tried again: %s", describe(error))
             self._failed_at = time.monotonic()
@@ -972,11 +978,11 @@ class Store:
         return len(ids)
 
     def _remove(self, task_id: str) -> None:
-        """Drop a record. The write side is held."""
+        """Drop a final record. The write side is held."""
         record = self._records.pop(task_id)
-        if record is not None:
-            self._bytes -= record.size()
-            self._counts[record.type, record.status] -= 1
+        assert record is not None  # it is final, not reserved
+        self._bytes -= record.size()
+        self._counts[record.type, record.status] -= 1
 
     def has_doomed(self) -> bool:
         """Return whether the journal is to delete something, and that may be tried now."""
@@ -1058,25 +1064,29 @@ class Store:
 
         It does nothing with the default of --max-tasks, which is MANY: there are never more.
 
-        Now and then the collector looks at everything, while everybody waits: 0.5 s for a million
-        records. gc.freeze() hides from it all objects that there are now, even garbage. So after
-        every MANY_NEW new records, this method has the collector look once at what is not hidden
-        yet, and free the garbage (30 ms, and the first time 60); then it hides the rest.
+        CPython frees an object when nothing refers to it any more. Its garbage collector is for
+        cycles of references alone. Now and then it looks at everything, while everybody waits: 0.5
+        s for a million records. gc.freeze() hides from it all objects that there are now. So, after
+        every MANY_NEW new records:
 
-        What is hidden is still freed when nothing refers to it any more. The cost: a hidden
-        reference cycle is not freed until there are few records again. CPython can do it from 3.7
-        on; in free-threaded builds the pause is shorter, but not gone; PyPy needs none of it.
+        1. The collector looks once at what is not hidden yet, and frees garbage, so that this is
+           not hidden, too. It takes 30 ms, and the first time 60.
+        2. All that is left is hidden.
+
+        The cost: a cycle that is hidden is not freed until there are few records again. CPython can
+        do this from 3.7 on; in free-threaded builds the pause is shorter, but not gone; PyPy needs
+        none of it.
         """
         if not _CAN_FREEZE:
             return
         held = len(self._records)
         if held > self.MANY and self._unfrozen >= self.MANY_NEW:
-            gc.collect()  # garbage would be frozen, too
+            gc.collect()
             self._freeze()
         elif held < self.MANY / 2 and self._is_frozen:
             gc.unfreeze()
             self._is_frozen = False
-            self._set_unfrozen(held)
+            self._set_unfrozen(held)  # now it sees all records again
 
     def _freeze(self) -> None:
         gc.freeze()
@@ -1084,7 +1094,7 @@ class Store:
         self._set_unfrozen(0)
 
     def _set_unfrozen(self, count: int) -> None:
-        """Say how many records are new to the collector."""
+        """Note how many records the collector sees."""
         with self._lock.write:
             self._unfrozen = count
 
@@ -1275,10 +1285,10 @@ class WorkerPool(BoundedQueue):
     Each takes one item after the other out of the queue and calls `work` with it. `work` must not
     raise.
 
-    wake() calls one worker: it notifies an idle one, or makes a new one if none is idle. From then
-    until it looks into the queue, that worker is *on the way*, and wake() calls no other. When it
-    has taken an item, it calls wake() itself, before it begins to work. So long items get a worker
-    each; but of a burst of short ones, a worker may take several before the next worker is there.
+    wake() has one worker come: it notifies an idle one, or makes a new one if none is idle. From
+    then until it looks into the queue, that worker is *on the way*, and wake() does nothing. When
+    it has taken an item, it calls wake() itself, before it begins to work. So long items get a
+    worker each; but of a burst of short ones, a worker may take several before the next one comes.
 
     No item is forgotten, because wake() is called
 
@@ -1286,7 +1296,7 @@ class WorkerPool(BoundedQueue):
     2. by each worker that has taken an item;
     3. by the server in every round, because the system may have had no thread to give.
 
-    If all `max_workers` workers are busy, wake() calls none, and need not: each looks into the
+    If all `max_workers` workers are busy, wake() has none come, and need not: each looks into the
     queue when it is done.
     """
 
@@ -1358,8 +1368,8 @@ class WorkerPool(BoundedQueue):
             log.error("a worker ends: %s", describe(error))
             with self._lock:
                 self._workers -= 1  # when a worker ends as usual, _get does this
-                # Perhaps this worker was the one on the way; then wake() must call another. If
-                # another one is, wake() may call one too many, which does no harm.
+                # This worker may have been on the way; now it does not come. (Or another one is on
+                # the way. Then one more may come than is needed, and finds nothing to do.)
                 self._on_the_way = False
         self._at_end()
         self.wake()  # for items that came meanwhile
@@ -1394,11 +1404,11 @@ class WorkerPool(BoundedQueue):
             notified = self._not_empty.wait(self.IDLE_SECONDS)
         finally:
             self._idle -= 1
-        # If its time was over, another worker may be the one on the way. Then wake() may call one
-        # too many, which does no harm.
+        # This worker looks into the queue now. (If its time was over, another one may be on the
+        # way. Then one more may come than is needed, and finds nothing to do.)
         self._on_the_way = False
-        # What wait() returns is not enough. A worker whose time is over counts as idle until it has
-        # the lock back:
+        # It looks even if wait() has returned false. Otherwise this could leave an item lying,
+        # because a worker counts as idle until it has the lock back:
         #
         #     this worker                               another thread
         #     ----------------------------------------  --------------------------------------------
@@ -1406,8 +1416,6 @@ class WorkerPool(BoundedQueue):
         #                                               puts an item, and calls wake(), which finds
         #                                               an idle worker and makes no new one
         #     has the lock; wait() returns false
-        #
-        # So look into the queue, too.
         return notified or self._may_begin()
 
 
@@ -1422,19 +1430,23 @@ class WorkerPool(BoundedQueue):
 #    on.
 # 3. A SystemExit or KeyboardInterrupt in a task or a callback ends the loop.
 #
-# A CoroutinePool is given two functions, `before` and `after`. They may wait for a disk, and decode
-# or encode what is long, so threads call them. An item of the pool goes through these methods:
+# A CoroutinePool has `max_workers` slots; an item has one from its first step to its last. The pool
+# is given two functions. They may wait for a disk, and decode or encode what is long, so threads
+# call them:
+#
+#     before(item)              returns two values, `start` and `seconds`: start() makes the
+#                               coroutine, and `seconds` is its time limit, None for no limit. If
+#                               `start` is None, there is nothing to run.
+#     after(item, value, error) gets what the coroutine has returned or raised.
+#
+# So an item goes through these methods:
 #
 #     method         in              what is done
 #     -------------  --------------  --------------------------------------------------------
-#     _begin_next    a thread        first step: calls before(item). That returns two values:
-#                                    `start` makes the coroutine, `seconds` is its time limit
+#     _begin_next    a thread        the first step: calls before(item)
 #     _start_run     the event loop  makes a task of asyncio, which awaits start()
 #     _ended         the event loop  called by asyncio when the coroutine has returned or raised
-#     _last_step     a thread        last step: calls after(item, value, error); the slot is free
-#
-# A slot is one of `max_workers`. If `start` is None, there is nothing to run, and the slot is free
-# at once. If `seconds` is None, there is no limit.
+#     _last_step     a thread        the last step: calls after(item, value, error)
 #
 # A coroutine that runs can be interrupted, for one of three reasons: it was cancelled, its time is
 # over, or the server stops.
@@ -1603,7 +1615,7 @@ class CoroutinePool(BoundedQueue):
     # In a thread of the pool
 
     def _begin_next(self) -> None:
-        """Take the first step of the oldest item, and have another thread take that of the next."""
+        """Do the first step of the oldest item; meanwhile, another thread does that of the next."""
         has_loop = self._event_loop.start()
         with self._lock:
             self._is_beginning = False
@@ -1786,10 +1798,10 @@ class Waker:
 #    it starts begins with the same signals blocked.
 # 3. To *reap* an ended process is to fetch its exit status, which can be done once. Only then may
 #    the system give its number to another process.
-# 4. A task may call os.fork. The *copy* of the process that this makes has the same handlers of
-#    signals and the same open files. As long as it keeps a pipe open, the other side never sees the
-#    end of the file, even after the original process has ended. A lock on a file, too, lasts until
-#    the copy has closed the file.
+# 4. A task may call os.fork, which makes a *copy* of the process. The copy has the same handlers of
+#    signals and the same open files. Who reads from a pipe meets the end of the file only when all
+#    processes have closed the other end of it, the copy, too. And a lock on a file lasts until all
+#    have closed that file.
 # 5. What a function changes in its process, such as the working directory, is still changed for the
 #    next function.
 # 6. Python calls a handler of a signal in the main thread, between any two steps of whatever that
@@ -1900,10 +1912,10 @@ def handle_stop_signals(handler: Callable[[int, Any], None]) -> None:
 
 
 def _before_fork() -> None:
-    """Until the fork is over, let no child be started, and block the stop signals.
+    """Until the fork is over, let no child be started, and hold the stop signals back.
 
-    A signal that reached the copy too early would be taken by our handlers there, and be lost. So
-    signals are held back until the copy has given up the handlers.
+    At first, the copy has our handlers. A signal that is sent to it then would only call one of
+    these, and not end the copy. So signals are held back until the copy has given the handlers up.
     """
     _fork_lock.acquire()
     _fork_state.mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
@@ -2009,9 +2021,9 @@ class Surroundings:
         if _POSIX:
             for timer in signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF:
                 signal.setitimer(timer, 0)
-            # A signal may be held back, because the task had blocked it. It would be delivered at
-            # the end of this method, where all are unblocked. To ignore it for a moment throws it
-            # away; the next loop puts its handler back.
+            # A signal may be held back, because the task has blocked it. The system throws it away
+            # as soon as it is set to be ignored. So ignore it here; in the next loop, put its
+            # handler back; and unblock all signals after that.
             for number in signal.sigpending():
                 signal.signal(number, signal.SIG_IGN)
         for number, handler in self._handlers.items():
@@ -2283,8 +2295,8 @@ class Child:
             _start_tracker()
             # The child inherits this, so that no signal reaches it before its handlers are set.
             signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-        # start(), below, does not call _before_fork, which takes the second lock, too: it starts a
-        # new program, and does not use os.fork.
+        # _before_fork takes _fork_lock, too. That is no deadlock: it is called by os.fork alone,
+        # and start() starts a new program in another way.
         with self._reaping, _fork_lock:
             self._pipe, far_end = _SPAWN.Pipe()
             _own_files.add(self._pipe)
@@ -2445,7 +2457,7 @@ class Later(NamedTuple):
 
     - `wake` was called;
     - `seconds` have passed;
-    - `may_hurry` is true, and the client has ended its sending (it may still read);
+    - `may_hurry` is true, and the client has ended its sending, but may still read (7, fact 3);
     - the server shuts down.
 
     Then the loop calls `unwatch(wake)` and `answer()`, which must not block. If the connection
@@ -2457,9 +2469,9 @@ class Later(NamedTuple):
     watch: Callable[[Callable[[], None]], None]
     unwatch: Callable[[Callable[[], None]], None]
     answer: Callable[[], Response]
-    # Whether a client that ends its sending is answered at once. It is false for GET /tasks (9).
-    # There, watch() has a worker make a listing; if answer() is called before the worker is done,
-    # it makes the listing itself, in the loop. When a wait has taken too long, that is put up with.
+    # Whether a client that ends its sending is answered at once. Make it false if answer() is slow
+    # before `wake` was called: GET /tasks (9), for example, has a worker make its listing during
+    # the wait, and the loop would have to make it instead. (So it does, but only after `seconds`.)
     may_hurry: bool = True
 
 
@@ -2602,13 +2614,13 @@ MAX_DEPTH = 100  # of nested arrays and objects
 MAX_DIGITS = 4300  # of an integer; the bound of newer Pythons
 
 # Brackets in a string do not count. So a string such as "a]" is matched as a whole. If its closing
-# quote is missing, it is matched to the end of the text, even if that ends in a lone backslash; the
-# decoder refuses such a text later.
+# quote is missing, all the rest is matched; otherwise the search would begin anew at each quote in
+# it, and take very long. (The decoder refuses such a text later.)
 _BRACKET_OR_STRING = re.compile(
     r"""
     [\[{\]}]
     | " [^"\\]* (?: \\. [^"\\]* )*  # characters and escapes
-      (?: " | \\?\Z )               # the closing quote; or else, all that is left
+      (?: " | \\?\Z )               # the closing quote; or the end, as in "abc or in "abc\
     """,
     re.DOTALL | re.VERBOSE,
 )
@@ -2775,7 +2787,8 @@ def check_origin(request: Request) -> None:
 
     Browsers say in Sec-Fetch-Site where a request comes from; older ones, in Origin. Others, such
     as curl, send neither. (A create needs no such check. It has the media type of JSON, and before
-    a browser sends that for another site, it asks the server for leave, which it never gets.)
+    a browser sends that for another site, it asks by OPTIONS whether it may. Our answer to that has
+    no Access-Control-Allow-Origin, so it may not.)
     """
     site = request.header("sec-fetch-site")
     origin = request.header("origin").lower()
@@ -2880,7 +2893,15 @@ def _problem_with_cpu(function: Any) -> str:
 
 
 def _check_import(name: str, function: Any, default: Default) -> None:
-    """ValueError: a child process cannot import what it is to call."""
+    """ValueError: a child process cannot import what it is to call.
+
+    If the function's module is
+
+    - __main__, the program itself, a child imports its file, if it has one;
+    - __mp_main__, a child has it. That is the program, too, if the server itself runs in a process
+      of `multiprocessing`;
+    - any other, one of Python's finders must find it by its name.
+    """
     main_module = sys.modules.get("__main__")
     module = getattr(_unwrapped(function), "__module__", None) or ""
     if module == "__main__":
@@ -2896,8 +2917,6 @@ def _check_import(name: str, function: Any, default: Default) -> None:
                 f"task type {name!r}: a child process cannot import this program; with cpu=True, "
                 "move the function into a module of its own"
             )
-    # The server may run in a process of `multiprocessing`. There, the file of the program is the
-    # module __mp_main__. Children import it by that name, too, but no finder knows it.
     elif module != "__mp_main__" and not _is_importable(module):
         raise ValueError(
             f"task type {name!r}: a child process cannot import {module}; with cpu=True, put the "
@@ -2968,9 +2987,8 @@ class Application:
     """The task types, their endpoints, and the life of a task. It knows no sockets.
 
     Building one starts no thread, process or socket. Public attributes may be set until the first
-    request. `main` overwrites the bounds of `store` and of all pools by its options. An option that
-    is not given has the value that is found in `store`, `pool` or `cpu_pool`; so set your own
-    bounds there. (`coroutine_pool` gets those of `pool`.)
+    request. The bounds of `store`, `pool` and `cpu_pool` are the defaults of main's options; an
+    option that is given replaces them. (`coroutine_pool` always gets the bounds of `pool`.)
     """
 
     # A task that waits for a network costs a thread of some 16 KiB, so hundreds fit into the
@@ -3480,8 +3498,8 @@ _QUOTED = rb'"(?:[\t \x21\x23-\x5b\x5d-\x7e\x80-\xff]|\\[\t\x20-\x7e\x80-\xff])*
 # RFC 3986, 3.2, without user information: an IPv6 address in brackets or a name, and a port.
 _NAME = rb"(?:[A-Za-z0-9\-._~!$&'()*+,;=]|%[0-9A-Fa-f]{2})+"
 _HOST = rb"(?:\[[0-9A-Fa-f]*:[0-9A-Fa-f:.]+\]|" + _NAME + rb")(?::[0-9]*)?"
-# Browsers send more than RFC 3986, 3.3 allows: take all that is printable. A path ends at "?" or
-# "#", a query at "#", and a percent sign begins two hexadecimal digits.
+# Browsers send more than RFC 3986, 3.3 allows: take all that is printable. But a path has no "?" or
+# "#", a query no "#", and a percent sign begins two hexadecimal digits.
 _PATH = rb"(?:[^\x00-\x20\x7f-\xff?#%]|%[0-9A-Fa-f]{2})*"
 _QUERY = rb"(?:[^\x00-\x20\x7f-\xff#%]|%[0-9A-Fa-f]{2})*"
 # RFC 9112, 3. There are six groups. A target in absolute-form has an authority; one in
@@ -3535,9 +3553,10 @@ IDLE = Phase("idle", _READ, True, 75)  # for the next request
 LINGER = Phase("linger", _READ, True, 5)  # for the client to close, after the last answer
 
 
-# Reading a request. A reader is a generator, so that it can be written as if it could wait: it
-# takes bytes out of a buffer; when it needs more, it yields the phase in which to wait for them,
-# and is resumed when some have been put into the buffer.
+# Reading a request. A reader is a generator. So it can be written as if it could wait, much as a
+# coroutine with `await`: it takes bytes out of a buffer; when it needs more, it yields the phase in
+# which to wait for them; Connection.resume, below, has it go on when some have been put into the
+# buffer. What it returns is the value of the `yield from` by which it was called.
 
 
 def take(buffer: bytearray, size: int) -> bytes:
@@ -3563,8 +3582,8 @@ def read_head(buffer: bytearray, peer: str = "") -> Generator[Phase, Any, Reques
         if end >= 0:
             head = bytes(buffer[:end])
             request = parse_head(head, peer)
-            # This comes after parsing. If parsing raises, there is no Request, and next_answer()
-            # looks at the first bytes to see whether it was HEAD: then the refusal has no content.
+            # These bytes are deleted only now. If parsing raises, next_answer() looks at them, to
+            # see whether the method was HEAD: then the refusal must have no content.
             del buffer[: end + 4]
             return request
         # Not complete, but wrong already? The sender may be waiting for an answer.
@@ -3834,9 +3853,9 @@ def encode_response(response: Response, request: Request | None, close: bool) ->
     return head + b"\r\n\r\n" + body
 
 
-# Bytes that are received at once. TLS sends pieces of this size at most (RFC 8446, 5.1), and
-# decrypts a piece as a whole. If less of it were taken, the rest would stay in the TLS object; and
-# the selector would not return the socket for that, because in the socket there is nothing.
+# Bytes that are received at once: as many as a piece of TLS can have (RFC 8446, 5.1). TLS decrypts
+# a piece as a whole. If only a part were received, the rest would lie in the TLS object, and the
+# connection would hang: the selector looks into the socket alone, and does not see it.
 RECEIVE_SIZE = 16_384
 MAX_PIPELINED = 65_536  # bytes that are read ahead while an answer comes later
 
@@ -3956,10 +3975,11 @@ class Connection:
             if self.phase is not WAITING:  # there it belongs to the next request
                 self.resume()
         elif self.phase is WAITING:
-            # The client is gone, or has ended its sending and still reads. This is remembered,
-            # because TLS tells it only once. Then the wait ends, so that the answer is sent now.
-            # After it, `serve` goes on with what is in the buffer; when it would have to receive
-            # more, enter() closes the connection (RFC 9112, 9.5).
+            # The client is gone, or has ended its sending and still reads. This is remembered: the
+            # next recv() of a plain socket would tell it again, but that of TLS need not. Then the
+            # wait ends, so that the answer is sent now. After it, `serve` goes on with what is in
+            # the buffer; when it would have to receive more, enter() closes the connection (RFC
+            # 9112, 9.5).
             self.client_ended = True
             if isinstance(self.awaited, Later) and self.awaited.may_hurry:
                 self.resume()
@@ -4065,13 +4085,13 @@ class Connection:
         - a client that ends its sending (`on_ready`);
         - the end of the server (`Server._drain`).
 
-        Whichever comes first calls resume(), which sets `awaited` to None. A wake puts this
-        connection and this Later into the loop's queue; the loop resumes the connection only if
-        that Later is its `awaited` still. So a late wake is dropped. The other three act in the
-        phase WAITING only, which has ended.
+        Whichever comes first calls resume(), which ends the phase WAITING and sets `awaited` to
+        None. The others come too late: the last three look at the phase first, and do nothing in
+        another one. A wake puts this connection and this Later into the loop's queue; the loop
+        drops both if this Later is not what the connection awaits.
 
-        A wake may come as early as in watch(), below. It is not lost: the loop, in whose thread
-        this runs, reads its queue only after the `yield`.
+        A wake may also come early, even in watch(), below. It is not lost: the loop, in whose
+        thread this runs, reads its queue only after the `yield`.
         """
         if self.client_ended and later.may_hurry:
             return
@@ -4355,7 +4375,9 @@ class Server(http.server.ThreadingHTTPServer):
         if connection.registered:
             self._selector.unregister(connection.socket)
         try:
-            connection.steps.close()  # calls unwatch(), and breaks a cycle of references
+            # Ends the generator at its yield. There, wait_for() calls unwatch(). And a cycle of
+            # references is broken.
+            connection.steps.close()
         except Exception as error:
             log.error("a connection failed: %s", traceback_of(error))
         connection.socket.close()
@@ -4542,9 +4564,10 @@ def run_until_stopped(server: Server, grace: float) -> int:
     # The thread below waits for what is put here. To begin the stop, put the seconds that running
     # tasks may still have; if there is nothing to stop any more, put None.
     #
-    # It is not an Event. on_signal(), below, is called in the main thread, perhaps in the middle of
-    # a set() there (4, fact 6). Then its own set() would wait for ever for the lock that the other
-    # one holds. A put() in the middle of a put() of a SimpleQueue works.
+    # Why not an Event? A handler of a signal interrupts the main thread (4, fact 6). If that is
+    # just calling set(), it holds a lock; the handler's own set() would wait for it for ever. But a
+    # put() works in the middle of another put(). (With PyPy that is not certain: a signal in the
+    # very moment of the last put(), below, might hang there.)
     stops: queue.SimpleQueue[float | None] = queue.SimpleQueue()
     signals: list[int] = []
     losses: list[str] = []
@@ -5124,9 +5147,12 @@ def parse_address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | 
 def host_check(names: Iterable[str]) -> Callable[[Request], None]:
     """Return a check that a request is meant for an IP address, localhost, or one of these names.
 
-    A hostile web page can have its own name lead to this server (DNS rebinding); then the browser
-    lets it read our answers. But such a request has the hostile name as its Host, and is refused. A
-    Host that is an address cannot come about in this way. HTTPError 421 (RFC 9110, 15.5.20).
+    Against DNS rebinding: a hostile page comes from evil.example; then its owner has that name lead
+    to the address of this server. So for the browser, this server belongs to the page's own site,
+    and the page may read our answers. But such a request has evil.example as its Host, and is
+    refused. A Host that is an address cannot come about in this way.
+
+    HTTPError 421 (RFC 9110, 15.5.20).
     """
     allowed = {"localhost", *(name.lower().rstrip(".") for name in names)}
 
@@ -5189,8 +5215,8 @@ def tls_context(certificate: str, key: str) -> ssl.SSLContext:
 # -- 12. OpenAPI -----------------------------------------------------------------------------------
 
 
-# What each refusal means. All endpoints share these sentences. If you add an endpoint that refuses
-# for another reason, add that to the sentence.
+# What each refusal means that the description names. All endpoints share these sentences. If you
+# add an endpoint that refuses for another reason, add that to the sentence.
 REFUSALS = {
     400: "The request is malformed, or says something that cannot be; `error` says what to send.",
     401: "The server asks for a token: send `Authorization: Bearer TOKEN`.",
@@ -5338,7 +5364,7 @@ class Description:
         self._schemas: dict[str, Any] = {}  # those that are used
         self._responses: dict[str, Any] = {}  # the same
         # By kind, then by name (in lower case, letters and digits alone): what has that name.
-        self._named: dict[str, dict[str, Any]] = {"schema": {}, "operation": {}, "tag": {}}
+        self._owners: dict[str, dict[str, Any]] = {"schema": {}, "operation": {}, "tag": {}}
         for name, schema in SCHEMAS.items():
             self._unique("schema", name, schema)
 
@@ -5391,6 +5417,19 @@ class Description:
         self._take_along(operation)
         return operation
 
+    def _unique(self, kind: str, name: str, owner: Any) -> str:
+        """Return a name that this owner alone has: `name`, or that with a 2 behind it.
+
+        An owner that has the name already gets it again. Names are compared without case and
+        punctuation, because types a-b and ab would both become CreateAb.
+        """
+        while True:
+            plain = re.sub("[^a-z0-9]", "", name.lower())
+            owners = self._owners[kind]
+            if owners.setdefault(plain, owner) == owner:
+                return name
+            name += "2"
+
     def _name(self, route: Route) -> str:
         """Return a name like createThumbnail that no other operation has."""
         words = re.findall("[A-Za-z0-9]+", route.operation or f"{route.method} {route.pattern}")
@@ -5401,31 +5440,15 @@ class Description:
     def _tag(self, route: Route) -> str:
         """Return the name of the group of a route."""
         name = route.tag or "server"
-        # A task type may be called "server", too. For _unique(), the third argument tells the two
-        # apart: it is "server" for that type, and "" for the server's own group. So the second one
-        # that comes is named "server2".
+        # A task type may be called "server", too. But then the tag of its routes is "server", and
+        # that of the server's own is "". So these are two owners, and the second one that comes is
+        # named "server2".
         return self._unique("tag", name, route.tag)
 
     def _about(self, tag: str) -> str:
         if tag in self._types:
             return f"Tasks of type {tag}."
         return "Endpoints that belong to no single type of task."
-
-    def _unique(self, kind: str, name: str, thing: Any) -> str:
-        """Return a name for a thing, changed if another thing has it.
-
-        Names are compared without case and punctuation, because types a-b and ab would both become
-        CreateAb.
-        """
-        while True:
-            plain = re.sub("[^a-z0-9]", "", name.lower())
-            owner = self._named[kind].get(plain)
-            if owner is None:  # the name is free
-                self._named[kind][plain] = thing
-                return name
-            if owner == thing:
-                return name
-            name += "2"
 
     def _success(self, route: Route, status: int) -> dict[str, Any]:
         """Return what is said of a status that bears the answer of a route."""
@@ -6471,7 +6494,7 @@ class NotHere(Exception):
 
 
 def self_check() -> int:
-    """Try everything for real, print a line for each thing tried, and return an exit status."""
+    """Try everything for real, with the demo; print a line for each; return an exit status."""
     print(f"taskserver {__version__}, Python {sys.version.split()[0]} on {sys.platform}")
     checks: list[tuple[str, Callable[[], str]]] = [
         ("a task in a thread", functools.partial(_check_task, "task", {"seconds": 0.1})),
@@ -6545,12 +6568,12 @@ def _check_journal() -> str:
     record = Record(new_id(), "self-check", PENDING, "task", time.time(), sequence=1)
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "self-check.db")
-        for attempt in "written", "opened again":
-            journal = SQLiteJournal(path)
-            loaded = list(journal.load())
-            if attempt == "written":
-                journal.save(record)
-            journal.close()
+        journal = SQLiteJournal(path)
+        journal.save(record)
+        journal.close()
+        journal = SQLiteJournal(path)
+        loaded = list(journal.load())
+        journal.close()
     if loaded != [record]:
         raise ValueError(f"it was written, but what it holds is {loaded}")
     return "written, closed, and read again"
@@ -6783,11 +6806,10 @@ def _open_log(application: Application, options: argparse.Namespace) -> LogHandl
     return handler
 
 
-def _close_log(application: Application, handler: LogHandler) -> None:
-    """Write what is queued, and log no more to stderr."""
+def _detach_log(application: Application, handler: LogHandler) -> None:
+    """Log no more to stderr."""
     log.removeHandler(handler)
     application.log_task = log.info
-    handler.finish(1)
 
 
 def _say_nothing(text: str, *arguments: object) -> None:
@@ -6824,7 +6846,8 @@ def main(application: Application | None = None, argv: list[str] | None = None) 
         server, address = _start(application, options)
     except (ValueError, OSError, RuntimeError, JournalLost) as error:  # RuntimeError: no thread
         if handler is not None:
-            _close_log(application, handler)
+            handler.finish(1)
+            _detach_log(application, handler)
         sentence = " ".join(str(error).splitlines())
         sys.exit(f"taskserver: {sentence}")
     log.info("serving %s", address)
@@ -6837,7 +6860,7 @@ def main(application: Application | None = None, argv: list[str] | None = None) 
     application.children.kill()
     if is_main_thread:
         _leave(status, at_once=is_running)
-    _close_log(application, handler)  # this process goes on
+    _detach_log(application, handler)  # this process goes on
     sys.exit(status)
 
 

@@ -699,6 +699,8 @@ def test_a_result_has_at_most_1_mib():
     [
         [0] * (MIB + 1),
         {"a": ["x" * MIB, "x"]},
+        {"x" * MIB: 0},
+        [{"x" * 1000: 0}] * 1100,
         [[["x" * 1000] * 50] * 50] * 50,  # the same lists again and again
         cycle(),
         [0, (cycle(), {"a": cycle()})],
