@@ -51,9 +51,9 @@ The way of a create:
     Then the record is put into the pool's queue (3). Usually the loop itself calls the endpoint.
     With a journal or a long body, that could take long; then a thread of the server calls it.
  5. The connection sends the answer, status 201, and waits for the next request (7).
- 6. In its next round, the loop wakes a worker, which is a thread, and which takes the record. It
-    calls the function itself, or has its child process do so (4); a coroutine it hands to an event
-    loop (3).
+ 6. In its next round, the loop wakes a worker: once for all records that were queued in this round,
+    because that takes as long as a create. A worker is a thread. It takes the record and calls the
+    function, or has its child process do so (4); a coroutine it hands to an event loop (3).
  7. The worker replaces the record by a final one (2), which polls will see.
 
 The way of a long poll, `GET /poll-TYPE/<id>?wait=30`:
@@ -87,11 +87,10 @@ A thread for each would cost 16 KiB while it is idle, and to wake it for every a
 time. The second is its request parser, because it ignores Transfer-Encoding, accepts malformed
 requests, and takes most of the time of an answer.
 
-Why not asyncio's streams? They would serve just as many idle connections. But they are slow: to
-read a head with them and to send a fixed answer, with nothing done in between, takes 80 % of the
-time that a whole poll takes here. Routing, the store and JSON would come on top. And buffers,
-limits, deadlines and wake-ups would be handled inside asyncio, where the reader of this file cannot
-see them.
+Why not asyncio's streams? They would serve just as many idle connections. But they are slow: only
+to read a head with them and to send a fixed answer already takes 80 % of the time that a whole poll
+takes here; all that a poll does in between would come on top. And buffers, limits, deadlines and
+wake-ups would be handled inside asyncio, where the reader of this file cannot see them.
 
 Docstrings name the exceptions that a caller has to expect, and why they are raised, unless that is
 plain: "KeyError: there is no such record."
@@ -234,19 +233,18 @@ class _WriteSide:
 
     def __enter__(self) -> None:
         lock = self._lock
-        # There is no flag for a writer that writes. It keeps the mutex until __exit__, and without
-        # the mutex nobody can enter. Only wait(), below, gives the mutex back for a while.
+        # Who has the mutex while no reader is inside may write. It is kept until __exit__, and
+        # without it, nobody can enter.
         lock.mutex.acquire()
-        if not lock.readers:
-            return
-        lock.waiting_writers += 1  # while this is above 0, no new reader enters
-        # Several writers may wait here. The last reader that leaves wakes all of them, and they get
-        # the mutex one after the other.
-        while lock.readers:
-            lock.may_write.wait()
-        lock.waiting_writers -= 1
-        if not lock.waiting_writers:
-            lock.may_read.notify_all()  # these go on once the mutex is free
+        if lock.readers:
+            lock.waiting_writers += 1  # while this is above 0, no new reader enters
+            # Several writers may wait here, without the mutex. The last reader that leaves wakes
+            # all of them, and they get the mutex one after the other.
+            while lock.readers:
+                lock.may_write.wait()
+            lock.waiting_writers -= 1
+            if not lock.waiting_writers:
+                lock.may_read.notify_all()  # these go on once the mutex is free
 
     def __exit__(self, *exception: object) -> None:
         self._lock.mutex.release()
@@ -362,7 +360,7 @@ def _cut_rounding(fraction: float) -> float:
 class Record(NamedTuple):
     """What is known of a task.
 
-    A record never changes, but for its `live`: the store replaces it by a successor.
+    A record never changes: the store puts a successor in its place. Only the object `live` changes.
     """
 
     id: str  # a uuid4, or the client's Idempotency-Key; in lower case
@@ -441,30 +439,21 @@ def encode_cached(record: Record, with_result: bool = True) -> bytes:
     return _encode_final_record(record, with_result)
 
 
-# The escapes in a text of JSON, tried in this order. Only lone surrogates, group 1, are looked for:
-#
-#     \ud83d\ude00    is one escape, a pair
-#     \ud83d a        is a lone surrogate
-#     \\ud83d         is an escaped backslash, and then plain text
-_JSON_ESCAPE = re.compile(
-    r"""
-    \\ud[89ab].. \\ud[c-f]..  # a pair of surrogates, which stand for one character
-    | \\(ud[89a-f]..)          # a surrogate without the other half
-    | \\.                      # any other
-    """,
-    re.VERBOSE,
-)
+# An escape in a text of JSON. Two surrogates that stand for one character are one escape.
+_JSON_ESCAPE = re.compile(r"\\ud[89ab]..\\ud[c-f]..|\\u....|\\.")
+_LONE_SURROGATE = re.compile(r"\\ud[89a-f]..")
 
 
-def _escape_lone_surrogate(escape: re.Match[str]) -> str:
-    """Double the backslash of an escape that is a lone surrogate; return any other as it is.
+def _double_backslash(escape: re.Match[str]) -> str:
+    """Return an escape as it is; but if it is a lone surrogate, with two backslashes.
 
-    So a client decodes the surrogate to plain text: a backslash and, for example, "udc80".
+    A lone surrogate is no character, and many clients refuse it. With two backslashes, they decode
+    it to plain text: a backslash and, for example, "udc80".
     """
-    lone = escape.group(1)
-    if lone:
-        return f"\\\\{lone}"
-    return escape.group()
+    text = escape.group()
+    if _LONE_SURROGATE.fullmatch(text):
+        return "\\" + text
+    return text
 
 
 class _Huge(Exception):
@@ -491,7 +480,7 @@ def encode_result(value: object, default: Callable[[Any], Any] | None = None) ->
         place = _place_of_fault(value, encoder)
         raise ValueError(f"the result cannot be written as JSON{place}: {error}") from None
     if "\\ud" in text:
-        text = _JSON_ESCAPE.sub(_escape_lone_surrogate, text)
+        text = _JSON_ESCAPE.sub(_double_backslash, text)
     encoded = text.encode()
     if len(encoded) > MAX_RESULT:
         size = len(encoded)
@@ -1036,7 +1025,8 @@ class Store:
 
         For example, a create with an Idempotency-Key was refused, because the journal failed. So
         the key is doomed. Now the client sends the create again. If the delete is still to come, it
-        is called off here; if the journal is at it just now, this waits for its end.
+        is called off here; if the journal is at it just now, this waits for its end. (If the old
+        record is still in the journal, `save` replaces it.)
 
         JournalError: it takes too long.
         """
@@ -1069,8 +1059,8 @@ class Store:
         s for a million records. gc.freeze() hides from it all objects that there are now. So, after
         every MANY_NEW new records:
 
-        1. The collector looks once at what is not hidden yet, and frees garbage, so that this is
-           not hidden, too. It takes 30 ms, and the first time 60.
+        1. The collector looks once at what is not hidden yet, and frees garbage; otherwise step 2
+           would hide that, too. It takes 30 ms, and the first time 60.
         2. All that is left is hidden.
 
         The cost: a cycle that is hidden is not freed until there are few records again. CPython can
@@ -1285,10 +1275,13 @@ class WorkerPool(BoundedQueue):
     Each takes one item after the other out of the queue and calls `work` with it. `work` must not
     raise.
 
-    wake() has one worker come: it notifies an idle one, or makes a new one if none is idle. From
-    then until it looks into the queue, that worker is *on the way*, and wake() does nothing. When
-    it has taken an item, it calls wake() itself, before it begins to work. So long items get a
-    worker each; but of a burst of short ones, a worker may take several before the next one comes.
+    Workers come one after the other: wake() has one come, which takes an item and calls wake()
+    itself, before it begins to work; so the next one comes, until the queue is empty. Long items
+    get a worker each; but of a burst of short ones, a worker may take several before the next one
+    is there.
+
+    To have one come is to notify an idle worker, or to make a new one if none is idle. From then
+    until it looks into the queue, it is *on the way*, and wake() does nothing.
 
     No item is forgotten, because wake() is called
 
@@ -1368,8 +1361,8 @@ class WorkerPool(BoundedQueue):
             log.error("a worker ends: %s", describe(error))
             with self._lock:
                 self._workers -= 1  # when a worker ends as usual, _get does this
-                # This worker may have been on the way; now it does not come. (Or another one is on
-                # the way. Then one more may come than is needed, and finds nothing to do.)
+                # If this worker was on the way, it does not come. The flag is cleared even if it
+                # stands for another one: then one too many may come, but never one too few.
                 self._on_the_way = False
         self._at_end()
         self.wake()  # for items that came meanwhile
@@ -1404,8 +1397,8 @@ class WorkerPool(BoundedQueue):
             notified = self._not_empty.wait(self.IDLE_SECONDS)
         finally:
             self._idle -= 1
-        # This worker looks into the queue now. (If its time was over, another one may be on the
-        # way. Then one more may come than is needed, and finds nothing to do.)
+        # This worker has come. The flag is cleared even if it stands for another one, because this
+        # one was not notified: then wake() may have one too many come, but never one too few.
         self._on_the_way = False
         # It looks even if wait() has returned false. Otherwise this could leave an item lying,
         # because a worker counts as idle until it has the lock back:
@@ -1720,7 +1713,9 @@ class CoroutinePool(BoundedQueue):
 def _outcome(run: CoroutineRun) -> tuple[Any, BaseException | None]:
     """Return the value and the error of a coroutine that has ended.
 
-    The error of one that was interrupted is the reason, unless it raised something else.
+    If it was interrupted by the stop, its error is that reason, whatever it has raised.
+    If it was cancelled or its time was over, its error is that reason only if it raised the
+    CancelledError, and not something else.
     """
     import asyncio  # costs nothing: the loop runs, so it was imported before
 
@@ -1731,7 +1726,7 @@ def _outcome(run: CoroutineRun) -> tuple[Any, BaseException | None]:
     else:  # it was cancelled before asyncio had begun it
         value, error = None, asyncio.CancelledError()
     if error is not None and isinstance(run.reason, Stopped):
-        return None, run.reason  # whatever it raised, it did so because of the stop
+        return None, run.reason
     if isinstance(error, asyncio.CancelledError) and run.reason is not None:
         return None, run.reason
     return value, error
@@ -1799,9 +1794,9 @@ class Waker:
 # 3. To *reap* an ended process is to fetch its exit status, which can be done once. Only then may
 #    the system give its number to another process.
 # 4. A task may call os.fork, which makes a *copy* of the process. The copy has the same handlers of
-#    signals and the same open files. Who reads from a pipe meets the end of the file only when all
-#    processes have closed the other end of it, the copy, too. And a lock on a file lasts until all
-#    have closed that file.
+#    signals and the same open files. Who reads from a pipe meets the end of the file when the last
+#    process has closed the other end of it. So a copy that keeps this open hides that the original
+#    has ended. In the same way, it keeps a lock on a file.
 # 5. What a function changes in its process, such as the working directory, is still changed for the
 #    next function.
 # 6. Python calls a handler of a signal in the main thread, between any two steps of whatever that
@@ -1812,6 +1807,7 @@ class Waker:
 #
 # So a child begins like this: its worker blocks the stop signals in its own thread, and starts it
 # (`Child._start`). It makes its group, sets its handlers, and unblocks the signals (`_child_main`).
+# No signal can end it before it has its handlers.
 
 READY, BEGUN, PROGRESS, RESULT, ERROR = b"ready", b"begun", b"progress", b"result", b"error"
 
@@ -2295,8 +2291,8 @@ class Child:
             _start_tracker()
             # The child inherits this, so that no signal reaches it before its handlers are set.
             signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-        # _before_fork takes _fork_lock, too. That is no deadlock: it is called by os.fork alone,
-        # and start() starts a new program in another way.
+        # process.start() does not use os.fork. So _before_fork, which would wait for _fork_lock, is
+        # not called in here.
         with self._reaping, _fork_lock:
             self._pipe, far_end = _SPAWN.Pipe()
             _own_files.add(self._pipe)
@@ -2316,9 +2312,9 @@ class Children:
         # calls, but no thread that serves clients takes this lock.
         self._reaping = threading.Lock()
         self._mine = threading.local()  # .child is that of this thread, if it has one
-        self._lock = threading.Lock()  # guards the next two
+        self._lock = threading.Lock()  # guards the next one; kill() alone reads it without
         self._all: set[Child] = set()
-        self._closed = False
+        self._closed = False  # becomes true once, by any thread
 
     def call(
         self,
@@ -2469,9 +2465,9 @@ class Later(NamedTuple):
     watch: Callable[[Callable[[], None]], None]
     unwatch: Callable[[Callable[[], None]], None]
     answer: Callable[[], Response]
-    # Whether a client that ends its sending is answered at once. Make it false if answer() is slow
-    # before `wake` was called: GET /tasks (9), for example, has a worker make its listing during
-    # the wait, and the loop would have to make it instead. (So it does, but only after `seconds`.)
+    # Whether a client that ends its sending is answered at once, even before `wake`. Not so for GET
+    # /tasks (9): its answer is ready when a worker has made it and calls `wake`. (If `seconds` pass
+    # before that, the loop makes it.)
     may_hurry: bool = True
 
 
@@ -2613,14 +2609,12 @@ def never_blocks(request: Request) -> bool:
 MAX_DEPTH = 100  # of nested arrays and objects
 MAX_DIGITS = 4300  # of an integer; the bound of newer Pythons
 
-# Brackets in a string do not count. So a string such as "a]" is matched as a whole. If its closing
-# quote is missing, all the rest is matched; otherwise the search would begin anew at each quote in
-# it, and take very long. (The decoder refuses such a text later.)
+# Brackets in a string do not count. So a string such as "a]" is matched as a whole. (If its closing
+# quote is missing, the decoder refuses it later.)
 _BRACKET_OR_STRING = re.compile(
     r"""
     [\[{\]}]
-    | " [^"\\]* (?: \\. [^"\\]* )*  # characters and escapes
-      (?: " | \\?\Z )               # the closing quote; or the end, as in "abc or in "abc\
+    | " [^"\\]* (?: \\. [^"\\]* )* "?  # a quote, characters and escapes, and a quote
     """,
     re.DOTALL | re.VERBOSE,
 )
@@ -2895,12 +2889,13 @@ def _problem_with_cpu(function: Any) -> str:
 def _check_import(name: str, function: Any, default: Default) -> None:
     """ValueError: a child process cannot import what it is to call.
 
-    If the function's module is
-
-    - __main__, the program itself, a child imports its file, if it has one;
-    - __mp_main__, a child has it. That is the program, too, if the server itself runs in a process
-      of `multiprocessing`;
-    - any other, one of Python's finders must find it by its name.
+    the function's module           how a child gets it
+    ------------------------------  -----------------------------------------------
+    __main__ (this program)         it imports the file, so there must be one
+    __mp_main__ (this program, if   it has it already
+    a process of `multiprocessing`
+    runs it)
+    any other                       by its name, so one of Python's finders must find it
     """
     main_module = sys.modules.get("__main__")
     module = getattr(_unwrapped(function), "__module__", None) or ""
@@ -3249,7 +3244,9 @@ class Application:
     def _add(self, task_type: TaskType, record: Record, live: Live) -> None:
         """Store a record and queue it. Duplicate; HTTPError: it cannot be done."""
         try:
-            task_type.pool.reserve(live)  # `live` is the key, because a cancel has it as well
+            # The key is `live`: no other task has the same object, and a cancel finds it in the
+            # record.
+            task_type.pool.reserve(live)
             try:
                 record = self.store.add(record)
             except BaseException:
@@ -3316,8 +3313,9 @@ class Application:
         live = record.live
         if live is None:  # it is final
             return Response(200, encode_cached(record))
-        # The lock makes one step of these assignments. Otherwise a second cancel could see that the
-        # task was cancelled, but not yet that it was withdrawn, and would take it for running.
+        # The lock makes one step of these assignments. Otherwise a second cancel, in another thread
+        # that calls `handle`, could see that the task was cancelled, but not yet that it was
+        # withdrawn, and would take it for running.
         with self._cancelling:
             is_first = not live.cancel_requested
             live.cancel_requested = True
@@ -3545,9 +3543,8 @@ BODY = Phase("body", _READ, True, 20)  # for the rest of its body
 LENT = Phase("lent", 0, False, math.inf)  # for a thread that works on the answer, or on TLS
 WAITING = Phase("waiting", _READ, True, math.inf)  # for an answer that comes later: `wait_for`
 ANSWER = Phase("answer", _WRITE, False, 20)  # for the socket to take the rest of what is sent
-# For its turn: the next request is here already, but other connections come first. There is nothing
-# to send; _WRITE is a trick. A socket nearly always has room, so the selector returns it in the
-# next round.
+# For its turn: the next request is here already, but other connections come first. It goes on in
+# the loop's next round, because it waits for room to send, which a socket nearly always has.
 TURN = Phase("turn", _WRITE, False, 20)
 IDLE = Phase("idle", _READ, True, 75)  # for the next request
 LINGER = Phase("linger", _READ, True, 5)  # for the client to close, after the last answer
@@ -3932,8 +3929,8 @@ class Connection:
         # What it waits for, if it is WAITING or LENT: a Later, or the work of a thread.
         self.awaited: object = None
         self.begin(HEADER)  # not IDLE: a new client has ten seconds to send a request
-        # A generator that has not begun. It begins when the first bytes have come: resume() has it
-        # run to its first yield, and later to the next.
+        # A generator that has not begun. Each call of resume() has it run to its next yield. The
+        # first call comes when there are bytes, or with TLS, at once.
         self.steps = self.serve()
         if server.tls is not None:
             self.begin(HANDSHAKE)
@@ -3976,11 +3973,11 @@ class Connection:
                 self.resume()
         elif self.phase is WAITING:
             # The client is gone, or has ended its sending and still reads. This is remembered: the
-            # next recv() of a plain socket would tell it again, but that of TLS need not. Then the
-            # wait ends, so that the answer is sent now. After it, `serve` goes on with what is in
-            # the buffer; when it would have to receive more, enter() closes the connection (RFC
-            # 9112, 9.5).
+            # next recv() of a plain socket would tell it again, but that of TLS need not.
             self.client_ended = True
+            # End the wait, so that the answer is sent now. After it, `serve` goes on with what is
+            # in the buffer. When it would have to receive more, enter() closes the connection (RFC
+            # 9112, 9.5).
             if isinstance(self.awaited, Later) and self.awaited.may_hurry:
                 self.resume()
         else:
@@ -4328,9 +4325,9 @@ class Server(http.server.ThreadingHTTPServer):
             self._check_at(deadline)
 
     def _check_at(self, deadline: float) -> None:
-        """Bring the next check forward to this deadline, if it would come later.
+        """Have the next check at this deadline, unless one comes earlier anyway.
 
-        But not nearer than CHECK_SECONDS from now, so that there is time for other things.
+        But not sooner than in CHECK_SECONDS, so that there is time for other things.
         """
         moment = max(deadline, time.monotonic() + self.CHECK_SECONDS)
         self._next_check = min(moment, self._next_check)
@@ -4414,7 +4411,8 @@ class Server(http.server.ThreadingHTTPServer):
         Otherwise the loop would spin: while clients wait to be accepted, the selector returns the
         listening socket at once, again and again.
 
-        If a connection has been idle for more than 5 seconds, the one idle for longest is closed.
+        If a connection has been idle for more than 5 seconds, the one idle for longest is closed;
+        that ends the pause.
         """
         self._selector.unregister(self.socket)
         self._is_accepting = False
@@ -4564,10 +4562,9 @@ def run_until_stopped(server: Server, grace: float) -> int:
     # The thread below waits for what is put here. To begin the stop, put the seconds that running
     # tasks may still have; if there is nothing to stop any more, put None.
     #
-    # Why not an Event? A handler of a signal interrupts the main thread (4, fact 6). If that is
-    # just calling set(), it holds a lock; the handler's own set() would wait for it for ever. But a
-    # put() works in the middle of another put(). (With PyPy that is not certain: a signal in the
-    # very moment of the last put(), below, might hang there.)
+    # It is a SimpleQueue, because a handler of a signal may interrupt a put() in the main thread
+    # (4, fact 6), and call put() itself. That works. A set() of an Event holds a lock; if the
+    # handler interrupted that, its own set() would wait for the lock for ever.
     stops: queue.SimpleQueue[float | None] = queue.SimpleQueue()
     signals: list[int] = []
     losses: list[str] = []
@@ -4798,8 +4795,8 @@ def add_monitoring(application: Application) -> None:
 class Journal:
     """Where records outlive the process: the contract of `application.store.journal`.
 
-    A journal is an object with the three methods below. To write one, nothing else of this file
-    needs to be known. The server never closes a journal: it is there until the process ends.
+    A journal is an object with the three methods below. To write one, it is enough to know what is
+    said here. The server never closes a journal: it is there until the process ends.
 
     A journal of your own opens its database in `load`, whose errors are shown in one line.
     (SQLiteJournal opens it in `__init__`. That is possible because `main` makes it, and shows its
@@ -4834,8 +4831,8 @@ class Journal:
     once. The journal has to see to it that a call which has raised never takes effect later.
 
     *Errors.* RecordRefused from `save` says that this record can never be written: a create is
-    refused with 400; if the record is the outcome of a task, that task becomes failed. Other
-    records that are written at the same time must not suffer.
+    refused with 400; if the record is the start or the outcome of a task, that becomes failed.
+    Other records that are written at the same time must not suffer.
 
     Any other exception says that the record is not written now, or that nobody knows, because a
     connection broke before the commit was confirmed. Then a create is refused with 503, and
@@ -4877,7 +4874,7 @@ class Journal:
 
 # The fields of a record that a journal keeps, in the order of Record. Whoever changes this list
 # changes what is in files: so raise SQLiteJournal.VERSION, and have SQLiteJournal._prepare convert
-# older files.
+# older files. (And have Application._finish hand a new field on.)
 JOURNALED = (
     "id",
     "name",
@@ -5116,7 +5113,9 @@ class SQLiteJournal(Journal):
             raise OSError("it is not at its path any more")
         execute = self._database.execute
         execute("BEGIN IMMEDIATE")
-        for some_ids in _portions(deleted, 500):  # SQLite before 3.32 takes 999 values a statement
+        # A statement has at most 999 values, because SQLite before 3.32 takes no more: 500 ids, or
+        # 64 records of 13 fields.
+        for some_ids in _portions(deleted, 500):
             marks = ", ".join("?" * len(some_ids))
             execute(f"DELETE FROM task WHERE id IN ({marks})", some_ids)
         for some in _portions(records, 64):
@@ -5440,10 +5439,7 @@ class Description:
     def _tag(self, route: Route) -> str:
         """Return the name of the group of a route."""
         name = route.tag or "server"
-        # A task type may be called "server", too. But then the tag of its routes is "server", and
-        # that of the server's own is "". So these are two owners, and the second one that comes is
-        # named "server2".
-        return self._unique("tag", name, route.tag)
+        return self._unique("tag", name, name)
 
     def _about(self, tag: str) -> str:
         if tag in self._types:
