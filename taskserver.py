@@ -37,7 +37,7 @@ routes carry the name of a schema, such as "TaskRecord", that section 12 defines
 
 Here the core ends. The rest attaches to it:
 
-    9 Monitoring and retention    10 Durability    11 Access    12 OpenAPI    13 Live page
+    9 Monitoring    10 Durability    11 Access    12 OpenAPI    13 Live page
     14 Demo and command line
 
 The way of a create:
@@ -51,9 +51,10 @@ The way of a create:
     Then the record is put into the pool's queue (3). Usually the loop itself calls the endpoint.
     With a journal or a long body, that could take long; then a thread of the server calls it.
  5. The connection sends the answer, status 201, and waits for the next request (7).
- 6. In its next round, the loop wakes a worker: once for all records that were queued in this round,
-    because that takes as long as a create. A worker is a thread. It takes the record and calls the
-    function, or has its child process do so (4); a coroutine it hands to an event loop (3).
+ 6. At the beginning of its next round, the loop wakes a worker (once, however many records were
+    queued, because to wake a thread takes as long as a create). A worker is a thread. It takes the
+    record and calls the function, or has its child process do so (4); a coroutine it hands to an
+    event loop (3).
  7. The worker replaces the record by a final one (2), which polls will see.
 
 The way of a long poll, `GET /poll-TYPE/<id>?wait=30`:
@@ -439,7 +440,8 @@ def encode_cached(record: Record, with_result: bool = True) -> bytes:
     return _encode_final_record(record, with_result)
 
 
-# An escape in a text of JSON. Two surrogates that stand for one character are one escape.
+# Any escape in a text of JSON, as a whole: two surrogates that stand for one character are one
+# escape, and so are two backslashes, whatever follows them.
 _JSON_ESCAPE = re.compile(r"\\ud[89ab]..\\ud[c-f]..|\\u....|\\.")
 _LONE_SURROGATE = re.compile(r"\\ud[89a-f]..")
 
@@ -506,31 +508,30 @@ def _check_members(value: object) -> None:
     while rest:
         value = rest.pop()
         members: Iterable[object] = ()
-        if isinstance(value, str):
+        if isinstance(value, (str, dict, list, tuple)):
             size += len(value)
-        elif isinstance(value, dict):
-            size += len(value)
-            keys: Iterable[str] = value
-            if not _are_texts(value):
-                keys = [_json_key(key) for key in value]
-                if len(set(keys)) < len(value):
-                    raise ValueError("two keys are the same as JSON, such as 1 and '1'")
+        if size > MAX_RESULT:
+            raise _Huge
+        if isinstance(value, dict):
+            keys = value if _are_ascii(value) else [_json_key(key) for key in value]
+            if len(set(keys)) < len(value):
+                raise ValueError("two keys are the same as JSON, such as 1 and '1'")
             size += sum(map(len, keys))
             members = value.values()
         elif isinstance(value, (list, tuple)):
-            size += len(value)
             members = value
-        if size > MAX_RESULT:
-            raise _Huge
         for member in members:
             # A number has no members, and len(value) has counted it above; so do not visit it.
             if isinstance(member, (str, dict, list, tuple)):
                 rest.append(member)
+    if size > MAX_RESULT:
+        raise _Huge
 
 
-def _are_texts(keys: Iterable[object]) -> bool:
+def _are_ascii(keys: Iterable[object]) -> bool:
+    """Return whether keys are texts in ASCII, so that they become no others in JSON."""
     for key in keys:  # all() with a generator would take four times as long
-        if type(key) is not str:
+        if type(key) is not str or not key.isascii():
             return False
     return True
 
@@ -538,7 +539,7 @@ def _are_texts(keys: Iterable[object]) -> bool:
 def _json_key(key: object) -> str:
     """Return what a key of a dict becomes in JSON, as `json` itself writes it."""
     if isinstance(key, str):
-        return key
+        return escape_surrogates(key)  # as encode_result does
     # A dict with this key alone is written and read again: its only key is the answer.
     (written,) = json.loads(json.dumps({key: None}))
     return str(written)
@@ -546,28 +547,31 @@ def _json_key(key: object) -> str:
 
 def _place_of_fault(value: object, encoder: json.JSONEncoder) -> str:
     """Return where the part that cannot be encoded stands in a value, such as " at ['a'][0]"."""
-    # Go from the value to its first member that cannot be encoded, from there to the first such
-    # member of that, and so on, until there is none.
     place = ""
-    while len(place) < 200:  # a value that contains itself would go on for ever
-        members: Iterable[tuple[Any, Any]] = ()
-        if isinstance(value, dict):
-            members = value.items()
-        elif isinstance(value, (list, tuple)):
-            members = enumerate(value)
-        for key, member in members:
-            try:
-                _check_members(member)
-                encoder.encode(member)
-            except Exception:
-                place += f"[{key!r:.50}]"
-                value = member
-                break
-        else:
-            break
+    fault = _faulty_member(value, encoder)
+    while fault is not None and len(place) < 200:  # a value that contains itself has no last one
+        key, member = fault
+        place += f"[{key!r:.50}]"
+        fault = _faulty_member(member, encoder)
     if not place:
         return ""
     return f" at {escape_surrogates(place)}"
+
+
+def _faulty_member(value: object, encoder: json.JSONEncoder) -> tuple[object, object] | None:
+    """Return the first member that cannot be encoded, after its key or index; None if all can."""
+    members: Iterable[tuple[object, object]] = ()
+    if isinstance(value, dict):
+        members = value.items()
+    elif isinstance(value, (list, tuple)):
+        members = enumerate(value)
+    for key, member in members:
+        try:
+            _check_members(member)
+            encoder.encode(member)
+        except Exception:
+            return key, member
+    return None
 
 
 class TaskError(Exception):
@@ -589,6 +593,14 @@ def describe(exception: BaseException) -> str:
         return escape_surrogates((text or name)[:MAX_ERROR])[:MAX_ERROR]
     except BaseException:  # an exception may break whatever looks at it
         return f"{name}: (an exception that cannot say what it is)"
+
+
+def text_of(exception: BaseException) -> str:
+    """Return what an exception says, without its name; if it says nothing, what describe() does."""
+    try:
+        return escape_surrogates(str(exception)[:MAX_ERROR]) or describe(exception)
+    except BaseException:  # as in describe()
+        return describe(exception)
 
 
 def traceback_of(exception: BaseException) -> str:
@@ -1044,7 +1056,7 @@ class Store:
 
     def _lose(self, loss: JournalLost) -> None:
         """Leave the journal alone from now on, and say so."""
-        self.lost = str(loss) or describe(loss)
+        self.lost = text_of(loss)
         self.journal_lost(self.lost)
 
     # The garbage collector
@@ -1147,6 +1159,7 @@ class Store:
                 self._counts[record.type, record.status] += 1
             self._bytes += sum(record.size() for record in records)
             self._sequence = max((record.sequence for record in records), default=0)
+            self._unfrozen += len(records)
             # The journal has times of the wall clock, `_finished_at` those of `_clock`. To convert
             # them, both clocks are read at one moment.
             now, moment = time.time(), self._clock()
@@ -1397,8 +1410,8 @@ class WorkerPool(BoundedQueue):
             notified = self._not_empty.wait(self.IDLE_SECONDS)
         finally:
             self._idle -= 1
-        # This worker has come. The flag is cleared even if it stands for another one, because this
-        # one was not notified: then wake() may have one too many come, but never one too few.
+        # This worker has come. If it was not notified, the flag may stand for another one that is
+        # on the way. It is cleared all the same: one too many may come then, but never one too few.
         self._on_the_way = False
         # It looks even if wait() has returned false. Otherwise this could leave an item lying,
         # because a worker counts as idle until it has the lock back:
@@ -1446,8 +1459,8 @@ class WorkerPool(BoundedQueue):
 #
 #     _interrupt     the event loop  cancels it, as in fact 2. Usually that ends it: _ended and
 #                                    _last_step follow, and the reason becomes its error.
-#     _give_up       the event loop  If the coroutine still runs after some time, its grace, a
-#                                    thread calls after(item, None, reason). The coroutine keeps
+#     _give_up       the event loop  After that, it has some seconds of grace. If it still runs
+#                                    then, a thread calls after(item, None, reason); but it keeps
 #                                    its slot until it ends.
 
 
@@ -1455,8 +1468,14 @@ class Stopped(Exception):
     """The error of a coroutine that is interrupted because the server stops."""
 
 
+# The event loops of this process.
+_event_loops: weakref.WeakSet[EventLoop] = weakref.WeakSet()
+
+
 class EventLoop:
     """An event loop of asyncio, in a thread of its own."""
+
+    RETRY_SECONDS = 1.0  # after a loop could not be made
 
     def __init__(self) -> None:
         self.loop: Any = None  # asyncio's; None before the start and after the end
@@ -1466,19 +1485,27 @@ class EventLoop:
         # Set by end(), in the loop's thread. If asyncio's loop stops while this is false, a
         # coroutine has stopped it; then it is run again.
         self._is_ending = False
+        # When a loop could not be made, by the monotonic clock; guarded by the lock.
+        self._failed_at = -math.inf
+        _event_loops.add(self)
 
     def start(self) -> bool:
         """Start the loop unless it runs; return whether it does now."""
-        import asyncio  # needs a tenth of a second and 6 MiB, which only coroutines are worth
-
         with self._lock:
             if self.loop is not None:
                 return True
+            if time.monotonic() < self._failed_at + self.RETRY_SECONDS:
+                return False
             try:
+                import asyncio  # needs a tenth of a second and 6 MiB: coroutines alone are worth it
+
                 loop = asyncio.new_event_loop()
             except Exception as error:  # no descriptor to be had, or a policy of somebody's own
-                log.error("no event loop for coroutines: %s", describe(error))
+                if self._failed_at == -math.inf:
+                    log.error("no event loop for coroutines yet: %s", describe(error))
+                self._failed_at = time.monotonic()
                 return False
+            self._failed_at = -math.inf
             loop.set_exception_handler(self._log_stray)
             thread = threading.Thread(
                 target=self._be_thread, args=(loop,), name="event-loop", daemon=True
@@ -1496,7 +1523,7 @@ class EventLoop:
 
         If there is no loop, nothing is called: no coroutine has begun, or the process is ending.
         """
-        with self._lock:
+        with self._lock, contextlib.suppress(RuntimeError):  # a coroutine has closed it
             if self.loop is not None:
                 self.loop.call_soon_threadsafe(function, *arguments)
 
@@ -1507,15 +1534,32 @@ class EventLoop:
 
     def _be_thread(self, loop: Any) -> None:
         """Be the loop's thread."""
+        own = os.getpid()
         self._is_ending = False
-        while not self._is_ending:
+        while not self._is_ending and not loop.is_closed():
+            error: BaseException | None = None
             try:
                 loop.run_forever()  # returns, too, when a coroutine stops the loop
-            except BaseException as error:  # fact 3
+            except BaseException as exception:  # fact 3
+                error = exception
+            if os.getpid() != own:  # see leave_in_copy
+                os._exit(0)
+            if error is not None:
                 log.warning("the event loop was ended, and goes on: %s", traceback_of(error))
         with self._lock:
             self.loop = None
         loop.close()
+
+    def leave_in_copy(self) -> None:
+        """End the loop in a copy of this process, which something in the loop has forked.
+
+        The copy goes on until that gives control back to the loop; then it ends. It must not run
+        the other coroutines as well.
+        """
+        if self.loop is not None:
+            self.loop.stop()  # after this round; so empty what is left of the round, too
+            with contextlib.suppress(AttributeError):  # the name is asyncio's own
+                self.loop._ready.clear()
 
     def _log_stray(self, loop: Any, context: dict[str, Any]) -> None:
         """Log what asyncio says of an exception that nobody has fetched (a hook of asyncio)."""
@@ -1525,6 +1569,15 @@ class EventLoop:
         else:  # for example "Task was destroyed but it is pending!"
             text = f"{context.get('message')} {context.get('task', '')}"
         log.warning("what a coroutine left behind failed: %s", text)
+
+
+def _leave_event_loops() -> None:
+    for event_loop in list(_event_loops):
+        event_loop.leave_in_copy()
+
+
+if hasattr(os, "register_at_fork"):  # Windows does not fork
+    os.register_at_fork(after_in_child=_leave_event_loops)
 
 
 class CoroutineRun:
@@ -1639,11 +1692,13 @@ class CoroutinePool(BoundedQueue):
         """Have a coroutine run."""
         loop = self._event_loop.loop
         self._runs[key] = run
-        context = contextvars.Context()  # no task sees the context variables of another
+        # create_task, below, copies the context in which it is called. Here that is an empty one,
+        # so no task sees the context variables of another.
+        context = contextvars.Context()
         coroutine = self._catch_all(run, start)
         try:
             run.aio_task = context.run(loop.create_task, coroutine)
-        except Exception as error:  # a coroutine has given the loop a task factory that fails
+        except BaseException as error:  # a coroutine has given the loop a task factory that fails
             coroutine.close()
             del self._runs[key]
             self._threads.submit(functools.partial(self._last_step, run.item, None, error))
@@ -1662,9 +1717,7 @@ class CoroutinePool(BoundedQueue):
             run.outcome = (await start(), None)
         except BaseException as error:
             run.outcome = None, error
-        # The coroutine may have called os.fork. The process that this makes must not run the other
-        # coroutines as well.
-        if os.getpid() != own:
+        if os.getpid() != own:  # a copy that the coroutine has forked: the task is not its own
             os._exit(0)
 
     def _interrupt_key(self, key: Hashable, reason: Exception) -> None:
@@ -1794,16 +1847,16 @@ class Waker:
 # 3. To *reap* an ended process is to fetch its exit status, which can be done once. Only then may
 #    the system give its number to another process.
 # 4. A task may call os.fork, which makes a *copy* of the process. The copy has the same handlers of
-#    signals and the same open files. Who reads from a pipe meets the end of the file when the last
-#    process has closed the other end of it. So a copy that keeps this open hides that the original
-#    has ended. In the same way, it keeps a lock on a file.
+#    signals and the same open files. So it has our end of a pipe open, too. If this process ends,
+#    the other side does not meet the end of the file before the copy has closed its end. A lock on
+#    a file lasts as long, for the same reason.
 # 5. What a function changes in its process, such as the working directory, is still changed for the
 #    next function.
 # 6. Python calls a handler of a signal in the main thread, between any two steps of whatever that
 #    thread is doing.
-# 7. Processes can form a group; one call ends all of them. A child has a group of its own, to which
-#    all belongs that its tasks start. Only one group at a time may read from a terminal; a program
-#    of another group that tries is suspended.
+# 7. Processes can form a group; one call ends all of them. A child has a group of its own, and the
+#    programs that its tasks start belong to it, too. Only one group at a time may read from a
+#    terminal; a program of another group that tries is suspended.
 #
 # So a child begins like this: its worker blocks the stop signals in its own thread, and starts it
 # (`Child._start`). It makes its group, sets its handlers, and unblocks the signals (`_child_main`).
@@ -2017,9 +2070,9 @@ class Surroundings:
         if _POSIX:
             for timer in signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF:
                 signal.setitimer(timer, 0)
-            # A signal may be held back, because the task has blocked it. The system throws it away
-            # as soon as it is set to be ignored. So ignore it here; in the next loop, put its
-            # handler back; and unblock all signals after that.
+            # The task may have blocked a signal, so that it is held back. It must not reach the
+            # next task. To set a signal to be ignored discards what is held back of it. The next
+            # loop puts its handler back; after that, all signals are unblocked.
             for number in signal.sigpending():
                 signal.signal(number, signal.SIG_IGN)
         for number, handler in self._handlers.items():
@@ -2084,7 +2137,10 @@ def _run_job(pipe: Any, job: bytes) -> bytes:
     """Run one job; return the message that says how it ended. Its reports go through the pipe."""
     live, done = Live(), threading.Event()
     reporter = threading.Thread(target=_send_reports, args=(pipe, live, done), daemon=True)
-    reporter.start()
+    try:
+        reporter.start()
+    except (RuntimeError, MemoryError) as error:  # no thread to be had
+        return ERROR + b" " + json.dumps([describe(error), ""]).encode()
     try:
         function, payload, default = pickle.loads(job)  # imports the function's module
         # The reporter writes into the pipe, too, but never at the same time: before the function
@@ -2453,10 +2509,12 @@ class Later(NamedTuple):
 
     - `wake` was called;
     - `seconds` have passed;
-    - `may_hurry` is true, and the client has ended its sending, but may still read (7, fact 3);
+    - `may_hurry` is true, and the client has ended its sending. (It may be gone, or may still read:
+      7, fact 3.)
     - the server shuts down.
 
-    Then the loop calls `unwatch(wake)` and `answer()`, which must not block. If the connection
+    Then the loop calls `unwatch(wake)` and `answer()`. None of these functions may block; if
+    `watch` or `unwatch` raises, the connection is closed, and nobody is answered. If the connection
     breaks, it calls `unwatch(wake)` alone. If `may_hurry` is true and the client has ended its
     sending already, there is no wait: the loop calls `answer()` alone.
     """
@@ -2889,13 +2947,12 @@ def _problem_with_cpu(function: Any) -> str:
 def _check_import(name: str, function: Any, default: Default) -> None:
     """ValueError: a child process cannot import what it is to call.
 
-    the function's module           how a child gets it
-    ------------------------------  -----------------------------------------------
-    __main__ (this program)         it imports the file, so there must be one
-    __mp_main__ (this program, if   it has it already
-    a process of `multiprocessing`
-    runs it)
-    any other                       by its name, so one of Python's finders must find it
+    The module of the function may be
+
+    - __main__, this program: a child imports its file, so there must be one;
+    - __mp_main__, this program as `multiprocessing` calls it in the processes that it starts, if
+      the server runs in one of them: its children have that module, too;
+    - any other: one of Python's finders must find it by its name.
     """
     main_module = sys.modules.get("__main__")
     module = getattr(_unwrapped(function), "__module__", None) or ""
@@ -3255,13 +3312,16 @@ class Application:
         except Unavailable as error:
             raise unavailable(error) from None
         except RecordRefused as error:
-            raise HTTPError(400, f"The journal cannot take this task: {error}.") from None
+            sentence = f"The journal cannot take this task: {text_of(error)}."
+            raise HTTPError(400, sentence) from None
         # If the task was cancelled since it was stored, this does nothing. A worker is woken later,
         # by `wake_workers`.
         task_type.pool.put(live, record)
 
     def _answer_repeat(self, task_type: TaskType, task_id: str, name: str) -> Response | None:
         """Return the answer to a create whose key was used before, None if it was not.
+
+        The payloads are not compared, because a final record has none any more.
 
         HTTPError 409: the first one is just being stored; 422: the key was used for something else.
         """
@@ -3504,7 +3564,9 @@ _QUERY = rb"(?:[^\x00-\x20\x7f-\xff#%]|%[0-9A-Fa-f]{2})*"
 # asterisk-form has a path that is "*".
 _REQUEST_LINE = re.compile(
     rb"(" + _TOKEN + rb") "  # the method
-    rb"(?:(?i:https?)://(" + _HOST + rb"))?"  # the authority
+    # The authority. It ends where a path, a query or the version begins: so that no shorter one is
+    # tried, which would take seconds for a long line.
+    rb"(?:(?i:https?)://(" + _HOST + rb")(?=[/? ]))?"
     rb"(" + _PATH + rb")"
     rb"(?:\?(" + _QUERY + rb"))?"
     rb" HTTP/([0-9])\.([0-9])"
@@ -3512,9 +3574,10 @@ _REQUEST_LINE = re.compile(
 _ABSOLUTE_FORM = re.compile(rb"%s [A-Za-z][A-Za-z0-9+.\-]*://" % _TOKEN)
 _HEADER = re.compile(rb"(%s):(%s)" % (_TOKEN, _VALUE))
 _WELL_FORMED_HOST = re.compile(_HOST.decode())
-_CHUNK_LINE = re.compile(  # RFC 9112, 7.1 and 7.1.1
-    rb"([0-9A-Fa-f]+)(?:[ \t]*;[ \t]*%s(?:[ \t]*=[ \t]*(?:%s|%s))?)*" % (_TOKEN, _TOKEN, _QUOTED)
-)
+# RFC 9112, 7.1 and 7.1.1: the size, and extensions, such as b'1a; name="value"'.
+_ARGUMENT = rb"[ \t]*=[ \t]*(?:" + _TOKEN + rb"|" + _QUOTED + rb")"
+_EXTENSION = rb"[ \t]*;[ \t]*" + _TOKEN + rb"(?:" + _ARGUMENT + rb")?"
+_CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]+)(?:" + _EXTENSION + rb")*")
 # What a head and a chunk line must not contain (RFC 9112, 2.2).
 _FORBIDDEN = re.compile(
     rb"""
@@ -3543,8 +3606,9 @@ BODY = Phase("body", _READ, True, 20)  # for the rest of its body
 LENT = Phase("lent", 0, False, math.inf)  # for a thread that works on the answer, or on TLS
 WAITING = Phase("waiting", _READ, True, math.inf)  # for an answer that comes later: `wait_for`
 ANSWER = Phase("answer", _WRITE, False, 20)  # for the socket to take the rest of what is sent
-# For its turn: the next request is here already, but other connections come first. It goes on in
-# the loop's next round, because it waits for room to send, which a socket nearly always has.
+# For its turn: the next request is here already, but other connections come first. A trick: it has
+# nothing to send, but waits for room to send. A socket nearly always has that, so the selector
+# returns it in the next round.
 TURN = Phase("turn", _WRITE, False, 20)
 IDLE = Phase("idle", _READ, True, 75)  # for the next request
 LINGER = Phase("linger", _READ, True, 5)  # for the client to close, after the last answer
@@ -3553,7 +3617,9 @@ LINGER = Phase("linger", _READ, True, 5)  # for the client to close, after the l
 # Reading a request. A reader is a generator. So it can be written as if it could wait, much as a
 # coroutine with `await`: it takes bytes out of a buffer; when it needs more, it yields the phase in
 # which to wait for them; Connection.resume, below, has it go on when some have been put into the
-# buffer. What it returns is the value of the `yield from` by which it was called.
+# buffer. Who calls it says, for example, `request = yield from read_head(buffer)`: that hands the
+# phases on, and its value is what the reader returns. (The type Generator[Phase, Any, Request]
+# names what is yielded, what is sent in, which is not used here, and what is returned.)
 
 
 def take(buffer: bytearray, size: int) -> bytes:
@@ -3583,7 +3649,8 @@ def read_head(buffer: bytearray, peer: str = "") -> Generator[Phase, Any, Reques
             # see whether the method was HEAD: then the refusal must have no content.
             del buffer[: end + 4]
             return request
-        # Not complete, but wrong already? The sender may be waiting for an answer.
+        # Not complete, but wrong already? The sender may be waiting for an answer. (Look at the
+        # last byte again, too: it may be a CR, and the byte that follows it is new.)
         if _FORBIDDEN.search(buffer, max(0, seen - 1)):
             sentence = "Send HTTP/1.1 without control characters, in lines that end in CR LF."
             raise HTTPError(400, sentence)
@@ -3989,7 +4056,8 @@ class Connection:
         `outcome` becomes the value of the yield at which the steps wait; only that of LENT uses it.
         """
         self.awaited = None
-        self.enter(self.steps.send(outcome))
+        next_phase = self.steps.send(outcome)  # runs the steps to their next yield
+        self.enter(next_phase)
 
     def expire(self) -> None:
         """Do what the table says of this phase, because its deadline has passed."""
@@ -4026,7 +4094,7 @@ class Connection:
         application = self.server.application
         request = None
         try:
-            if not self.buffer:
+            if not self.buffer:  # not before the first request, see __init__
                 self.begin(IDLE)  # each pause has a deadline of its own
                 yield IDLE
             request = yield from read_head(self.buffer, self.peer)
@@ -4375,7 +4443,7 @@ class Server(http.server.ThreadingHTTPServer):
             # Ends the generator at its yield. There, wait_for() calls unwatch(). And a cycle of
             # references is broken.
             connection.steps.close()
-        except Exception as error:
+        except BaseException as error:
             log.error("a connection failed: %s", traceback_of(error))
         connection.socket.close()
         self._resume_accepting()
@@ -4556,7 +4624,7 @@ def run_until_stopped(server: Server, grace: float) -> int:
 
     SIGINT, SIGTERM, SIGBREAK, and SIGHUP unless it is ignored, begin the stop; a second one ends
     the process at once, with status 128 + its number. In a thread that is not the main one, there
-    are no signals. Status 1: the journal was lost.
+    are no signals. Status 1: the journal was lost, or there is no thread for the stop.
     """
     application = server.application
     # The thread below waits for what is put here. To begin the stop, put the seconds that running
@@ -4593,7 +4661,12 @@ def run_until_stopped(server: Server, grace: float) -> int:
         on_journal_lost(application.store.lost)
     if threading.current_thread() is threading.main_thread():
         handle_stop_signals(on_signal)
-    threading.Thread(target=stop, name="stop", daemon=True).start()
+    try:
+        threading.Thread(target=stop, name="stop", daemon=True).start()
+    except (RuntimeError, MemoryError) as error:  # no thread to be had
+        server.server_close()
+        log.error("cannot serve, because there is no thread for the stop: %s", describe(error))
+        return 1
     try:
         server.serve_forever()
     finally:
@@ -4629,7 +4702,7 @@ def stop_in_order(server: Server, grace: float) -> None:
 # ==== The core ends here. Everything below is optional. ===========================================
 
 
-# -- 9. Monitoring and retention -------------------------------------------------------------------
+# -- 9. Monitoring ---------------------------------------------------------------------------------
 
 MAX_LIMIT = 500  # records of one listing
 LISTING_SECONDS = 20.0  # for which a listing may wait for its turn
@@ -5362,7 +5435,8 @@ class Description:
         self._routes = application.router.routes
         self._schemas: dict[str, Any] = {}  # those that are used
         self._responses: dict[str, Any] = {}  # the same
-        # By kind, then by name (in lower case, letters and digits alone): what has that name.
+        # What has which name, so that no two things have the same (see `_unique`): by kind, then by
+        # name, in lower case, letters and digits alone.
         self._owners: dict[str, dict[str, Any]] = {"schema": {}, "operation": {}, "tag": {}}
         for name, schema in SCHEMAS.items():
             self._unique("schema", name, schema)
@@ -5423,7 +5497,7 @@ class Description:
         punctuation, because types a-b and ab would both become CreateAb.
         """
         while True:
-            plain = re.sub("[^a-z0-9]", "", name.lower())
+            plain = re.sub("[^a-z0-9]", "", name.lower()) or name
             owners = self._owners[kind]
             if owners.setdefault(plain, owner) == owner:
                 return name
@@ -5431,7 +5505,9 @@ class Description:
 
     def _name(self, route: Route) -> str:
         """Return a name like createThumbnail that no other operation has."""
-        words = re.findall("[A-Za-z0-9]+", route.operation or f"{route.method} {route.pattern}")
+        words = re.findall("[A-Za-z0-9]+", route.operation)
+        if not words:
+            words = re.findall("[A-Za-z0-9]+", f"{route.method} {route.pattern}")
         first, *others = [word.lower() for word in words]
         name = first + "".join(word.capitalize() for word in others)
         return self._unique("operation", name, route)
@@ -5477,7 +5553,7 @@ class Description:
         if isinstance(schema, str):
             name, schema = schema, SCHEMAS[schema]
         elif schema is not None and "title" in schema:
-            title = re.sub("[^A-Za-z0-9]", "", schema["title"])
+            title = re.sub("[^A-Za-z0-9]", "", schema["title"]) or "Schema"
             name = self._unique("schema", title, schema)
             # The title is left out, because some generators take it for the name, and two schemas
             # may have the same title.
@@ -6815,8 +6891,9 @@ def _say_nothing(text: str, *arguments: object) -> None:
 def main(application: Application | None = None, argv: list[str] | None = None) -> NoReturn:
     """Run the command line for an application, or for the demo; ends with SystemExit.
 
-    Status 0: stopped; 1: could not start, or lost its journal; 2: wrong usage; 128 + its number:
-    ended by a second signal. In a thread that is not the main one, signals are left alone.
+    If tasks still run at the end, the process ends at once. Status 0: stopped; 1: could not start,
+    or lost its journal; 2: wrong usage; 128 + its number: ended by a second signal. In a thread
+    that is not the main one, signals are left alone.
     """
     # If the program was packed into one executable (by PyInstaller, say), each of its children
     # comes here, too. Then freeze_support() does the child's work, and does not return.
@@ -6844,7 +6921,7 @@ def main(application: Application | None = None, argv: list[str] | None = None) 
         if handler is not None:
             handler.finish(1)
             _detach_log(application, handler)
-        sentence = " ".join(str(error).splitlines())
+        sentence = " ".join(text_of(error).splitlines())
         sys.exit(f"taskserver: {sentence}")
     log.info("serving %s", address)
     status = run_until_stopped(server, options.grace)
@@ -6888,11 +6965,24 @@ def _leave(status: int, at_once: bool) -> NoReturn:
     """End the process, even if a task that hangs, or a thread that a task has left, holds it up."""
     if at_once:
         os._exit(status)
-    # Python waits for threads, for processes, and for what was registered with atexit.
-    watchdog = threading.Timer(2, os._exit, (status,))
-    watchdog.daemon = True
+    ending = threading.Event()  # set when Python begins to end
+    # From Python 3.9 on, this is how executors learn of the end. It comes before Python waits.
+    register: Any = getattr(threading, "_register_atexit", None)
+
+    def watch() -> None:
+        if register is not None:
+            ending.wait()
+        else:
+            threading.main_thread().join()
+        # Now Python waits for other threads, for processes, and for what was registered with
+        # atexit: so long, and no longer.
+        time.sleep(2)
+        os._exit(status)
+
     with contextlib.suppress(RuntimeError, MemoryError):  # no thread to be had
-        watchdog.start()
+        threading.Thread(target=watch, name="watchdog", daemon=True).start()
+        if register is not None:
+            register(ending.set)
     sys.exit(status)
 
 
