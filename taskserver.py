@@ -51,10 +51,9 @@ The way of a create:
     Then the record is put into the pool's queue (3). Usually the loop itself calls the endpoint.
     With a journal or a long body, that could take long; then a thread of the server calls it.
  5. The connection sends the answer, status 201, and waits for the next request (7).
- 6. At the beginning of its next round, the loop wakes a worker (once, however many records were
-    queued, because to wake a thread takes as long as a create). A worker is a thread. It takes the
-    record and calls the function, or has its child process do so (4); a coroutine it hands to an
-    event loop (3).
+ 6. At the beginning of its next round, the loop wakes a worker, which is a thread. The worker takes
+    the oldest record of the queue, and wakes the next worker if there are more. It calls the
+    function, or has its child process do so (4); a coroutine it hands to an event loop (3).
  7. The worker replaces the record by a final one (2), which polls will see.
 
 The way of a long poll, `GET /poll-TYPE/<id>?wait=30`:
@@ -88,10 +87,10 @@ A thread for each would cost 16 KiB while it is idle, and to wake it for every a
 time. The second is its request parser, because it ignores Transfer-Encoding, accepts malformed
 requests, and takes most of the time of an answer.
 
-Why not asyncio's streams? They would serve just as many idle connections. But they are slow: only
-to read a head with them and to send a fixed answer already takes 80 % of the time that a whole poll
-takes here; all that a poll does in between would come on top. And buffers, limits, deadlines and
-wake-ups would be handled inside asyncio, where the reader of this file cannot see them.
+Why not asyncio's streams? They would serve just as many idle connections. But they are slower: to
+receive a head with them and to send a fixed answer takes 80 % of the time of a whole poll here, and
+then the poll has not done any work of its own. And buffers, limits, deadlines and wake-ups would be
+handled inside asyncio, where the reader of this file cannot see them.
 
 Docstrings name the exceptions that a caller has to expect, and why they are raised, unless that is
 plain: "KeyError: there is no such record."
@@ -239,13 +238,13 @@ class _WriteSide:
         lock.mutex.acquire()
         if lock.readers:
             lock.waiting_writers += 1  # while this is above 0, no new reader enters
-            # Several writers may wait here, without the mutex. The last reader that leaves wakes
-            # all of them, and they get the mutex one after the other.
+            # wait() gives the mutex back for so long. So several writers may wait here; the last
+            # reader that leaves wakes all of them, and they get the mutex one after the other.
             while lock.readers:
                 lock.may_write.wait()
             lock.waiting_writers -= 1
             if not lock.waiting_writers:
-                lock.may_read.notify_all()  # these go on once the mutex is free
+                lock.may_read.notify_all()  # readers that wait go on once the mutex is free
 
     def __exit__(self, *exception: object) -> None:
         self._lock.mutex.release()
@@ -440,8 +439,9 @@ def encode_cached(record: Record, with_result: bool = True) -> bytes:
     return _encode_final_record(record, with_result)
 
 
-# Any escape in a text of JSON, as a whole: two surrogates that stand for one character are one
-# escape, and so are two backslashes, whatever follows them.
+# Matches every escape in a text of JSON, as a whole. So the two surrogates of a pair, which stand
+# for one character, are not taken for lone ones; and in \\ud800, which is an escaped backslash and
+# plain text, no surrogate is seen.
 _JSON_ESCAPE = re.compile(r"\\ud[89ab]..\\ud[c-f]..|\\u....|\\.")
 _LONE_SURROGATE = re.compile(r"\\ud[89a-f]..")
 
@@ -480,7 +480,7 @@ def encode_result(value: object, default: Callable[[Any], Any] | None = None) ->
         raise ValueError(sentence) from None
     except Exception as error:  # `default` may raise anything
         place = _place_of_fault(value, encoder)
-        raise ValueError(f"the result cannot be written as JSON{place}: {error}") from None
+        raise ValueError(f"the result cannot be written as JSON{place}: {text_of(error)}") from None
     if "\\ud" in text:
         text = _JSON_ESCAPE.sub(_double_backslash, text)
     encoded = text.encode()
@@ -504,26 +504,26 @@ def _check_members(value: object) -> None:
     than MAX_RESULT members and characters together, and each of them takes a byte at least.
     """
     size = 0
-    rest = [value]
-    while rest:
-        value = rest.pop()
+    unseen = [value]  # texts, dicts and lists
+    while unseen:
+        part = unseen.pop()
         members: Iterable[object] = ()
-        if isinstance(value, (str, dict, list, tuple)):
-            size += len(value)
+        if isinstance(part, (str, dict, list, tuple)):
+            size += len(part)
         if size > MAX_RESULT:
             raise _Huge
-        if isinstance(value, dict):
-            keys = value if _are_ascii(value) else [_json_key(key) for key in value]
-            if len(set(keys)) < len(value):
+        if isinstance(part, dict):
+            keys = part if _are_ascii(part) else [_json_key(key) for key in part]
+            if len(set(keys)) < len(part):
                 raise ValueError("two keys are the same as JSON, such as 1 and '1'")
             size += sum(map(len, keys))
-            members = value.values()
-        elif isinstance(value, (list, tuple)):
-            members = value
+            members = part.values()
+        elif isinstance(part, (list, tuple)):
+            members = part
         for member in members:
-            # A number has no members, and len(value) has counted it above; so do not visit it.
+            # Others, such as numbers, are counted already, by the length of their container.
             if isinstance(member, (str, dict, list, tuple)):
-                rest.append(member)
+                unseen.append(member)
     if size > MAX_RESULT:
         raise _Huge
 
@@ -549,7 +549,8 @@ def _place_of_fault(value: object, encoder: json.JSONEncoder) -> str:
     """Return where the part that cannot be encoded stands in a value, such as " at ['a'][0]"."""
     place = ""
     fault = _faulty_member(value, encoder)
-    while fault is not None and len(place) < 200:  # a value that contains itself has no last one
+    # With a value that contains itself, this would go on for ever.
+    while fault is not None and len(place) < 200:
         key, member = fault
         place += f"[{key!r:.50}]"
         fault = _faulty_member(member, encoder)
@@ -559,7 +560,7 @@ def _place_of_fault(value: object, encoder: json.JSONEncoder) -> str:
 
 
 def _faulty_member(value: object, encoder: json.JSONEncoder) -> tuple[object, object] | None:
-    """Return the first member that cannot be encoded, after its key or index; None if all can."""
+    """Return the first member that cannot be encoded, with its key or index before it, or None."""
     members: Iterable[tuple[object, object]] = ()
     if isinstance(value, dict):
         members = value.items()
@@ -596,7 +597,7 @@ def describe(exception: BaseException) -> str:
 
 
 def text_of(exception: BaseException) -> str:
-    """Return what an exception says, without its name; if it says nothing, what describe() does."""
+    """Return what an exception says, without its name; what says nothing is described."""
     try:
         return escape_surrogates(str(exception)[:MAX_ERROR]) or describe(exception)
     except BaseException:  # as in describe()
@@ -667,13 +668,15 @@ class Store:
     even beyond that.
 
     With a `journal` (its contract stands in section 10), a record is written there before anybody
-    sees it: `add`, `save` and `finish` block until it is. An id is *reserved* while its first
-    record is being written: it counts against the bounds, but `get` does not find it. An id is
-    *doomed* when it is gone here, but has still to be deleted in the journal; it does not count. So
-    an id goes these ways:
+    sees it: `add`, `save` and `finish` block until it is.
+
+    An id is *reserved* while its first record is being written: it counts against the bounds, but
+    `get` does not find it. An id is *doomed* when it is gone here, but the journal may hold it and
+    is to delete it: because its record was evicted, or because its first save has failed. (An error
+    does not tell whether the record was written.) So an id goes these ways:
 
         free --add--> reserved --saved--> pending --finish--> final --evict--> doomed
-        reserved --not saved--> doomed, because the journal may hold it all the same
+        reserved --failed--> doomed
         doomed --delete_doomed--> free
         doomed --add--> reserved, and the delete is called off
     """
@@ -797,21 +800,20 @@ class Store:
             self._sequence += 1
             record = record._replace(sequence=self._sequence)
             self._reserve_place(record.id, size)
-        saved = False
         try:
             self._await_deletion(record.id)
             self._save_once(record)
-            saved = True
-        except JournalLost as loss:
-            raise JournalError("The journal belongs to this server no more.", 5) from loss
-        finally:
+        except BaseException as error:
             with self._lock.write:
-                if saved:
-                    self._bytes -= size  # _reserve_place has counted it, _insert does so again
-                    self._insert(record)
-                else:
-                    self._free_place(record.id, size)
-                    self._doom([record.id])  # after an error, it may be in the journal or not
+                self._free_place(record.id, size)
+                self._doom([record.id])  # it may be in the journal or not
+            if isinstance(error, JournalLost):
+                sentence = "The journal belongs to this server no more."
+                raise JournalError(sentence, 5) from error
+            raise
+        with self._lock.write:
+            self._bytes -= size  # _reserve_place has counted it, _insert does so again
+            self._insert(record)
         return record
 
     def finish(self, record: Record) -> Record:
@@ -870,7 +872,7 @@ class Store:
         except JournalLost as loss:
             self._lose(loss)
             raise
-        except BaseException as error:  # even SystemExit ends no worker here
+        except BaseException as error:  # a journal may raise anything, but it must end no thread
             if not self.failing:
                 log.error("the journal fails and will be tried again: %s", describe(error))
             self._failed_at = time.monotonic()
@@ -921,7 +923,7 @@ class Store:
     # Watching, and the stop
 
     def watch(self, task_id: str, wake: Callable[[], None]) -> None:
-        """Have `wake` called once: when the record is final, or when stop() is called.
+        """Have `wake` called once: when the record is final, or when stop() is called after this.
 
         If the record is final or gone already, `wake` is called at once. Any thread may call
         `wake`, so it must not block.
@@ -1045,7 +1047,7 @@ class Store:
         with self._deletion:
             if not self._deletion.wait_for(lambda: task_id not in self._deleting, 5):
                 raise JournalError("The journal is slow; try again later.", 5)
-            self._doomed.discard(task_id)
+            self._doomed.discard(task_id)  # it is there again, if its delete has failed
 
     # A journal that fails
 
@@ -1129,7 +1131,8 @@ class Store:
             seconds = 2.0
             while not done.wait(seconds):
                 log.info("loading the journal: %d tasks so far", len(loaded))
-                # Say it less and less often: load() may wait for hours until another server ends.
+                # Say it less and less often: a journal may wait in load() for hours, until the
+                # server that uses it ends (10).
                 seconds *= 2
 
         threading.Thread(target=say_how_far, name="loading", daemon=True).start()
@@ -1261,9 +1264,11 @@ class BoundedQueue:
             return len(self._reserved) + len(self._queue)
 
     def join(self, seconds: float) -> bool:
-        """Wait at most so many seconds until nothing is in work; return whether it is so."""
+        """Wait at most so many seconds until nothing is in work or may begin; return whether so."""
         with self._lock:
-            return self._at_rest.wait_for(lambda: not self._running, seconds)
+            return self._at_rest.wait_for(
+                lambda: not self._running and not self._may_begin(), seconds
+            )
 
     def _may_begin(self) -> bool:
         """Return whether a worker may begin an item. The lock is held."""
@@ -1324,7 +1329,9 @@ class WorkerPool(BoundedQueue):
         # Guarded by the lock, too:
         self._workers = 0  # threads
         self._idle = 0  # workers that wait for an item
-        self._on_the_way = False  # whether a worker is on the way
+        # Whether a worker is on the way. This only spares wake-ups: if it is cleared too early, one
+        # worker too many comes, which does no harm.
+        self._on_the_way = False
 
     def wake(self) -> None:
         """Have a worker come if there is something for it to do. Does not block.
@@ -1374,9 +1381,7 @@ class WorkerPool(BoundedQueue):
             log.error("a worker ends: %s", describe(error))
             with self._lock:
                 self._workers -= 1  # when a worker ends as usual, _get does this
-                # If this worker was on the way, it does not come. The flag is cleared even if it
-                # stands for another one: then one too many may come, but never one too few.
-                self._on_the_way = False
+                self._on_the_way = False  # perhaps this one was
         self._at_end()
         self.wake()  # for items that came meanwhile
 
@@ -1410,18 +1415,17 @@ class WorkerPool(BoundedQueue):
             notified = self._not_empty.wait(self.IDLE_SECONDS)
         finally:
             self._idle -= 1
-        # This worker has come. If it was not notified, the flag may stand for another one that is
-        # on the way. It is cleared all the same: one too many may come then, but never one too few.
         self._on_the_way = False
-        # It looks even if wait() has returned false. Otherwise this could leave an item lying,
-        # because a worker counts as idle until it has the lock back:
+        # A worker counts as idle until it has the lock back. So it may happen that
         #
         #     this worker                               another thread
         #     ----------------------------------------  --------------------------------------------
-        #     its time is over
+        #     has waited for too long
         #                                               puts an item, and calls wake(), which finds
         #                                               an idle worker and makes no new one
         #     has the lock; wait() returns false
+        #
+        # Therefore it looks into the queue once more before it ends.
         return notified or self._may_begin()
 
 
@@ -1457,11 +1461,11 @@ class WorkerPool(BoundedQueue):
 # A coroutine that runs can be interrupted, for one of three reasons: it was cancelled, its time is
 # over, or the server stops.
 #
-#     _interrupt     the event loop  cancels it, as in fact 2. Usually that ends it: _ended and
-#                                    _last_step follow, and the reason becomes its error.
-#     _give_up       the event loop  After that, it has some seconds of grace. If it still runs
-#                                    then, a thread calls after(item, None, reason); but it keeps
-#                                    its slot until it ends.
+#     _interrupt     the event loop  cancels it, as in fact 2, and sets a timer to some seconds, its
+#                                    grace. Usually it ends: _ended and _last_step follow, and the
+#                                    reason becomes its error
+#     _give_up       the event loop  called by the timer. If it still runs, a thread calls
+#                                    after(item, None, reason); but it keeps its slot until it ends
 
 
 class Stopped(Exception):
@@ -1497,7 +1501,9 @@ class EventLoop:
             if time.monotonic() < self._failed_at + self.RETRY_SECONDS:
                 return False
             try:
-                import asyncio  # needs a tenth of a second and 6 MiB: coroutines alone are worth it
+                # Not at the top of this file: it takes a tenth of a second and 6 MiB, which only
+                # coroutines are worth.
+                import asyncio
 
                 loop = asyncio.new_event_loop()
             except Exception as error:  # no descriptor to be had, or a policy of somebody's own
@@ -1542,7 +1548,7 @@ class EventLoop:
                 loop.run_forever()  # returns, too, when a coroutine stops the loop
             except BaseException as exception:  # fact 3
                 error = exception
-            if os.getpid() != own:  # see leave_in_copy
+            if os.getpid() != own:  # a copy of the process, see leave_in_copy
                 os._exit(0)
             if error is not None:
                 log.warning("the event loop was ended, and goes on: %s", traceback_of(error))
@@ -1551,13 +1557,14 @@ class EventLoop:
         loop.close()
 
     def leave_in_copy(self) -> None:
-        """End the loop in a copy of this process, which something in the loop has forked.
+        """End the loop in a copy of this process.
 
-        The copy goes on until that gives control back to the loop; then it ends. It must not run
-        the other coroutines as well.
+        A coroutine or a callback may call os.fork, which makes a copy of the process (4, fact 4).
+        There, it goes on until it gives control back to the loop; then the copy ends. It must not
+        run the other coroutines as well.
         """
         if self.loop is not None:
-            self.loop.stop()  # after this round; so empty what is left of the round, too
+            self.loop.stop()  # at the end of its round; so drop what is left of the round, too
             with contextlib.suppress(AttributeError):  # the name is asyncio's own
                 self.loop._ready.clear()
 
@@ -1766,9 +1773,10 @@ class CoroutinePool(BoundedQueue):
 def _outcome(run: CoroutineRun) -> tuple[Any, BaseException | None]:
     """Return the value and the error of a coroutine that has ended.
 
-    If it was interrupted by the stop, its error is that reason, whatever it has raised.
-    If it was cancelled or its time was over, its error is that reason only if it raised the
-    CancelledError, and not something else.
+    Its error is what it has raised, but the reason of the interrupt instead
+
+    - if that was the stop, whatever the coroutine has raised;
+    - if it was a cancel or the time limit, and the coroutine has raised CancelledError.
     """
     import asyncio  # costs nothing: the loop runs, so it was imported before
 
@@ -1847,9 +1855,9 @@ class Waker:
 # 3. To *reap* an ended process is to fetch its exit status, which can be done once. Only then may
 #    the system give its number to another process.
 # 4. A task may call os.fork, which makes a *copy* of the process. The copy has the same handlers of
-#    signals and the same open files. So it has our end of a pipe open, too. If this process ends,
-#    the other side does not meet the end of the file before the copy has closed its end. A lock on
-#    a file lasts as long, for the same reason.
+#    signals and the same open files. Who reads from a pipe meets the end of the file only when all
+#    processes that can write into it have closed it: so a copy may hide that the original has
+#    ended. For the same reason, a lock on a file lasts until the copy has closed the file.
 # 5. What a function changes in its process, such as the working directory, is still changed for the
 #    next function.
 # 6. Python calls a handler of a signal in the main thread, between any two steps of whatever that
@@ -1963,15 +1971,15 @@ def handle_stop_signals(handler: Callable[[int, Any], None]) -> None:
 def _before_fork() -> None:
     """Until the fork is over, let no child be started, and hold the stop signals back.
 
-    At first, the copy has our handlers. A signal that is sent to it then would only call one of
-    these, and not end the copy. So signals are held back until the copy has given the handlers up.
+    In the copy, our handlers are there until _after_fork_in_copy gives them up. A signal that came
+    before that would call one of them, and would not end the copy.
     """
     _fork_lock.acquire()
     _fork_state.mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
 
 
 def _after_fork() -> None:
-    """End what _before_fork has begun, in this process and in the copy."""
+    """End what _before_fork has begun: in this process, and in the copy, where all is the same."""
     signal.pthread_sigmask(signal.SIG_SETMASK, _fork_state.mask)
     _fork_lock.release()
 
@@ -2070,9 +2078,9 @@ class Surroundings:
         if _POSIX:
             for timer in signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF:
                 signal.setitimer(timer, 0)
-            # The task may have blocked a signal, so that it is held back. It must not reach the
-            # next task. To set a signal to be ignored discards what is held back of it. The next
-            # loop puts its handler back; after that, all signals are unblocked.
+            # If the task has blocked a signal, one may be held back. To ignore that signal for a
+            # moment discards it, so that it does not reach the next task. After this, the handlers
+            # are put back, and then all signals are unblocked.
             for number in signal.sigpending():
                 signal.signal(number, signal.SIG_IGN)
         for number, handler in self._handlers.items():
@@ -2161,7 +2169,7 @@ def _run_job(pipe: Any, job: bytes) -> bytes:
 
 def _send_reports(pipe: Any, live: Live, done: threading.Event) -> None:
     """Send reports until the task is done. When the server is gone, end this process at once."""
-    sent = live.progress
+    sent = _NOT_STARTED
     with contextlib.suppress(OSError):
         # The server sends nothing meanwhile. If there is something to read, it is the end of the
         # file: the server is gone.
@@ -2347,12 +2355,12 @@ class Child:
             _start_tracker()
             # The child inherits this, so that no signal reaches it before its handlers are set.
             signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-        # process.start() does not use os.fork. So _before_fork, which would wait for _fork_lock, is
-        # not called in here.
+        # process.start() does not use os.fork. So _before_fork is not called in here. (It would
+        # wait for ever, because this thread has the lock that it wants.)
         with self._reaping, _fork_lock:
             self._pipe, far_end = _SPAWN.Pipe()
             _own_files.add(self._pipe)
-            with far_end:  # left open here, it would hide the end of file
+            with far_end:  # closed here, because it would hide the end of the child (fact 4)
                 process = _SPAWN.Process(target=_child_main, args=(far_end,), name=CHILD_NAME)
                 process.start()
         self._process = process
@@ -2509,23 +2517,23 @@ class Later(NamedTuple):
 
     - `wake` was called;
     - `seconds` have passed;
-    - `may_hurry` is true, and the client has ended its sending. (It may be gone, or may still read:
-      7, fact 3.)
+    - `may_hurry` is true, and the client has ended its sending: it may be gone, or it may still
+      read (7, fact 3), so it is answered now;
     - the server shuts down.
 
-    Then the loop calls `unwatch(wake)` and `answer()`. None of these functions may block; if
-    `watch` or `unwatch` raises, the connection is closed, and nobody is answered. If the connection
-    breaks, it calls `unwatch(wake)` alone. If `may_hurry` is true and the client has ended its
-    sending already, there is no wait: the loop calls `answer()` alone.
+    Then the loop calls `unwatch(wake)` and `answer()`. If the connection breaks, it calls
+    `unwatch(wake)` alone. If `may_hurry` is true and the client has ended its sending already,
+    there is no wait: the loop calls `answer()` alone.
+
+    None of these functions may block. If `watch` or `unwatch` raises, the connection is closed.
     """
 
     seconds: float
     watch: Callable[[Callable[[], None]], None]
     unwatch: Callable[[Callable[[], None]], None]
     answer: Callable[[], Response]
-    # Whether a client that ends its sending is answered at once, even before `wake`. Not so for GET
-    # /tasks (9): its answer is ready when a worker has made it and calls `wake`. (If `seconds` pass
-    # before that, the loop makes it.)
+    # False for GET /tasks (9), because a worker makes its answer during the wait: before `wake`,
+    # the loop would have to make it.
     may_hurry: bool = True
 
 
@@ -2950,8 +2958,8 @@ def _check_import(name: str, function: Any, default: Default) -> None:
     The module of the function may be
 
     - __main__, this program: a child imports its file, so there must be one;
-    - __mp_main__, this program as `multiprocessing` calls it in the processes that it starts, if
-      the server runs in one of them: its children have that module, too;
+    - __mp_main__, this program, too: `multiprocessing` has started this process, and calls it so
+      here. Its children have that module;
     - any other: one of Python's finders must find it by its name.
     """
     main_module = sys.modules.get("__main__")
@@ -3021,7 +3029,7 @@ def _create_schema(task_type: TaskType) -> dict[str, Any]:
         "description": "Any text that tells it from others; not blank.",
         "minLength": 1,
         "maxLength": MAX_NAME,
-        # "\S" would do, but some tools look for a pattern at the start alone.
+        # Just "\S" would do, but some tools match a pattern only at the start of the text.
         "pattern": r"^[\s\S]*\S",
     }
     return {
@@ -3373,9 +3381,9 @@ class Application:
         live = record.live
         if live is None:  # it is final
             return Response(200, encode_cached(record))
-        # The lock makes one step of these assignments. Otherwise a second cancel, in another thread
-        # that calls `handle`, could see that the task was cancelled, but not yet that it was
-        # withdrawn, and would take it for running.
+        # In the server, only the loop comes here; but several threads may call `handle`. The lock
+        # makes one step of these assignments. Otherwise a second cancel could see that the task was
+        # cancelled, but not yet that it was withdrawn, and would take it for running.
         with self._cancelling:
             is_first = not live.cancel_requested
             live.cancel_requested = True
@@ -3564,8 +3572,8 @@ _QUERY = rb"(?:[^\x00-\x20\x7f-\xff#%]|%[0-9A-Fa-f]{2})*"
 # asterisk-form has a path that is "*".
 _REQUEST_LINE = re.compile(
     rb"(" + _TOKEN + rb") "  # the method
-    # The authority. It ends where a path, a query or the version begins: so that no shorter one is
-    # tried, which would take seconds for a long line.
+    # The authority. After it, there is a path, a query or a space: without this lookahead, each
+    # shorter authority would be tried, too, which takes seconds for a long line.
     rb"(?:(?i:https?)://(" + _HOST + rb")(?=[/? ]))?"
     rb"(" + _PATH + rb")"
     rb"(?:\?(" + _QUERY + rb"))?"
@@ -3614,12 +3622,15 @@ IDLE = Phase("idle", _READ, True, 75)  # for the next request
 LINGER = Phase("linger", _READ, True, 5)  # for the client to close, after the last answer
 
 
-# Reading a request. A reader is a generator. So it can be written as if it could wait, much as a
-# coroutine with `await`: it takes bytes out of a buffer; when it needs more, it yields the phase in
-# which to wait for them; Connection.resume, below, has it go on when some have been put into the
-# buffer. Who calls it says, for example, `request = yield from read_head(buffer)`: that hands the
-# phases on, and its value is what the reader returns. (The type Generator[Phase, Any, Request]
-# names what is yielded, what is sent in, which is not used here, and what is returned.)
+# Reading a request. A reader is a generator, so that it can be written as if it could wait, much as
+# a coroutine with `await`:
+#
+#     request = yield from read_head(buffer)
+#
+# read_head takes bytes out of the buffer. When it needs more, it yields the phase in which to wait
+# for them. `yield from` hands that on to Connection.resume, below, which has the reader go on when
+# more bytes are in the buffer. In the end, what read_head returns is the request. (Its type is
+# Generator[what it yields, what is sent into it, what it returns]; nothing is sent.)
 
 
 def take(buffer: bytearray, size: int) -> bytes:
@@ -3732,14 +3743,14 @@ def _read_line(buffer: bytearray, limit: int, status: int) -> Generator[Phase, A
     """
     seen = 0
     while True:
-        end = buffer.find(b"\r\n", max(0, seen - 1), limit)  # within the first `limit` bytes
-        line_end = end if end >= 0 else len(buffer)
-        if _FORBIDDEN.search(buffer, max(0, seen - 1), line_end):
+        end = buffer.find(b"\r\n", max(0, seen - 1), limit)  # the CR LF is below the limit, too
+        arrived = end if end >= 0 else len(buffer)  # so many bytes of the line
+        if _FORBIDDEN.search(buffer, max(0, seen - 1), arrived):
             raise HTTPError(400, "Send lines that end in CR LF, without control characters.")
         if end >= 0:
             return take(buffer, end + 2)[:-2]
         if len(buffer) >= limit:
-            raise HTTPError(status, f"Send lines of at most {limit - 2} bytes here.")
+            raise HTTPError(status, f"Send lines of at most {max(0, limit - 2)} bytes here.")
         seen = len(buffer)
         yield BODY
 
@@ -4075,10 +4086,12 @@ class Connection:
         """Answer requests in their order."""
         if self.server.tls is not None:
             yield from self.shake_hands()
-        while not self.closing:
+        while True:
             self.unsent = yield from self.next_answer()
             while self.send_some():
                 yield ANSWER
+            if self.closing:
+                break
             if self.buffer:
                 self.begin(TURN)
                 yield TURN
@@ -4094,7 +4107,7 @@ class Connection:
         application = self.server.application
         request = None
         try:
-            if not self.buffer:  # not before the first request, see __init__
+            if not self.buffer:  # before the first request, there is something (see __init__)
                 self.begin(IDLE)  # each pause has a deadline of its own
                 yield IDLE
             request = yield from read_head(self.buffer, self.peer)
@@ -4143,17 +4156,16 @@ class Connection:
         """Wait until an answer is due.
 
         The wait can end in four ways, all of them in the server's loop, so that no two of them
-        happen at once:
+        happen at once. Whichever comes first calls resume(), which ends the phase WAITING and sets
+        `awaited` to None. Any other comes too late:
 
-        - a wake, which comes through the loop's queue of what is due (`Server._serve_once`);
-        - the deadline (`expire`);
-        - a client that ends its sending (`on_ready`);
-        - the end of the server (`Server._drain`).
-
-        Whichever comes first calls resume(), which ends the phase WAITING and sets `awaited` to
-        None. The others come too late: the last three look at the phase first, and do nothing in
-        another one. A wake puts this connection and this Later into the loop's queue; the loop
-        drops both if this Later is not what the connection awaits.
+            how it ends                                    why one that is late does nothing
+            ---------------------------------------------  ---------------------------------------
+            wake() has put this connection and this Later  the Later is not what the connection
+            into the loop's queue (`Server._serve_once`)   awaits now
+            the deadline has passed (`expire`)             it looks at the phase first
+            the client has ended its sending (`on_ready`)  the same
+            the server ends (`Server._drain`)              the same
 
         A wake may also come early, even in watch(), below. It is not lost: the loop, in whose
         thread this runs, reads its queue only after the `yield`.
@@ -4202,7 +4214,7 @@ class Connection:
                 log.info("no TLS with %s: %s", self.peer, outcome)
                 raise ConnectionError
         self.begin(HEADER, deadline)
-        yield HEADER  # next_answer() would wait in IDLE, which has 75 seconds
+        yield HEADER  # nothing is in the buffer yet, so next_answer() would wait in IDLE
 
     def try_handshake(self) -> str:
         """Go on with the handshake as far as it goes; say "done", "more", or what is wrong."""
@@ -4630,9 +4642,9 @@ def run_until_stopped(server: Server, grace: float) -> int:
     # The thread below waits for what is put here. To begin the stop, put the seconds that running
     # tasks may still have; if there is nothing to stop any more, put None.
     #
-    # It is a SimpleQueue, because a handler of a signal may interrupt a put() in the main thread
-    # (4, fact 6), and call put() itself. That works. A set() of an Event holds a lock; if the
-    # handler interrupted that, its own set() would wait for the lock for ever.
+    # It is no Event. A handler of a signal runs in the middle of whatever the main thread is doing
+    # (4, fact 6). If that were a set(), which holds a lock of the Event, the handler's own set()
+    # would wait for that lock for ever. With a put(), as at the end of this function, it does not.
     stops: queue.SimpleQueue[float | None] = queue.SimpleQueue()
     signals: list[int] = []
     losses: list[str] = []
@@ -4657,7 +4669,7 @@ def run_until_stopped(server: Server, grace: float) -> int:
             stop_in_order(server, seconds)
 
     application.store.journal_lost = on_journal_lost
-    if application.store.lost:  # since it was loaded, before journal_lost was set
+    if application.store.lost:  # it was lost after it was loaded, and nobody was told
         on_journal_lost(application.store.lost)
     if threading.current_thread() is threading.main_thread():
         handle_stop_signals(on_signal)
@@ -5219,10 +5231,15 @@ def parse_address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | 
 def host_check(names: Iterable[str]) -> Callable[[Request], None]:
     """Return a check that a request is meant for an IP address, localhost, or one of these names.
 
-    Against DNS rebinding: a hostile page comes from evil.example; then its owner has that name lead
-    to the address of this server. So for the browser, this server belongs to the page's own site,
-    and the page may read our answers. But such a request has evil.example as its Host, and is
-    refused. A Host that is an address cannot come about in this way.
+    Against DNS rebinding:
+
+    1. A browser loads a hostile page from evil.example.
+    2. Its owner has that name lead to the address of this server.
+    3. The page asks evil.example again. The browser sends that to this server, and lets the page
+       read the answer, because the name is that of its own site.
+
+    But such a request has evil.example as its Host, and is refused. A Host that is an address
+    cannot come about in this way.
 
     HTTPError 421 (RFC 9110, 15.5.20).
     """
@@ -5498,8 +5515,8 @@ class Description:
         """
         while True:
             plain = re.sub("[^a-z0-9]", "", name.lower()) or name
-            owners = self._owners[kind]
-            if owners.setdefault(plain, owner) == owner:
+            first_owner = self._owners[kind].setdefault(plain, owner)
+            if first_owner == owner:  # nobody had it, or this owner did
                 return name
             name += "2"
 
@@ -6962,27 +6979,30 @@ def _start(application: Application, options: argparse.Namespace) -> tuple[Serve
 
 
 def _leave(status: int, at_once: bool) -> NoReturn:
-    """End the process, even if a task that hangs, or a thread that a task has left, holds it up."""
+    """End the process, even if a task that hangs, or a thread that a task has left, holds it up.
+
+    At its end, Python waits for other threads, for processes, and for what was registered with
+    atexit. If that takes more than two seconds, a watchdog ends the process.
+    """
     if at_once:
         os._exit(status)
-    ending = threading.Event()  # set when Python begins to end
-    # From Python 3.9 on, this is how executors learn of the end. It comes before Python waits.
-    register: Any = getattr(threading, "_register_atexit", None)
+    # Set when Python begins to end, by a hook that is there from Python 3.9 on. In older ones, the
+    # main thread counts as ended then.
+    ending = threading.Event()
+    hook: Any = getattr(threading, "_register_atexit", None)
 
     def watch() -> None:
-        if register is not None:
+        if hook is not None:
             ending.wait()
         else:
             threading.main_thread().join()
-        # Now Python waits for other threads, for processes, and for what was registered with
-        # atexit: so long, and no longer.
         time.sleep(2)
         os._exit(status)
 
     with contextlib.suppress(RuntimeError, MemoryError):  # no thread to be had
         threading.Thread(target=watch, name="watchdog", daemon=True).start()
-        if register is not None:
-            register(ending.set)
+        if hook is not None:
+            hook(ending.set)
     sys.exit(status)
 
 

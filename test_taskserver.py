@@ -2503,6 +2503,29 @@ def test_a_worker_that_ends_leaves_no_process_not_even_a_dead_one(application):
     assert eventually(lambda: not is_known())
 
 
+def begin_reporters_late(payload, report):
+    """Have the threads that send reports begin when the function has reported."""
+    send = taskserver._send_reports
+
+    def send_late(pipe, live, done):
+        while live.progress[1] is None and not done.wait(0.001):
+            pass
+        send(pipe, live, done)
+
+    taskserver._send_reports = send_late
+
+
+def report_once(payload, report):
+    report(0.5, "early")
+
+
+def test_a_report_that_comes_before_its_thread_has_begun_is_sent(child):
+    heard = []
+    run(child, begin_reporters_late)
+    run(child, report_once, lambda *report: heard.append(report))
+    assert heard == [(0.5, "early")]
+
+
 def take_threads_away(payload, report):
     def refuse(thread):
         raise RuntimeError("can't start new thread")
@@ -7136,6 +7159,29 @@ def test_long_polls_hold_up_nobody(server, gate):
         assert time.monotonic() - begun < 5
         gate.opened.set()
         assert {poll.answer().json["status"] for poll in polls} == {"completed"}
+
+
+def test_a_request_that_waits_for_its_turn_when_the_server_ends_is_answered(server, application):
+    has_begun = threading.Event()
+    wake = server._waker.wake
+
+    def wake_and_tell():  # shutdown() calls it when all is set
+        wake()
+        has_begun.set()
+
+    def end(request):
+        server._waker.wake = wake_and_tell
+        threading.Thread(target=server.shutdown, args=(LONG,)).start()
+        assert has_begun.wait(LONG)
+        return Response(200)
+
+    application.router.add("GET", "/end", end, blocks=taskserver.never_blocks)
+    with server.client() as client:
+        client.send(2 * raw("GET", "/end"))
+        assert client.answer().status == 200
+        last = client.answer()
+        assert (last.status, last.headers["Connection"]) == (200, "close")
+        assert client.ended()
 
 
 class Bell:
