@@ -92,8 +92,8 @@ receive a head with them and to send a fixed answer takes 80 % of the time of a 
 then the poll has not done any work of its own. And buffers, limits, deadlines and wake-ups would be
 handled inside asyncio, where the reader of this file cannot see them.
 
-Docstrings name the exceptions that a caller has to expect, and why they are raised, unless that is
-plain: "KeyError: there is no such record."
+Docstrings name the exceptions that a caller has to expect, and the reasons, like this: "KeyError:
+there is no such record." Where the reason is plain, it is left out.
 """
 
 from __future__ import annotations
@@ -233,13 +233,13 @@ class _WriteSide:
 
     def __enter__(self) -> None:
         lock = self._lock
-        # Who has the mutex while no reader is inside may write. It is kept until __exit__, and
-        # without it, nobody can enter.
+        # Who has the mutex while no reader is inside may write. Nobody can enter without it.
         lock.mutex.acquire()
         if lock.readers:
             lock.waiting_writers += 1  # while this is above 0, no new reader enters
-            # wait() gives the mutex back for so long. So several writers may wait here; the last
-            # reader that leaves wakes all of them, and they get the mutex one after the other.
+            # While it sleeps, wait() gives the mutex back, so that readers can leave. Several
+            # writers may wait here. The last reader that leaves wakes all of them; they get the
+            # mutex one after the other, and each keeps it until __exit__.
             while lock.readers:
                 lock.may_write.wait()
             lock.waiting_writers -= 1
@@ -439,10 +439,15 @@ def encode_cached(record: Record, with_result: bool = True) -> bytes:
     return _encode_final_record(record, with_result)
 
 
-# Matches every escape in a text of JSON, as a whole. So the two surrogates of a pair, which stand
-# for one character, are not taken for lone ones; and in \\ud800, which is an escaped backslash and
-# plain text, no surrogate is seen.
-_JSON_ESCAPE = re.compile(r"\\ud[89ab]..\\ud[c-f]..|\\u....|\\.")
+# Each escape in a text of JSON, as a whole.
+_JSON_ESCAPE = re.compile(
+    r"""
+    \\ud[89ab].. \\ud[c-f]..  # two surrogates, a pair, which stand for one character
+    | \\u....                  # any other character
+    | \\.                      # any other escape, such as two backslashes
+    """,
+    re.VERBOSE,
+)
 _LONE_SURROGATE = re.compile(r"\\ud[89a-f]..")
 
 
@@ -524,7 +529,7 @@ def _check_members(value: object) -> None:
             # Others, such as numbers, are counted already, by the length of their container.
             if isinstance(member, (str, dict, list, tuple)):
                 unseen.append(member)
-    if size > MAX_RESULT:
+    if size > MAX_RESULT:  # by the keys of the last dict, which were counted after the check above
         raise _Huge
 
 
@@ -539,7 +544,7 @@ def _are_ascii(keys: Iterable[object]) -> bool:
 def _json_key(key: object) -> str:
     """Return what a key of a dict becomes in JSON, as `json` itself writes it."""
     if isinstance(key, str):
-        return escape_surrogates(key)  # as encode_result does
+        return escape_surrogates(key)  # what a client reads, see _double_backslash
     # A dict with this key alone is written and read again: its only key is the answer.
     (written,) = json.loads(json.dumps({key: None}))
     return str(written)
@@ -646,10 +651,10 @@ class RecordRefused(Exception):
 
 
 class JournalLost(Exception):
-    """Raised by a journal that no longer belongs to this server, which must end. Says why.
+    """Raised by a journal that another server has taken over (10), so that this one must end.
 
-    (The SQLite journal of section 10 never does. One in a database on another machine may.) Raised
-    by the store, too, when it may not use its journal any more (`Store.lost`).
+    Says why. The store raises it, too, when it may not use its journal any more (`Store.lost`).
+    SQLiteJournal never does.
     """
 
 
@@ -671,9 +676,9 @@ class Store:
     sees it: `add`, `save` and `finish` block until it is.
 
     An id is *reserved* while its first record is being written: it counts against the bounds, but
-    `get` does not find it. An id is *doomed* when it is gone here, but the journal may hold it and
-    is to delete it: because its record was evicted, or because its first save has failed. (An error
-    does not tell whether the record was written.) So an id goes these ways:
+    `get` does not find it. An id is *doomed* when the journal has still to delete it, and here it
+    is gone already. That is so after an eviction; and after a first save that failed, because an
+    error does not tell whether the record was written. So an id goes these ways:
 
         free --add--> reserved --saved--> pending --finish--> final --evict--> doomed
         reserved --failed--> doomed
@@ -812,7 +817,7 @@ class Store:
                 raise JournalError(sentence, 5) from error
             raise
         with self._lock.write:
-            self._bytes -= size  # _reserve_place has counted it, _insert does so again
+            self._bytes -= size  # counted by _reserve_place, and again by _insert
             self._insert(record)
         return record
 
@@ -1047,7 +1052,9 @@ class Store:
         with self._deletion:
             if not self._deletion.wait_for(lambda: task_id not in self._deleting, 5):
                 raise JournalError("The journal is slow; try again later.", 5)
-            self._doomed.discard(task_id)  # it is there again, if its delete has failed
+            # This calls off a delete that is still to come, or that has failed and would come
+            # again.
+            self._doomed.discard(task_id)
 
     # A journal that fails
 
@@ -1329,8 +1336,8 @@ class WorkerPool(BoundedQueue):
         # Guarded by the lock, too:
         self._workers = 0  # threads
         self._idle = 0  # workers that wait for an item
-        # Whether a worker is on the way. This only spares wake-ups: if it is cleared too early, one
-        # worker too many comes, which does no harm.
+        # Whether a worker is on the way. Who comes clears it, and so does a worker that ends by an
+        # exception. If it is cleared too early, one worker too many comes, which does no harm.
         self._on_the_way = False
 
     def wake(self) -> None:
@@ -1441,8 +1448,8 @@ class WorkerPool(BoundedQueue):
 # 3. A SystemExit or KeyboardInterrupt in a task or a callback ends the loop.
 #
 # A CoroutinePool has `max_workers` slots; an item has one from its first step to its last. The pool
-# is given two functions. They may wait for a disk, and decode or encode what is long, so threads
-# call them:
+# is given two functions. They may take long, for a disk or for long JSON, and the event loop would
+# stand still meanwhile. So threads call them:
 #
 #     before(item)              returns two values, `start` and `seconds`: start() makes the
 #                               coroutine, and `seconds` is its time limit, None for no limit. If
@@ -1461,15 +1468,15 @@ class WorkerPool(BoundedQueue):
 # A coroutine that runs can be interrupted, for one of three reasons: it was cancelled, its time is
 # over, or the server stops.
 #
-#     _interrupt     the event loop  cancels it, as in fact 2, and sets a timer to some seconds, its
-#                                    grace. Usually it ends: _ended and _last_step follow, and the
-#                                    reason becomes its error
-#     _give_up       the event loop  called by the timer. If it still runs, a thread calls
-#                                    after(item, None, reason); but it keeps its slot until it ends
+#     _interrupt     the event loop  cancels the coroutine, as in fact 2. Usually that ends it:
+#                                    _ended and _last_step follow, and the reason is its error
+#     _give_up       the event loop  called some seconds later, when its grace is over. If the
+#                                    coroutine still runs, a thread calls after(item, None, reason)
+#                                    all the same. The slot is free when the coroutine ends
 
 
 class Stopped(Exception):
-    """The error of a coroutine that is interrupted because the server stops."""
+    """The error of a coroutine that is interrupted, or not begun, because the server stops."""
 
 
 # The event loops of this process.
@@ -1524,14 +1531,19 @@ class EventLoop:
             self.loop = loop
             return True
 
-    def call_soon(self, function: Callable[..., None], *arguments: Any) -> None:
+    def call_soon(self, function: Callable[..., None], *arguments: Any) -> bool:
         """Have the loop's thread call a function. Does not block.
 
-        If there is no loop, nothing is called: no coroutine has begun, or the process is ending.
+        Return false if there is no loop: no coroutine has begun, or the process is ending.
         """
-        with self._lock, contextlib.suppress(RuntimeError):  # a coroutine has closed it
-            if self.loop is not None:
+        with self._lock:
+            if self.loop is None:
+                return False
+            try:
                 self.loop.call_soon_threadsafe(function, *arguments)
+            except RuntimeError:  # a coroutine has closed it
+                return False
+            return True
 
     def end(self) -> None:
         """End the loop. To be called in its thread."""
@@ -1560,11 +1572,11 @@ class EventLoop:
         """End the loop in a copy of this process.
 
         A coroutine or a callback may call os.fork, which makes a copy of the process (4, fact 4).
-        There, it goes on until it gives control back to the loop; then the copy ends. It must not
-        run the other coroutines as well.
+        In the copy, the coroutine goes on to its next `await`. Then run_forever() returns, and
+        _be_thread ends the copy. So no other coroutine runs in both processes.
         """
         if self.loop is not None:
-            self.loop.stop()  # at the end of its round; so drop what is left of the round, too
+            self.loop.stop()  # this lets what is ready run first, so drop that
             with contextlib.suppress(AttributeError):  # the name is asyncio's own
                 self.loop._ready.clear()
 
@@ -1679,8 +1691,10 @@ class CoroutinePool(BoundedQueue):
         start, seconds = self._before(item)
         if start is None:
             self._free_slot()
-        else:
-            self._event_loop.call_soon(self._start_run, key, CoroutineRun(item), start, seconds)
+            return
+        run = CoroutineRun(item)
+        if not self._event_loop.call_soon(self._start_run, key, run, start, seconds):
+            self._last_step(item, None, Stopped("the event loop has ended"))
 
     def _last_step(self, item: Any, value: Any, error: BaseException | None) -> None:
         self._after(item, value, error)
@@ -1763,7 +1777,8 @@ class CoroutinePool(BoundedQueue):
         if run.timer is not None:
             run.timer.cancel()
         value, error = _outcome(run)
-        run.outcome = None  # breaks a cycle: the traceback of the error refers to the run
+        # Break a cycle: run, outcome, error, traceback, the frame of _catch_all, run.
+        run.outcome = None
         if run.given_up:
             self._free_slot()
         else:
@@ -1773,10 +1788,9 @@ class CoroutinePool(BoundedQueue):
 def _outcome(run: CoroutineRun) -> tuple[Any, BaseException | None]:
     """Return the value and the error of a coroutine that has ended.
 
-    Its error is what it has raised, but the reason of the interrupt instead
-
-    - if that was the stop, whatever the coroutine has raised;
-    - if it was a cancel or the time limit, and the coroutine has raised CancelledError.
+    The error is what it has raised. If it was interrupted by the stop, any error is replaced by
+    that reason. If it was cancelled, or its time was over, CancelledError is replaced by the
+    reason, and any other error is not.
     """
     import asyncio  # costs nothing: the loop runs, so it was imported before
 
@@ -1855,9 +1869,9 @@ class Waker:
 # 3. To *reap* an ended process is to fetch its exit status, which can be done once. Only then may
 #    the system give its number to another process.
 # 4. A task may call os.fork, which makes a *copy* of the process. The copy has the same handlers of
-#    signals and the same open files. Who reads from a pipe meets the end of the file only when all
-#    processes that can write into it have closed it: so a copy may hide that the original has
-#    ended. For the same reason, a lock on a file lasts until the copy has closed the file.
+#    signals and the same open files. An open file, a pipe, too, is closed only when each process
+#    that has it has closed it. So if this process ends and a copy goes on, a lock on a file is
+#    kept, and who reads from our pipe does not meet the end of the file.
 # 5. What a function changes in its process, such as the working directory, is still changed for the
 #    next function.
 # 6. Python calls a handler of a signal in the main thread, between any two steps of whatever that
@@ -1979,7 +1993,7 @@ def _before_fork() -> None:
 
 
 def _after_fork() -> None:
-    """End what _before_fork has begun: in this process, and in the copy, where all is the same."""
+    """Undo what _before_fork did: in this process, and in the copy, which has inherited it."""
     signal.pthread_sigmask(signal.SIG_SETMASK, _fork_state.mask)
     _fork_lock.release()
 
@@ -2056,7 +2070,8 @@ class Surroundings:
 
     def __init__(self) -> None:
         self._directory = _working_directory()
-        self._streams = {}  # duplicates of the descriptors of stdin, stdout and stderr
+        # Spare descriptors of stdin, stdout and stderr, because a task may close or redirect these.
+        self._streams = {}
         for number in range(3):
             with contextlib.suppress(OSError):  # it is closed
                 self._streams[number] = os.dup(number)
@@ -2137,7 +2152,7 @@ def _child_main(pipe: Any) -> None:
         pass
     finally:
         if os.getpid() == own:
-            _end_group(own)
+            _end_group(own)  # this ends the child, too; it goes on only where there are no groups
         os._exit(1)  # not sys.exit(), which would wait for threads that a task has left running
 
 
@@ -2302,10 +2317,10 @@ class Child:
             raise TaskError(f"no child process can take the task: {describe(error)}") from None
         deadline = time.monotonic() + START_SECONDS
         try:
+            if self._receive(live, deadline) != READY:
+                raise ValueError("no child begins like this")
+            self._pipe.send_bytes(job)
             message = self._receive(live, deadline)
-            if message == READY:
-                self._pipe.send_bytes(job)
-                message = self._receive(live, deadline)
         except TimeoutError:
             how = self.end()
             raise TaskError(
@@ -2351,7 +2366,8 @@ class Child:
         """Start a process."""
         _working_directory()  # without one, `multiprocessing` fails and does not say why
         if _POSIX:
-            # This comes first: when `multiprocessing` starts its tracker, it unblocks some signals.
+            # Otherwise process.start() would start the tracker, and that unblocks signals which the
+            # next line blocks.
             _start_tracker()
             # The child inherits this, so that no signal reaches it before its handlers are set.
             signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
@@ -2532,8 +2548,8 @@ class Later(NamedTuple):
     watch: Callable[[Callable[[], None]], None]
     unwatch: Callable[[Callable[[], None]], None]
     answer: Callable[[], Response]
-    # False for GET /tasks (9), because a worker makes its answer during the wait: before `wake`,
-    # the loop would have to make it.
+    # False where a worker prepares the answer during the wait, as for GET /tasks (9): if answer()
+    # were called earlier, the loop would have to do that work.
     may_hurry: bool = True
 
 
@@ -2958,8 +2974,8 @@ def _check_import(name: str, function: Any, default: Default) -> None:
     The module of the function may be
 
     - __main__, this program: a child imports its file, so there must be one;
-    - __mp_main__, this program, too: `multiprocessing` has started this process, and calls it so
-      here. Its children have that module;
+    - __mp_main__. So `multiprocessing` calls the program in a process that it has started. If the
+      server runs in such a process, children of it have that module, too;
     - any other: one of Python's finders must find it by its name.
     """
     main_module = sys.modules.get("__main__")
@@ -3572,8 +3588,9 @@ _QUERY = rb"(?:[^\x00-\x20\x7f-\xff#%]|%[0-9A-Fa-f]{2})*"
 # asterisk-form has a path that is "*".
 _REQUEST_LINE = re.compile(
     rb"(" + _TOKEN + rb") "  # the method
-    # The authority. After it, there is a path, a query or a space: without this lookahead, each
-    # shorter authority would be tried, too, which takes seconds for a long line.
+    # The authority. A path may be anything, so that any part of an authority could be taken for
+    # one. The lookahead forbids that. Otherwise all would be tried, which takes seconds for a long
+    # line.
     rb"(?:(?i:https?)://(" + _HOST + rb")(?=[/? ]))?"
     rb"(" + _PATH + rb")"
     rb"(?:\?(" + _QUERY + rb"))?"
@@ -3614,9 +3631,9 @@ BODY = Phase("body", _READ, True, 20)  # for the rest of its body
 LENT = Phase("lent", 0, False, math.inf)  # for a thread that works on the answer, or on TLS
 WAITING = Phase("waiting", _READ, True, math.inf)  # for an answer that comes later: `wait_for`
 ANSWER = Phase("answer", _WRITE, False, 20)  # for the socket to take the rest of what is sent
-# For its turn: the next request is here already, but other connections come first. A trick: it has
-# nothing to send, but waits for room to send. A socket nearly always has that, so the selector
-# returns it in the next round.
+# For other connections, which come first, although the next request is here already. In the
+# selector it waits for room to send, which a socket nearly always has; so it goes on in the next
+# round.
 TURN = Phase("turn", _WRITE, False, 20)
 IDLE = Phase("idle", _READ, True, 75)  # for the next request
 LINGER = Phase("linger", _READ, True, 5)  # for the client to close, after the last answer
@@ -3661,7 +3678,8 @@ def read_head(buffer: bytearray, peer: str = "") -> Generator[Phase, Any, Reques
             del buffer[: end + 4]
             return request
         # Not complete, but wrong already? The sender may be waiting for an answer. (Look at the
-        # last byte again, too: it may be a CR, and the byte that follows it is new.)
+        # last byte again, too: it may be a CR, and what follows it is new. The lookbehind sees what
+        # stands before the start of the search.)
         if _FORBIDDEN.search(buffer, max(0, seen - 1)):
             sentence = "Send HTTP/1.1 without control characters, in lines that end in CR LF."
             raise HTTPError(400, sentence)
@@ -3743,7 +3761,7 @@ def _read_line(buffer: bytearray, limit: int, status: int) -> Generator[Phase, A
     """
     seen = 0
     while True:
-        end = buffer.find(b"\r\n", max(0, seen - 1), limit)  # the CR LF is below the limit, too
+        end = buffer.find(b"\r\n", max(0, seen - 1), limit)  # so the CR LF is within the limit, too
         arrived = end if end >= 0 else len(buffer)  # so many bytes of the line
         if _FORBIDDEN.search(buffer, max(0, seen - 1), arrived):
             raise HTTPError(400, "Send lines that end in CR LF, without control characters.")
@@ -4107,7 +4125,9 @@ class Connection:
         application = self.server.application
         request = None
         try:
-            if not self.buffer:  # before the first request, there is something (see __init__)
+            # Never before the first request: resume() has come with bytes, or shake_hands has
+            # waited for them.
+            if not self.buffer:
                 self.begin(IDLE)  # each pause has a deadline of its own
                 yield IDLE
             request = yield from read_head(self.buffer, self.peer)
@@ -4156,16 +4176,16 @@ class Connection:
         """Wait until an answer is due.
 
         The wait can end in four ways, all of them in the server's loop, so that no two of them
-        happen at once. Whichever comes first calls resume(), which ends the phase WAITING and sets
-        `awaited` to None. Any other comes too late:
+        happen at once:
 
-            how it ends                                    why one that is late does nothing
-            ---------------------------------------------  ---------------------------------------
-            wake() has put this connection and this Later  the Later is not what the connection
-            into the loop's queue (`Server._serve_once`)   awaits now
-            the deadline has passed (`expire`)             it looks at the phase first
-            the client has ended its sending (`on_ready`)  the same
-            the server ends (`Server._drain`)              the same
+        - a wake: wake() puts this connection and this Later into the loop's queue, and the loop
+          resumes the connection if it still awaits this Later (`Server._serve_once`);
+        - the deadline: `expire` resumes it if its phase is WAITING;
+        - a client that ends its sending: so does `on_ready`;
+        - the end of the server: so does `Server._drain`.
+
+        resume() sets `awaited` to None, and the phase WAITING ends. So those that come later do
+        nothing.
 
         A wake may also come early, even in watch(), below. It is not lost: the loop, in whose
         thread this runs, reads its queue only after the `yield`.
@@ -4642,9 +4662,9 @@ def run_until_stopped(server: Server, grace: float) -> int:
     # The thread below waits for what is put here. To begin the stop, put the seconds that running
     # tasks may still have; if there is nothing to stop any more, put None.
     #
-    # It is no Event. A handler of a signal runs in the middle of whatever the main thread is doing
-    # (4, fact 6). If that were a set(), which holds a lock of the Event, the handler's own set()
-    # would wait for that lock for ever. With a put(), as at the end of this function, it does not.
+    # It is no Event, because the main thread puts something, too, at the end of this function, and
+    # a handler of a signal may interrupt just that (4, fact 6). put() may be called in the middle
+    # of put(). But set() would wait for ever for the lock that the interrupted set() holds.
     stops: queue.SimpleQueue[float | None] = queue.SimpleQueue()
     signals: list[int] = []
     losses: list[str] = []
@@ -5452,8 +5472,8 @@ class Description:
         self._routes = application.router.routes
         self._schemas: dict[str, Any] = {}  # those that are used
         self._responses: dict[str, Any] = {}  # the same
-        # What has which name, so that no two things have the same (see `_unique`): by kind, then by
-        # name, in lower case, letters and digits alone.
+        # By kind, then by name (in lower case, letters and digits alone): to what it was given. So
+        # _unique() gives no name to two.
         self._owners: dict[str, dict[str, Any]] = {"schema": {}, "operation": {}, "tag": {}}
         for name, schema in SCHEMAS.items():
             self._unique("schema", name, schema)
@@ -6837,6 +6857,13 @@ def _cannot_listen(options: argparse.Namespace, error: OSError) -> ValueError:
     return ValueError(f"cannot listen on {where}: {reason}; choose another --host or --port")
 
 
+def _listen(server: Server, options: argparse.Namespace) -> None:
+    try:
+        server.server_activate()
+    except OSError as error:
+        raise _cannot_listen(options, error) from None
+
+
 def _set_bounds(application: Application, options: argparse.Namespace) -> None:
     # --max-waiting is for all three pools, --workers for two of them, --cpu-workers for the third.
     for pool in application.pools:
@@ -6964,11 +6991,12 @@ def _start(application: Application, options: argparse.Namespace) -> tuple[Serve
     add_pages(application)
     _set_bounds(application, options)
     server = _bind(application, options)
-    _open_journal(application, options)
     try:
-        server.server_activate()  # not before: who connects must be answered
-    except OSError as error:
-        raise _cannot_listen(options, error) from None
+        _open_journal(application, options)
+        _listen(server, options)  # not before: who connects must be answered
+    except BaseException:
+        server.server_close()
+        raise
     address = _address(options, server.server_port)
     lines = _first_lines(application, options, address)
     # A thread writes them, because stdout may be a full pipe. The lines contain the path of --db,
@@ -6986,23 +7014,22 @@ def _leave(status: int, at_once: bool) -> NoReturn:
     """
     if at_once:
         os._exit(status)
-    # Set when Python begins to end, by a hook that is there from Python 3.9 on. In older ones, the
-    # main thread counts as ended then.
-    ending = threading.Event()
+    # The two seconds begin when Python begins to end. From 3.9 on, a hook tells that.
+    has_begun = threading.Event()
     hook: Any = getattr(threading, "_register_atexit", None)
 
     def watch() -> None:
         if hook is not None:
-            ending.wait()
+            has_begun.wait()
         else:
-            threading.main_thread().join()
+            threading.main_thread().join()  # before 3.9, this returns when Python begins to end
         time.sleep(2)
         os._exit(status)
 
     with contextlib.suppress(RuntimeError, MemoryError):  # no thread to be had
         threading.Thread(target=watch, name="watchdog", daemon=True).start()
         if hook is not None:
-            hook(ending.set)
+            hook(has_begun.set)
     sys.exit(status)
 
 

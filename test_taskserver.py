@@ -5824,7 +5824,7 @@ def test_a_coroutine_that_is_cancelled_before_the_loop_knows_of_it_is_not_called
         if function == start:
             (record,) = ask(coroutines, "GET", "/tasks").json["tasks"]
             answers.append(cancelled(coroutines, record))
-        call_in_loop(function, *arguments)
+        return call_in_loop(function, *arguments)
 
     @coroutines.task("note")
     async def note(payload, report):
