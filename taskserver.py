@@ -87,9 +87,9 @@ A thread for each would cost 16 KiB while it is idle, and to wake it for every a
 time. The second is its request parser, because it ignores Transfer-Encoding, accepts malformed
 requests, and takes most of the time of an answer.
 
-Why not asyncio's streams? They would serve just as many idle connections. But they are slower: to
-receive a head with them and to send a fixed answer takes 80 % of the time of a whole poll here, and
-then the poll has not done any work of its own. And buffers, limits, deadlines and wake-ups would be
+Why not asyncio's streams? They would serve just as many idle connections. But with them, only to
+receive a head and to send a fixed answer takes 80 % of the time that this server needs for a whole
+poll; the work of the poll would come on top. And buffers, limits, deadlines and wake-ups would be
 handled inside asyncio, where the reader of this file cannot see them.
 
 Docstrings name the exceptions that a caller has to expect, and the reasons, like this: "KeyError:
@@ -233,13 +233,14 @@ class _WriteSide:
 
     def __enter__(self) -> None:
         lock = self._lock
-        # Who has the mutex while no reader is inside may write. Nobody can enter without it.
+        # A writer keeps the mutex until __exit__: that is the write side. Before that, it waits
+        # until no reader is inside.
         lock.mutex.acquire()
         if lock.readers:
             lock.waiting_writers += 1  # while this is above 0, no new reader enters
             # While it sleeps, wait() gives the mutex back, so that readers can leave. Several
-            # writers may wait here. The last reader that leaves wakes all of them; they get the
-            # mutex one after the other, and each keeps it until __exit__.
+            # writers may wait here. The last reader that leaves wakes all of them, and they get the
+            # mutex one after the other.
             while lock.readers:
                 lock.may_write.wait()
             lock.waiting_writers -= 1
@@ -534,7 +535,7 @@ def _check_members(value: object) -> None:
 
 
 def _are_ascii(keys: Iterable[object]) -> bool:
-    """Return whether keys are texts in ASCII, so that they become no others in JSON."""
+    """Return whether keys are texts in ASCII, which JSON leaves as they are."""
     for key in keys:  # all() with a generator would take four times as long
         if type(key) is not str or not key.isascii():
             return False
@@ -542,9 +543,11 @@ def _are_ascii(keys: Iterable[object]) -> bool:
 
 
 def _json_key(key: object) -> str:
-    """Return what a key of a dict becomes in JSON, as `json` itself writes it."""
+    """Return the key that a client finds in JSON for a key of a dict."""
     if isinstance(key, str):
-        return escape_surrogates(key)  # what a client reads, see _double_backslash
+        # A lone surrogate reaches a client as plain text, such as "\\udc80" (_double_backslash). So
+        # it must not stand beside a key that is this text.
+        return escape_surrogates(key)
     # A dict with this key alone is written and read again: its only key is the answer.
     (written,) = json.loads(json.dumps({key: None}))
     return str(written)
@@ -676,9 +679,9 @@ class Store:
     sees it: `add`, `save` and `finish` block until it is.
 
     An id is *reserved* while its first record is being written: it counts against the bounds, but
-    `get` does not find it. An id is *doomed* when the journal has still to delete it, and here it
-    is gone already. That is so after an eviction; and after a first save that failed, because an
-    error does not tell whether the record was written. So an id goes these ways:
+    `get` does not find it. An id is *doomed* while it is gone here, but the journal has not deleted
+    it yet. That is so after an eviction; and after a first save that failed, because an error does
+    not tell whether the record was written. So an id goes these ways:
 
         free --add--> reserved --saved--> pending --finish--> final --evict--> doomed
         reserved --failed--> doomed
@@ -931,7 +934,8 @@ class Store:
         """Have `wake` called once: when the record is final, or when stop() is called after this.
 
         If the record is final or gone already, `wake` is called at once. Any thread may call
-        `wake`, so it must not block.
+        `wake`, so it must not block. (Who watches after stop() is not woken by it. The server ends
+        such a wait itself, when it ends.)
         """
         with self._lock.write:
             record = self._records.get(task_id)
@@ -1004,7 +1008,7 @@ class Store:
         if not self.has_doomed():
             return 0
         with self._deletion:
-            if self._deleting:  # another thread is at it
+            if self._deleting or not self._doomed:  # another thread is at it, or has done it
                 return 0
             ids = list(itertools.islice(self._doomed, self.DELETED_AT_ONCE))
             self._deleting.update(ids)
@@ -1271,7 +1275,7 @@ class BoundedQueue:
             return len(self._reserved) + len(self._queue)
 
     def join(self, seconds: float) -> bool:
-        """Wait at most so many seconds until nothing is in work or may begin; return whether so."""
+        """Wait until no item is in work and none may begin, at most so long; return whether so."""
         with self._lock:
             return self._at_rest.wait_for(
                 lambda: not self._running and not self._may_begin(), seconds
@@ -1422,7 +1426,7 @@ class WorkerPool(BoundedQueue):
             notified = self._not_empty.wait(self.IDLE_SECONDS)
         finally:
             self._idle -= 1
-        self._on_the_way = False
+        self._on_the_way = False  # if another worker is on the way, this is too early, see __init__
         # A worker counts as idle until it has the lock back. So it may happen that
         #
         #     this worker                               another thread
@@ -1572,11 +1576,14 @@ class EventLoop:
         """End the loop in a copy of this process.
 
         A coroutine or a callback may call os.fork, which makes a copy of the process (4, fact 4).
-        In the copy, the coroutine goes on to its next `await`. Then run_forever() returns, and
-        _be_thread ends the copy. So no other coroutine runs in both processes.
+        In the copy, the coroutine goes on to its next `await`; then run_forever() ends, and
+        _be_thread ends the copy. (Or the coroutine ends; then _catch_all ends the copy.) So no
+        other coroutine runs in both processes. If another thread has forked, this does nothing: in
+        the copy, there is only that thread.
         """
         if self.loop is not None:
-            self.loop.stop()  # this lets what is ready run first, so drop that
+            # It stops when all callbacks that are ready have run. They must not, so drop them.
+            self.loop.stop()
             with contextlib.suppress(AttributeError):  # the name is asyncio's own
                 self.loop._ready.clear()
 
@@ -1738,7 +1745,7 @@ class CoroutinePool(BoundedQueue):
             run.outcome = (await start(), None)
         except BaseException as error:
             run.outcome = None, error
-        if os.getpid() != own:  # a copy that the coroutine has forked: the task is not its own
+        if os.getpid() != own:  # a copy of the process, see EventLoop.leave_in_copy
             os._exit(0)
 
     def _interrupt_key(self, key: Hashable, reason: Exception) -> None:
@@ -1869,9 +1876,9 @@ class Waker:
 # 3. To *reap* an ended process is to fetch its exit status, which can be done once. Only then may
 #    the system give its number to another process.
 # 4. A task may call os.fork, which makes a *copy* of the process. The copy has the same handlers of
-#    signals and the same open files. An open file, a pipe, too, is closed only when each process
-#    that has it has closed it. So if this process ends and a copy goes on, a lock on a file is
-#    kept, and who reads from our pipe does not meet the end of the file.
+#    signals and the same open files. A file or a pipe is closed only when every process that has it
+#    open has closed it. So if this process ends while a copy lives, its lock on a file stays, and
+#    who reads from its pipe does not meet the end of the file.
 # 5. What a function changes in its process, such as the working directory, is still changed for the
 #    next function.
 # 6. Python calls a handler of a signal in the main thread, between any two steps of whatever that
@@ -2152,7 +2159,7 @@ def _child_main(pipe: Any) -> None:
         pass
     finally:
         if os.getpid() == own:
-            _end_group(own)  # this ends the child, too; it goes on only where there are no groups
+            _end_group(own)  # this ends this process, too; the next line is for Windows and copies
         os._exit(1)  # not sys.exit(), which would wait for threads that a task has left running
 
 
@@ -2197,7 +2204,7 @@ def _send_reports(pipe: Any, live: Live, done: threading.Event) -> None:
                 pipe.send_bytes(PROGRESS + b" " + report.encode())
             if is_over:
                 return
-    # Here only if the server is gone.
+    # The pipe can be read, or nothing can be sent: in both cases, the server is gone.
     _end_group(os.getpid())
     os._exit(1)
 
@@ -2548,8 +2555,9 @@ class Later(NamedTuple):
     watch: Callable[[Callable[[], None]], None]
     unwatch: Callable[[Callable[[], None]], None]
     answer: Callable[[], Response]
-    # False where a worker prepares the answer during the wait, as for GET /tasks (9): if answer()
-    # were called earlier, the loop would have to do that work.
+    # Whether answer() may be called before `wake`, for a client that has ended its sending. False
+    # if answer() is slow before `wake`, because a worker prepares the answer meanwhile: GET /tasks
+    # (9).
     may_hurry: bool = True
 
 
@@ -2974,8 +2982,8 @@ def _check_import(name: str, function: Any, default: Default) -> None:
     The module of the function may be
 
     - __main__, this program: a child imports its file, so there must be one;
-    - __mp_main__. So `multiprocessing` calls the program in a process that it has started. If the
-      server runs in such a process, children of it have that module, too;
+    - __mp_main__, the name that `multiprocessing` gives to the program in a process that it has
+      started: if the server runs in such a process, its children have that module, too;
     - any other: one of Python's finders must find it by its name.
     """
     main_module = sys.modules.get("__main__")
@@ -3588,9 +3596,9 @@ _QUERY = rb"(?:[^\x00-\x20\x7f-\xff#%]|%[0-9A-Fa-f]{2})*"
 # asterisk-form has a path that is "*".
 _REQUEST_LINE = re.compile(
     rb"(" + _TOKEN + rb") "  # the method
-    # The authority. A path may be anything, so that any part of an authority could be taken for
-    # one. The lookahead forbids that. Otherwise all would be tried, which takes seconds for a long
-    # line.
+    # The authority. Behind it, there is a slash, a question mark or a space. Without this
+    # lookahead, the authority could end after each of its characters, and the rest be taken for a
+    # path. In a long line that does not match, all these would be tried, which takes seconds.
     rb"(?:(?i:https?)://(" + _HOST + rb")(?=[/? ]))?"
     rb"(" + _PATH + rb")"
     rb"(?:\?(" + _QUERY + rb"))?"
@@ -3631,9 +3639,9 @@ BODY = Phase("body", _READ, True, 20)  # for the rest of its body
 LENT = Phase("lent", 0, False, math.inf)  # for a thread that works on the answer, or on TLS
 WAITING = Phase("waiting", _READ, True, math.inf)  # for an answer that comes later: `wait_for`
 ANSWER = Phase("answer", _WRITE, False, 20)  # for the socket to take the rest of what is sent
-# For other connections, which come first, although the next request is here already. In the
-# selector it waits for room to send, which a socket nearly always has; so it goes on in the next
-# round.
+# For its turn: the next request is in the buffer already, but other connections come first. It
+# waits for room to send, although it has nothing to send: a socket nearly always has room, so the
+# selector returns it in the next round.
 TURN = Phase("turn", _WRITE, False, 20)
 IDLE = Phase("idle", _READ, True, 75)  # for the next request
 LINGER = Phase("linger", _READ, True, 5)  # for the client to close, after the last answer
@@ -4125,8 +4133,8 @@ class Connection:
         application = self.server.application
         request = None
         try:
-            # Never before the first request: resume() has come with bytes, or shake_hands has
-            # waited for them.
+            # Before the first request, the buffer is never empty here: resume() has come with
+            # bytes, or shake_hands has waited for them.
             if not self.buffer:
                 self.begin(IDLE)  # each pause has a deadline of its own
                 yield IDLE
@@ -4181,8 +4189,8 @@ class Connection:
         - a wake: wake() puts this connection and this Later into the loop's queue, and the loop
           resumes the connection if it still awaits this Later (`Server._serve_once`);
         - the deadline: `expire` resumes it if its phase is WAITING;
-        - a client that ends its sending: so does `on_ready`;
-        - the end of the server: so does `Server._drain`.
+        - a client that ends its sending: `on_ready` resumes it in that phase, too;
+        - the end of the server: `Server._drain` does the same.
 
         resume() sets `awaited` to None, and the phase WAITING ends. So those that come later do
         nothing.
@@ -4234,7 +4242,7 @@ class Connection:
                 log.info("no TLS with %s: %s", self.peer, outcome)
                 raise ConnectionError
         self.begin(HEADER, deadline)
-        yield HEADER  # nothing is in the buffer yet, so next_answer() would wait in IDLE
+        yield HEADER  # otherwise next_answer() would find nothing in the buffer, and wait in IDLE
 
     def try_handshake(self) -> str:
         """Go on with the handshake as far as it goes; say "done", "more", or what is wrong."""
@@ -4662,9 +4670,10 @@ def run_until_stopped(server: Server, grace: float) -> int:
     # The thread below waits for what is put here. To begin the stop, put the seconds that running
     # tasks may still have; if there is nothing to stop any more, put None.
     #
-    # It is no Event, because the main thread puts something, too, at the end of this function, and
-    # a handler of a signal may interrupt just that (4, fact 6). put() may be called in the middle
-    # of put(). But set() would wait for ever for the lock that the interrupted set() holds.
+    # Why not an Event? The main thread puts something, too, at the end of this function. A handler
+    # of a signal can run in the middle of just that call (4, fact 6), and then calls put() itself.
+    # SimpleQueue.put() allows that. Event.set() would wait for ever for a lock that this same
+    # thread has taken.
     stops: queue.SimpleQueue[float | None] = queue.SimpleQueue()
     signals: list[int] = []
     losses: list[str] = []
@@ -5324,7 +5333,7 @@ def tls_context(certificate: str, key: str) -> ssl.SSLContext:
 # -- 12. OpenAPI -----------------------------------------------------------------------------------
 
 
-# What each refusal means that the description names. All endpoints share these sentences. If you
+# What each refusal in the description means. All endpoints share these sentences. If you
 # add an endpoint that refuses for another reason, add that to the sentence.
 REFUSALS = {
     400: "The request is malformed, or says something that cannot be; `error` says what to send.",
@@ -5472,8 +5481,8 @@ class Description:
         self._routes = application.router.routes
         self._schemas: dict[str, Any] = {}  # those that are used
         self._responses: dict[str, Any] = {}  # the same
-        # By kind, then by name (in lower case, letters and digits alone): to what it was given. So
-        # _unique() gives no name to two.
+        # The owner of each name: by kind, then by the name in lower case, without punctuation. So
+        # _unique() never gives one name to two owners.
         self._owners: dict[str, dict[str, Any]] = {"schema": {}, "operation": {}, "tag": {}}
         for name, schema in SCHEMAS.items():
             self._unique("schema", name, schema)
