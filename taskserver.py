@@ -2933,6 +2933,25 @@ def _check_options(name: Any, timeout: Any, unknown: Mapping[str, Any]) -> None:
         )
 
 
+def _check_payload_schemas(name: str, schemas: Any) -> None:
+    """ValueError: these are no JSON Schemas of members of a payload."""
+    problem = ""
+    if not isinstance(schemas, Mapping) or not all(map(_is_schema, schemas.values())):
+        problem = "map names of members to JSON Schemas, such as {'seconds': {'type': 'number'}}"
+    elif "name" in schemas:
+        problem = "leave out 'name', which every payload has"
+    if problem:
+        raise ValueError(f"task type {name!r}: in payload=, {problem}")
+
+
+def _is_schema(value: Any) -> bool:
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError):
+        return False
+    return isinstance(value, (Mapping, bool))
+
+
 def _is_time_limit(timeout: Any) -> bool:
     return isinstance(timeout, (int, float)) and 0 < timeout <= 1e6
 
@@ -3135,6 +3154,7 @@ class Application:
         work. That a child cannot import a function is reported when the server starts.
         """
         _check_options(name, timeout, unknown)
+        _check_payload_schemas(name, payload or {})
 
         def register(function: Function) -> Function:
             if name in self.types:
