@@ -258,6 +258,7 @@ PENDING, COMPLETED, FAILED = "pending", "completed", "failed"
 MAX_MESSAGE = 500  # characters of a reported message that are kept
 MAX_ERROR = 2000  # characters of an error that are kept
 MAX_RESULT = 1 << 20  # bytes of a result, encoded
+MAX_DIGITS = 4300  # of an integer; the bound of newer Pythons
 MAX_TRACE = 20_000  # characters of a traceback in the log
 # A reported fraction may be this much below 0 or above 1, because sums of float32 often are.
 ROUNDING = 1e-4
@@ -428,7 +429,7 @@ def encode_record(record: Record, with_result: bool = True) -> bytes:
 
 
 _encode_final_record = functools.lru_cache(maxsize=2048)(encode_record)
-_MAX_CACHED = 4096  # bytes of a result; so the cache takes some megabytes at most
+_MAX_CACHED = 4096  # bytes of a result; so the cache takes some ten megabytes
 
 
 def encode_cached(record: Record, with_result: bool = True) -> bytes:
@@ -473,21 +474,16 @@ def encode_result(value: object, default: Callable[[Any], Any] | None = None) ->
 
     ValueError: JSON cannot hold it (the text says what, and at which key), or it is too large.
     """
-    encoder = _ENCODER
-    if default is not None:
-        encoder = json.JSONEncoder(allow_nan=False, default=functools.partial(_convert, default))
     try:
-        # Refuses two keys that would become the same, and a value that is huge: the encoder would
-        # work at that for seconds, and no other thread could go on meanwhile.
-        _check_members(value)
-        text = encoder.encode(value)
+        text = _encode_checked(value, default)
     except _Huge:
         sentence = f"the result has more than {MAX_RESULT} bytes as JSON, or it contains itself"
         raise ValueError(sentence) from None
     except Exception as error:  # `default` may raise anything
-        place = _place_of_fault(value, encoder)
-        raise ValueError(f"the result cannot be written as JSON{place}: {text_of(error)}") from None
-    if "\\ud" in text:
+        place = _place_of_fault(value, default)
+        sentence = f"the result cannot be written as JSON{place}: {text_of(error)}"
+        raise ValueError(sentence) from None
+    if "\\ud" in text and len(text) <= MAX_RESULT:
         text = _JSON_ESCAPE.sub(_double_backslash, text)
     encoded = text.encode()
     if len(encoded) > MAX_RESULT:
@@ -496,42 +492,79 @@ def encode_result(value: object, default: Callable[[Any], Any] | None = None) ->
     return encoded
 
 
-def _convert(default: Callable[[Any], Any], value: object) -> object:
-    """Return what `default` makes of a value. ValueError, _Huge: see _check_members."""
-    converted = default(value)
-    _check_members(converted)
-    return converted
+def _encode_checked(value: object, default: Callable[[Any], Any] | None) -> str:
+    """Return a value as JSON. It raises what the check raises, the encoder, or `default`.
 
-
-def _check_members(value: object) -> None:
-    """Check a value before it is encoded.
-
-    ValueError: two keys of a dict would be the same in JSON, such as 1 and "1". _Huge: it has more
-    than MAX_RESULT members and characters together, and each of them takes a byte at least.
+    The check comes first, because the encoder would work at a huge value for seconds, and no other
+    thread could go on meanwhile.
     """
-    size = 0
-    unseen = [value]  # texts, dicts and lists
-    while unseen:
-        part = unseen.pop()
-        members: Iterable[object] = ()
-        if isinstance(part, (str, dict, list, tuple)):
-            size += len(part)
-        if size > MAX_RESULT:
+    check = _Check(default)
+    check(value)
+    if default is None:
+        return _ENCODER.encode(value)
+    return json.JSONEncoder(allow_nan=False, default=check.convert).encode(value)
+
+
+class _Check:
+    """A check of one value, and of what `default` makes of parts of it, before it is encoded."""
+
+    def __init__(self, default: Callable[[Any], Any] | None) -> None:
+        self._default = default
+        self._size = 0  # bytes that are needed at least for all that was checked
+
+    def convert(self, value: object) -> object:
+        """Return what `default` makes of a value. ValueError, _Huge: as below."""
+        assert self._default is not None  # otherwise nobody calls this
+        converted = self._default(value)
+        self(converted)
+        return converted
+
+    def __call__(self, value: object) -> None:
+        """Check a value.
+
+        ValueError: two keys of a dict would be the same in JSON, such as 1 and "1"; or an integer
+        is too long. _Huge: all that was checked needs more than MAX_RESULT bytes.
+        """
+        unseen = [value]  # texts, dicts, lists, and integers that are long
+        while unseen:
+            part = unseen.pop()
+            members: Iterable[object] = ()
+            if isinstance(part, str):
+                self._add(len(part))
+            elif isinstance(part, int):
+                self._add(_length_of(part))
+            elif isinstance(part, dict):
+                self._add(6 * len(part))  # for each member: `"": `, and a comma or the braces
+                keys = part if _are_ascii(part) else [_json_key(key) for key in part]
+                if len(set(keys)) < len(part):
+                    raise ValueError("two keys are the same as JSON, such as 1 and '1'")
+                self._add(sum(map(len, keys)))
+                members = part.values()
+            elif isinstance(part, (list, tuple)):
+                self._add(2 * len(part))  # for each member: a comma and a space, or the brackets
+                members = part
+            scalars = 0
+            for member in members:
+                if isinstance(member, int) and -(10**18) < member < 10**18:
+                    scalars += 1
+                elif isinstance(member, (str, int, dict, list, tuple)):
+                    unseen.append(member)
+                elif member is None or isinstance(member, float):
+                    scalars += 1
+            self._add(scalars)
+
+    def _add(self, size: int) -> None:
+        self._size += size
+        if self._size > MAX_RESULT:
             raise _Huge
-        if isinstance(part, dict):
-            keys = part if _are_ascii(part) else [_json_key(key) for key in part]
-            if len(set(keys)) < len(part):
-                raise ValueError("two keys are the same as JSON, such as 1 and '1'")
-            size += sum(map(len, keys))
-            members = part.values()
-        elif isinstance(part, (list, tuple)):
-            members = part
-        for member in members:
-            # Others, such as numbers, are counted already, by the length of their container.
-            if isinstance(member, (str, dict, list, tuple)):
-                unseen.append(member)
-    if size > MAX_RESULT:  # by the keys of the last dict, which were counted after the check above
-        raise _Huge
+
+
+def _length_of(number: int) -> int:
+    """Return how many digits an integer has at least. ValueError: more than MAX_DIGITS."""
+    bits = number.bit_length()
+    if bits > 3.33 * MAX_DIGITS:
+        raise ValueError(f"an integer has more than {MAX_DIGITS} digits")
+    return bits * 3 // 10
 
 
 def _are_ascii(keys: Iterable[object]) -> bool:
@@ -548,26 +581,30 @@ def _json_key(key: object) -> str:
         # A lone surrogate reaches a client as plain text, such as "\\udc80" (_double_backslash). So
         # it must not stand beside a key that is this text.
         return escape_surrogates(key)
+    if type(key) is int:
+        return str(key)
     # A dict with this key alone is written and read again: its only key is the answer.
     (written,) = json.loads(json.dumps({key: None}))
     return str(written)
 
 
-def _place_of_fault(value: object, encoder: json.JSONEncoder) -> str:
+def _place_of_fault(value: object, default: Callable[[Any], Any] | None) -> str:
     """Return where the part that cannot be encoded stands in a value, such as " at ['a'][0]"."""
     place = ""
-    fault = _faulty_member(value, encoder)
+    fault = _faulty_member(value, default)
     # With a value that contains itself, this would go on for ever.
     while fault is not None and len(place) < 200:
         key, member = fault
         place += f"[{key!r:.50}]"
-        fault = _faulty_member(member, encoder)
+        fault = _faulty_member(member, default)
     if not place:
         return ""
     return f" at {escape_surrogates(place)}"
 
 
-def _faulty_member(value: object, encoder: json.JSONEncoder) -> tuple[object, object] | None:
+def _faulty_member(
+    value: object, default: Callable[[Any], Any] | None
+) -> tuple[object, object] | None:
     """Return the first member that cannot be encoded, with its key or index before it, or None."""
     members: Iterable[tuple[object, object]] = ()
     if isinstance(value, dict):
@@ -576,8 +613,7 @@ def _faulty_member(value: object, encoder: json.JSONEncoder) -> tuple[object, ob
         members = enumerate(value)
     for key, member in members:
         try:
-            _check_members(member)
-            encoder.encode(member)
+            _encode_checked(member, default)
         except Exception:
             return key, member
     return None
@@ -1517,13 +1553,13 @@ class EventLoop:
                 import asyncio
 
                 loop = asyncio.new_event_loop()
-            except Exception as error:  # no descriptor to be had, or a policy of somebody's own
+                loop.set_exception_handler(self._log_stray)
+            except BaseException as error:  # no descriptor to be had, or a policy of somebody's own
                 if self._failed_at == -math.inf:
                     log.error("no event loop for coroutines yet: %s", describe(error))
                 self._failed_at = time.monotonic()
                 return False
             self._failed_at = -math.inf
-            loop.set_exception_handler(self._log_stray)
             thread = threading.Thread(
                 target=self._be_thread, args=(loop,), name="event-loop", daemon=True
             )
@@ -1582,10 +1618,11 @@ class EventLoop:
         the copy, there is only that thread.
         """
         if self.loop is not None:
-            # It stops when all callbacks that are ready have run. They must not, so drop them.
             self.loop.stop()
-            with contextlib.suppress(AttributeError):  # the name is asyncio's own
-                self.loop._ready.clear()
+            # That lets all callbacks run first that are ready. They must not, so take them away,
+            # and also what is still to come. (The name is asyncio's own.)
+            with contextlib.suppress(AttributeError):
+                self.loop._ready = collections.deque(maxlen=0)
 
     def _log_stray(self, loop: Any, context: dict[str, Any]) -> None:
         """Log what asyncio says of an exception that nobody has fetched (a hook of asyncio)."""
@@ -1909,12 +1946,26 @@ Default = Union[Callable[[Any], Any], None]  # as in json.dumps
 # What a worker does in its own thread
 
 
+# Held while a long text of JSON is decoded. That takes much memory and, some 50 ms, the
+# interpreter: if many threads did so at once, nobody would be served. The server's loop decodes no
+# long texts.
+long_json = threading.Lock()
+MAX_QUICK = 16_384  # bytes of JSON that are not long; 1 MiB may take 0.3 seconds
+
+
+def _decode_payload(payload: bytes) -> Any:
+    # Not json.loads(), which is slower: it looks at the type of its argument and at its options.
+    if len(payload) <= MAX_QUICK:
+        return _PLAIN_DECODER.decode(payload.decode())
+    with long_json:
+        return _PLAIN_DECODER.decode(payload.decode())
+
+
 def call_here(
     function: Callable[..., Any], payload: bytes, report: Report, default: Default
 ) -> bytes:
     """Call a function in this thread; return the encoded result."""
-    # Not json.loads(), which is slower: it looks at the type of its argument and at its options.
-    result = function(_PLAIN_DECODER.decode(payload.decode()), report)
+    result = function(_decode_payload(payload), report)
     if hasattr(result, "__await__"):
         if inspect.iscoroutine(result):
             result.close()
@@ -2458,6 +2509,9 @@ class Children:
 # -- 5. Requests, responses, routes ----------------------------------------------------------------
 
 
+MAX_PARAMETERS = 100  # of a query
+
+
 class Fields(NamedTuple):
     """The headers of a request and what follows from them."""
 
@@ -2511,7 +2565,10 @@ class Request(NamedTuple):
         """Return a parameter of the query, None if it is not there.
 
         HTTPError 400: it is there twice, or does not match the pattern; `example` shows what would.
+        Or there are too many.
         """
+        if self.query.count("&") >= MAX_PARAMETERS:
+            raise HTTPError(400, f"Send at most {MAX_PARAMETERS} parameters.")
         pairs = urllib.parse.parse_qsl(self.query, keep_blank_values=True)
         values = [value for key, value in pairs if key == name]
         if not values:
@@ -2621,6 +2678,7 @@ class Router:
 
     def __init__(self) -> None:
         self.routes: list[Route] = []
+        self._longest = 0  # segments of a pattern
         # By the segments of the pattern, None for {id}, then by method.
         self._routes: dict[tuple[str | None, ...], dict[str, Route]] = {}
         # A client that polls asks for the same path again and again.
@@ -2650,6 +2708,7 @@ class Router:
         """
         route = Route(method, pattern, endpoint, **more)
         segments = [None if segment == "{id}" else segment for segment in pattern.split("/")]
+        self._longest = max(self._longest, len(segments))
         methods = self._routes.setdefault(tuple(segments), {})
         methods[method] = route
         if method == "GET":
@@ -2666,7 +2725,7 @@ class Router:
         if path == "*":  # only OPTIONS asks so, about the server as a whole (RFC 9110, 9.3.7)
             return Verdict(_options_route(path, "GET, HEAD, OPTIONS, POST"))
         segments = tuple(path.split("/"))
-        if "%" in path:
+        if "%" in path and len(segments) <= self._longest:
             segments = tuple(map(urllib.parse.unquote, segments))
         arguments: tuple[str, ...] = ()
         methods = self._routes.get(segments)
@@ -2697,17 +2756,9 @@ def never_blocks(request: Request) -> bool:
 
 
 MAX_DEPTH = 100  # of nested arrays and objects
-MAX_DIGITS = 4300  # of an integer; the bound of newer Pythons
 
-# Brackets in a string do not count. So a string such as "a]" is matched as a whole. (If its closing
-# quote is missing, the decoder refuses it later.)
-_BRACKET_OR_STRING = re.compile(
-    r"""
-    [\[{\]}]
-    | " [^"\\]* (?: \\. [^"\\]* )* "?  # a quote, characters and escapes, and a quote
-    """,
-    re.DOTALL | re.VERBOSE,
-)
+# What _check_depth looks at: brackets, quotes, and escapes in strings, such as that of a quote.
+_BRACKET_QUOTE_OR_ESCAPE = re.compile(r'[\[{\]}"]|\\.', re.DOTALL)
 
 
 def _check_depth(text: str) -> None:
@@ -2715,8 +2766,14 @@ def _check_depth(text: str) -> None:
     if text.count("[") + text.count("{") <= MAX_DEPTH:
         return
     depth = 0
-    for token in _BRACKET_OR_STRING.findall(text):
-        if token in ("[", "{"):
+    is_in_string = False
+    for match in _BRACKET_QUOTE_OR_ESCAPE.finditer(text):
+        token = match.group()
+        if token == '"':
+            is_in_string = not is_in_string
+        elif is_in_string:
+            continue  # brackets do not count there
+        elif token in ("[", "{"):
             depth += 1
         elif token in ("]", "}"):
             depth -= 1
@@ -2789,7 +2846,6 @@ Function = TypeVar("Function", bound=Callable[[Dict[str, Any], Report], Any])
 
 MAX_NAME = 256  # characters
 MAX_WAIT = 30.0  # seconds of a long poll
-MAX_QUICK = 16_384  # bytes of a body that the loop decodes itself; 1 MiB may take 0.3 seconds
 CANCEL_SECONDS = 5.0  # for which the answer to a cancel waits for the journal
 
 BY_REQUEST = "cancelled: by request"  # the error of a task that was cancelled
@@ -3326,7 +3382,7 @@ class Application:
         return self.store.journal is not None or len(request.body) > MAX_QUICK
 
     def _create(self, task_type: TaskType, request: Request) -> Response:
-        name = decode_object(request.body).get("name")
+        name = self._decode(request.body).get("name")
         if not isinstance(name, str) or not name.strip() or len(name) > MAX_NAME:
             bounds = f"not blank, of at most {MAX_NAME} characters"
             raise HTTPError(400, f'Send a "name": a string that is {bounds}.')
@@ -3349,6 +3405,12 @@ class Application:
             return repeated
         self.log_task("task %s created: type %s, name %s", task_id, record.type, ascii(name))
         return Response(201, encode_record(record), (location(record),))
+
+    def _decode(self, body: bytes) -> dict[str, Any]:
+        if len(body) <= MAX_QUICK:
+            return decode_object(body)
+        with long_json:
+            return decode_object(body)
 
     def _add(self, task_type: TaskType, record: Record, live: Live) -> None:
         """Store a record and queue it. Duplicate; HTTPError: it cannot be done."""
@@ -3553,7 +3615,7 @@ class Application:
         task_type = self.types[record.type]
         try:
             live = self._begin(task_type, record)
-            payload = json.loads(record.payload or b"")
+            payload = _decode_payload(record.payload or b"")
         except BaseException as error:
             self._finish(record, None, error)
             return None, None
@@ -3601,6 +3663,7 @@ MAX_HEADERS = 16_384  # bytes of all headers
 MAX_HEADER_COUNT = 100
 MAX_BODY = 1 << 20  # bytes, decoded
 MAX_CHUNK_LINE = 1024  # bytes of a chunk's size and extensions, with the end of the line
+CHUNKS_PER_TURN = 64  # of a body, which take half a millisecond; then other connections come first
 
 _TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"  # RFC 9110, 5.6.2
 _VALUE = rb"[\t\x20-\x7e\x80-\xff]*"  # RFC 9110, 5.5
@@ -3656,6 +3719,8 @@ _READ, _WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
 HANDSHAKE = Phase("handshake", _READ, False, 10)  # for bytes that TLS needs
 HEADER = Phase("header", _READ, True, 10)  # for the rest of a head, or a new client's first bytes
 BODY = Phase("body", _READ, True, 20)  # for the rest of its body
+# For its turn, too, in the middle of a body: it has many small chunks. BODY's deadline goes on.
+BODY_TURN = Phase("body-turn", _WRITE, False, 20)
 LENT = Phase("lent", 0, False, math.inf)  # for a thread that works on the answer, or on TLS
 WAITING = Phase("waiting", _READ, True, math.inf)  # for an answer that comes later: `wait_for`
 ANSWER = Phase("answer", _WRITE, False, 20)  # for the socket to take the rest of what is sent
@@ -3754,7 +3819,9 @@ def read_body(fields: Fields, buffer: bytearray) -> Generator[Phase, Any, bytes]
 def _read_chunks(buffer: bytearray) -> Generator[Phase, Any, bytes]:
     """Return a body that comes in chunks (RFC 9112, 7.1)."""
     body = bytearray()
-    while True:
+    for number in itertools.count(1):
+        if number % CHUNKS_PER_TURN == 0:
+            yield BODY_TURN
         line = yield from _read_line(buffer, MAX_CHUNK_LINE, 400)
         match = _CHUNK_LINE.fullmatch(line)
         if not match:
@@ -4004,6 +4071,7 @@ class Connection:
         phase                      what resumes it             what its deadline does
         -------------------------  --------------------------  -----------------------
         HEADER, BODY               more bytes, in the buffer   refuses with status 408 (*)
+        BODY_TURN                  a socket that takes bytes   the same
         IDLE                       more bytes, in the buffer   closes the connection
         LENT                       what the thread returns     (there is none)
         WAITING                    see `wait_for`              resumes it
@@ -4071,7 +4139,11 @@ class Connection:
         """Wait in a phase: begin it, or stay in it and keep its deadline."""
         if self.client_ended and phase in (HEADER, BODY, IDLE, LINGER):  # nothing more will come
             raise ConnectionError
-        if phase is not self.phase:
+        if phase is self.phase:
+            return
+        if phase in (BODY, BODY_TURN) and self.phase in (BODY, BODY_TURN):
+            self.phase = phase  # with the deadline that it has
+        else:
             self.begin(phase)
 
     def events(self) -> int:
@@ -4118,7 +4190,7 @@ class Connection:
 
     def expire(self) -> None:
         """Do what the table says of this phase, because its deadline has passed."""
-        is_receiving = self.phase is BODY or (self.phase is HEADER and self.buffer)
+        is_receiving = self.phase in (BODY, BODY_TURN) or (self.phase is HEADER and self.buffer)
         if self.phase is WAITING:
             self.resume()
         elif is_receiving:
@@ -5346,8 +5418,13 @@ def tls_context(certificate: str, key: str) -> ssl.SSLContext:
     context.options |= getattr(ssl, "OP_NO_RENEGOTIATION", 0)
     # These are ciphers of TLS 1.2; all ciphers of TLS 1.3 have forward secrecy and AEAD.
     context.set_ciphers("ECDHE+AESGCM:ECDHE+CHACHA20")
-    context.load_cert_chain(certificate, key)
+    context.load_cert_chain(certificate, key, password=_no_pass_phrase)
     return context
+
+
+def _no_pass_phrase() -> str:
+    """Be called for the pass phrase of a key, instead of a prompt. OSError."""
+    raise OSError("the key has a pass phrase, which nobody could type; give a key without one")
 
 
 # -- 12. OpenAPI -----------------------------------------------------------------------------------
@@ -6528,8 +6605,13 @@ def add_pages(application: Application) -> None:
     headers = (("Content-Security-Policy", policy),)
     page = Response(200, PAGE.encode(), headers, "text/html; charset=utf-8")
 
+    @functools.lru_cache(maxsize=1)
+    def describe(routes: int, is_secured: bool) -> bytes:
+        return json.dumps(openapi(application)).encode()
+
     def describe_all(request: Request) -> Response:
-        return Response(200, json.dumps(openapi(application)).encode())
+        # It is made anew only if these have changed.
+        return Response(200, describe(len(application.router.routes), application.secured))
 
     application.router.add(
         "GET",
@@ -7043,7 +7125,10 @@ def _leave(status: int, at_once: bool) -> NoReturn:
     """
     if at_once:
         os._exit(status)
-    # The two seconds begin when Python begins to end. From 3.9 on, a hook tells that.
+    # The two seconds begin when Python begins to end. From 3.9 on, a hook tells that. Executors
+    # have such a hook, too, which waits for their threads. The hook that is registered last is
+    # called first; so theirs is registered before ours.
+    importlib.import_module("concurrent.futures.thread")
     has_begun = threading.Event()
     hook: Any = getattr(threading, "_register_atexit", None)
 

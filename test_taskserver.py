@@ -704,6 +704,7 @@ def test_a_result_has_at_most_1_mib():
         {"x" * MIB: 0},
         [{"x" * 1000: 0}] * 1100,
         [[["x" * 1000] * 50] * 50] * 50,  # the same lists again and again
+        [10**4000] * 300,
         cycle(),
         [0, (cycle(), {"a": cycle()})],
     ],
@@ -715,6 +716,20 @@ def test_a_huge_result_is_refused_before_it_is_encoded(value, monkeypatch):
     monkeypatch.setattr(json.JSONEncoder, "encode", encode)
     with pytest.raises(ValueError, match="more than 1048576 bytes as JSON, or it contains itself"):
         taskserver.encode_result(value)
+
+
+def test_what_default_makes_counts_as_well():
+    value = [object() for _ in range(20)]
+    with pytest.raises(ValueError, match="more than 1048576 bytes as JSON"):
+        taskserver.encode_result(value, lambda one: [0] * 20_000)
+    assert len(taskserver.encode_result(value, lambda one: [0] * 10_000)) == 20 * 30_002
+
+
+@pytest.mark.parametrize("value", [10**5000, [{"a": -(10**5000)}]], ids=["alone", "within"])
+def test_an_integer_in_a_result_has_as_many_digits_as_one_in_a_payload(value):
+    with pytest.raises(ValueError, match="4300 digits"):
+        taskserver.encode_result(value)
+    assert taskserver.encode_result(10**4299) == b"1" + b"0" * 4299
 
 
 class Speechless(Exception):
@@ -1989,7 +2004,7 @@ def test_an_event_loop_that_was_closed_is_replaced():
 
 
 @pytest.mark.parametrize(
-    "error", [OSError(errno.EMFILE, "Too many open files"), LookupError("a policy of our own")]
+    "error", [OSError(errno.EMFILE, "Too many open files"), LookupError("a policy"), SystemExit(3)]
 )
 def test_coroutines_wait_while_no_event_loop_can_be_had(error, monkeypatch):
     monkeypatch.setattr(taskserver.EventLoop, "RETRY_SECONDS", 0.0)
@@ -2471,6 +2486,46 @@ async def fork_in_a_callback(payload, report):
 
     asyncio.get_running_loop().call_soon(fork)
     return await forked
+
+
+@posix
+def test_a_copy_that_a_coroutine_forks_runs_no_other_coroutine(application, tmp_path):
+    note = tmp_path / "pids"
+
+    async def wake_others(payload, report):
+        woken, forked = asyncio.Event(), asyncio.get_running_loop().create_future()
+
+        async def wait():
+            await woken.wait()
+            with note.open("a") as file:
+                file.write(f"{os.getpid()}\n")
+
+        async def fork():
+            copy = os.fork()
+            woken.set()
+            if copy:
+                forked.set_result(copy)
+            await asyncio.sleep(0)
+
+        tasks = [asyncio.ensure_future(wait()) for _ in range(5)]
+        await asyncio.sleep(0)
+        for _ in range(10):
+            asyncio.get_running_loop().call_soon(int)
+        tasks.append(asyncio.ensure_future(fork()))
+        for _ in range(10):
+            asyncio.get_running_loop().call_soon(int)
+        await asyncio.gather(*tasks)
+        return await forked
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # newer Pythons warn: there are threads
+        copy = outcome(application, wake_others)["result"]
+    try:
+        assert eventually(lambda: os.waitpid(copy, os.WNOHANG)[0] == copy)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(copy, signal.SIGKILL)
+    assert note.read_text().split() == [str(os.getpid())] * 5
 
 
 @posix
@@ -3315,6 +3370,14 @@ def test_a_time_limit_is_a_number_of_seconds(options, timeout):
         ValueError, match="'x': use a timeout= of more than 0 and at most a million"
     ):
         Application().task("x", timeout=timeout, **options)
+
+
+@pytest.mark.parametrize(
+    "schemas", [["n"], {"n": int}, {"n": "integer"}, {"n": {"type": int}}, {"name": {}}], ids=brief
+)
+def test_what_is_no_schema_of_a_payload_is_refused(schemas):
+    with pytest.raises(ValueError, match="task type 'x': in payload=, "):
+        Application().task("x", payload=schemas)
 
 
 def test_options_that_do_not_exist_are_a_type_error_and_that_of_executors_shows_what_to_do():
@@ -6356,6 +6419,19 @@ except taskserver.HTTPError as refusal:
     assert out.stdout.split() == [b"400"]
 
 
+def test_a_body_of_many_small_chunks_lets_others_have_their_turn():
+    chunks = 10 * taskserver.CHUNKS_PER_TURN
+    buffer = bytearray(b"1\r\nx\r\n" * chunks + b"0\r\n\r\n")
+    left = len(buffer)
+    steps = taskserver.read_body(taskserver.Fields(chunked=True), buffer)
+    with pytest.raises(StopIteration) as end:
+        while True:
+            assert next(steps) is taskserver.BODY_TURN
+            assert left - len(buffer) <= 6 * taskserver.CHUNKS_PER_TURN
+            left = len(buffer)
+    assert end.value.value == b"x" * chunks
+
+
 class Scanned(bytearray):
     """A buffer that counts the bytes which are looked at in it."""
 
@@ -7159,6 +7235,18 @@ def test_long_polls_hold_up_nobody(server, gate):
         assert time.monotonic() - begun < 5
         gate.opened.set()
         assert {poll.answer().json["status"] for poll in polls} == {"completed"}
+
+
+def test_small_chunks_give_a_body_no_more_time(server, monkeypatch):
+    monkeypatch.setattr(taskserver, "BODY", taskserver.BODY._replace(seconds=0.3))
+    with server.client() as client:
+        head = raw("POST", "/create-echo", b"", "Transfer-Encoding: chunked")
+        client.send(head.replace(b"Content-Length: 0\r\n", b""))
+        deadline = time.monotonic() + LONG
+        while not client.says(0.02):
+            client.send(b"1\r\n \r\n" * taskserver.CHUNKS_PER_TURN)
+            assert time.monotonic() < deadline
+        assert client.answer().status == 408
 
 
 def test_a_request_that_waits_for_its_turn_when_the_server_ends_is_answered(server, application):
@@ -8747,6 +8835,12 @@ def test_a_journal_that_is_lost_ends_the_program_with_status_1(holding, leash):
 
 
 # -- 9. Monitoring ---------------------------------------------------------------------------------
+
+
+def test_a_query_has_at_most_100_parameters(application):
+    for number, status in (100, 200), (101, 400):
+        query = "&".join(["a=1"] * number)
+        assert ask(application, "GET", f"/tasks?{query}").status == status
 
 
 def test_healthz_counts_what_there_is(application, gate):
@@ -10779,6 +10873,21 @@ def test_names_that_are_not_ascii_are_described_all_the_same(application):
         assert not reference.endswith("/")
 
 
+def test_the_description_is_made_anew_only_for_other_routes(application, monkeypatch):
+    made, make = [], taskserver.openapi
+
+    def count(application):
+        made.append(application)
+        return make(application)
+
+    monkeypatch.setattr(taskserver, "openapi", count)
+    for _ in range(3):
+        assert "/added" not in ask(application, "GET", "/openapi.json").json["paths"]
+    assert len(made) == 1
+    application.router.add("GET", "/added", echo)
+    assert "/added" in ask(application, "GET", "/openapi.json").json["paths"]
+
+
 def test_the_records_that_are_described_are_those_that_are_answered(application, gate):
     document = taskserver.openapi(application)
     record, summary = members_of(document, "TaskRecord"), members_of(document, "TaskSummary")
@@ -11275,6 +11384,26 @@ threading.Thread(target=time.sleep, args=(3600,)).start()
     )
     lines = out.stdout.decode().splitlines()
     assert lines.count("ended with 0") == 2 and lines[-1] == "not cut off"
+
+
+def test_an_executor_that_a_program_begins_after_main_does_not_hold_it_up():
+    code = """
+import threading, taskserver
+
+def run_and_stop(server, grace):
+    threading.Thread(target=server.shutdown).start()
+    return run(server, grace)
+
+run, taskserver.run_until_stopped = taskserver.run_until_stopped, run_and_stop
+try:
+    taskserver.main(argv=["--port", "0", "--quiet"])
+finally:
+    from concurrent.futures import ThreadPoolExecutor
+    ThreadPoolExecutor().submit(threading.Event().wait)
+"""
+    command = [sys.executable, "-c", code]
+    folder = str(PROGRAM.parent)
+    subprocess.run(command, stdout=subprocess.DEVNULL, cwd=folder, timeout=LONG, check=False)
 
 
 def test_a_start_that_fails_leaves_the_log_as_it_was():
