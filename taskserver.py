@@ -51,9 +51,10 @@ The way of a create:
     Then the record is put into the pool's queue (3). Usually the loop itself calls the endpoint.
     With a journal or a long body, that could take long; then a thread of the server calls it.
  5. The connection sends the answer, status 201, and waits for the next request (7).
- 6. At the beginning of its next round, the loop wakes a worker, which is a thread. The worker takes
-    the oldest record of the queue, and wakes the next worker if there are more. It calls the
-    function, or has its child process do so (4); a coroutine it hands to an event loop (3).
+ 6. When it begins its next round, the loop wakes one worker for all that was created: to wake one
+    takes as long as a create. A worker is a thread. It takes the oldest record of the queue, and
+    wakes the next worker if there are more. It calls the function, or has its child process do so
+    (4); a coroutine it hands to an event loop (3).
  7. The worker replaces the record by a final one (2), which polls will see.
 
 The way of a long poll, `GET /poll-TYPE/<id>?wait=30`:
@@ -87,10 +88,10 @@ A thread for each would cost 16 KiB while it is idle, and to wake it for every a
 time. The second is its request parser, because it ignores Transfer-Encoding, accepts malformed
 requests, and takes most of the time of an answer.
 
-Why not asyncio's streams? They would serve just as many idle connections. But with them, only to
-receive a head and to send a fixed answer takes 80 % of the time that this server needs for a whole
-poll; the work of the poll would come on top. And buffers, limits, deadlines and wake-ups would be
-handled inside asyncio, where the reader of this file cannot see them.
+Why not asyncio's streams? They would serve just as many idle connections. But merely to receive a
+head with them, and to send a fixed answer, takes 80 % of the time of a whole poll here; the work of
+the poll would come on top. And buffers, limits, deadlines and wake-ups would be handled inside
+asyncio, where the reader of this file cannot see them.
 
 Docstrings name the exceptions that a caller has to expect, and the reasons, like this: "KeyError:
 there is no such record." Where the reason is plain, it is left out.
@@ -441,7 +442,8 @@ def encode_cached(record: Record, with_result: bool = True) -> bytes:
     return _encode_final_record(record, with_result)
 
 
-# Each escape in a text of JSON, as a whole.
+# Each escape in a text of JSON. Pairs and backslashes are matched so that what is a part of one is
+# not taken for a lone surrogate.
 _JSON_ESCAPE = re.compile(
     r"""
     \\ud[89ab].. \\ud[c-f]..  # two surrogates, a pair, which stand for one character
@@ -483,7 +485,7 @@ def encode_result(value: object, default: Callable[[Any], Any] | None = None) ->
         place = _place_of_fault(value, default)
         sentence = f"the result cannot be written as JSON{place}: {text_of(error)}"
         raise ValueError(sentence) from None
-    if "\\ud" in text and len(text) <= MAX_RESULT:
+    if "\\ud" in text and len(text) <= MAX_RESULT:  # otherwise it is refused below
         text = _JSON_ESCAPE.sub(_double_backslash, text)
     encoded = text.encode()
     if len(encoded) > MAX_RESULT:
@@ -534,8 +536,10 @@ class _Check:
             elif isinstance(part, int):
                 self._add(_length_of(part))
             elif isinstance(part, dict):
-                self._add(6 * len(part))  # for each member: `"": `, and a comma or the braces
-                keys = part if _are_ascii(part) else [_json_key(key) for key in part]
+                # For each member two quotes, a colon and a space; a comma and a space, or the
+                # braces.
+                self._add(6 * len(part))
+                keys = list(part) if _are_ascii(part) else [_json_key(key) for key in part]
                 if len(set(keys)) < len(part):
                     raise ValueError("two keys are the same as JSON, such as 1 and '1'")
                 self._add(sum(map(len, keys)))
@@ -543,6 +547,8 @@ class _Check:
             elif isinstance(part, (list, tuple)):
                 self._add(2 * len(part))  # for each member: a comma and a space, or the brackets
                 members = part
+            # Numbers, true, false and null need a byte at least. They are not visited, unless they
+            # are long. What is none of these, `default` converts, and then it is checked.
             scalars = 0
             for member in members:
                 if isinstance(member, int) and -(10**18) < member < 10**18:
@@ -850,13 +856,13 @@ class Store:
         except BaseException as error:
             with self._lock.write:
                 self._free_place(record.id, size)
-                self._doom([record.id])  # it may be in the journal or not
+                self._doom([record.id])  # it may be there; if not, the delete does no harm
             if isinstance(error, JournalLost):
                 sentence = "The journal belongs to this server no more."
                 raise JournalError(sentence, 5) from error
             raise
         with self._lock.write:
-            self._bytes -= size  # counted by _reserve_place, and again by _insert
+            self._bytes -= size  # because _insert counts it again
             self._insert(record)
         return record
 
@@ -970,8 +976,8 @@ class Store:
         """Have `wake` called once: when the record is final, or when stop() is called after this.
 
         If the record is final or gone already, `wake` is called at once. Any thread may call
-        `wake`, so it must not block. (Who watches after stop() is not woken by it. The server ends
-        such a wait itself, when it ends.)
+        `wake`, so it must not block. (A watch that begins after stop() ends by the record alone, or
+        by the server, `Server._drain`.)
         """
         with self._lock.write:
             record = self._records.get(task_id)
@@ -1346,9 +1352,10 @@ class WorkerPool(BoundedQueue):
     is there.
 
     To have one come is to notify an idle worker, or to make a new one if none is idle. From then
-    until it looks into the queue, it is *on the way*, and wake() does nothing.
+    until it looks into the queue, it is *on the way*, and wake() does nothing: one comes at a time.
 
-    No item is forgotten, because wake() is called
+    No item is forgotten: whoever is on the way looks into the queue later, with the lock held. And
+    wake() is called
 
     1. after an item was put (by the server once in each round, for all that were put in it);
     2. by each worker that has taken an item;
@@ -1462,7 +1469,7 @@ class WorkerPool(BoundedQueue):
             notified = self._not_empty.wait(self.IDLE_SECONDS)
         finally:
             self._idle -= 1
-        self._on_the_way = False  # if another worker is on the way, this is too early, see __init__
+        self._on_the_way = False  # even if another one is; then one worker too many may come
         # A worker counts as idle until it has the lock back. So it may happen that
         #
         #     this worker                               another thread
@@ -1614,13 +1621,13 @@ class EventLoop:
         A coroutine or a callback may call os.fork, which makes a copy of the process (4, fact 4).
         In the copy, the coroutine goes on to its next `await`; then run_forever() ends, and
         _be_thread ends the copy. (Or the coroutine ends; then _catch_all ends the copy.) So no
-        other coroutine runs in both processes. If another thread has forked, this does nothing: in
-        the copy, there is only that thread.
+        other coroutine runs in both processes. If another thread has forked, this has no effect:
+        in the copy, there is only that thread.
         """
         if self.loop is not None:
             self.loop.stop()
-            # That lets all callbacks run first that are ready. They must not, so take them away,
-            # and also what is still to come. (The name is asyncio's own.)
+            # It stops when all callbacks that are ready have run. So give it a queue for these that
+            # is empty, and stays so. (The name is asyncio's own.)
             with contextlib.suppress(AttributeError):
                 self.loop._ready = collections.deque(maxlen=0)
 
@@ -1832,9 +1839,8 @@ class CoroutinePool(BoundedQueue):
 def _outcome(run: CoroutineRun) -> tuple[Any, BaseException | None]:
     """Return the value and the error of a coroutine that has ended.
 
-    The error is what it has raised. If it was interrupted by the stop, any error is replaced by
-    that reason. If it was cancelled, or its time was over, CancelledError is replaced by the
-    reason, and any other error is not.
+    If it was interrupted by the stop, the reason stands for any error. If it was cancelled, or its
+    time was over, the reason stands for a CancelledError alone.
     """
     import asyncio  # costs nothing: the loop runs, so it was imported before
 
@@ -1858,7 +1864,7 @@ class Waker:
     """A socket of our own that a thread waits for, beside others: so it can be woken.
 
     wake() may be called by any thread, and never blocks. The thread that is woken calls clear(),
-    and only after that looks for what there is to do.
+    and only after that looks for what there is to do: so no wake is lost that comes in between.
     """
 
     def __init__(self) -> None:
@@ -1946,11 +1952,11 @@ Default = Union[Callable[[Any], Any], None]  # as in json.dumps
 # What a worker does in its own thread
 
 
-# Held while a long text of JSON is decoded. That takes much memory and, some 50 ms, the
-# interpreter: if many threads did so at once, nobody would be served. The server's loop decodes no
-# long texts.
+# Held while a long text of JSON is decoded, which takes much memory, and can keep the global
+# interpreter lock for 0.1 seconds. If many threads did so at once, nobody would be served. The
+# server's loop decodes no long texts.
 long_json = threading.Lock()
-MAX_QUICK = 16_384  # bytes of JSON that are not long; 1 MiB may take 0.3 seconds
+MAX_QUICK = 16_384  # bytes of JSON that are not long
 
 
 def _decode_payload(payload: bytes) -> Any:
@@ -2151,9 +2157,9 @@ class Surroundings:
         if _POSIX:
             for timer in signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF:
                 signal.setitimer(timer, 0)
-            # If the task has blocked a signal, one may be held back. To ignore that signal for a
-            # moment discards it, so that it does not reach the next task. After this, the handlers
-            # are put back, and then all signals are unblocked.
+            # A signal that the task has blocked may be held back, and must not reach the next task.
+            # 1. To ignore it for a moment discards it. 2. The next loop puts its handler back.
+            # 3. After that, all signals are unblocked.
             for number in signal.sigpending():
                 signal.signal(number, signal.SIG_IGN)
         for number, handler in self._handlers.items():
@@ -2254,7 +2260,7 @@ def _send_reports(pipe: Any, live: Live, done: threading.Event) -> None:
                 report = json.dumps([fraction, message])
                 pipe.send_bytes(PROGRESS + b" " + report.encode())
             if is_over:
-                return
+                return  # the only way out that leaves this process alive
     # The pipe can be read, or nothing can be sent: in both cases, the server is gone.
     _end_group(os.getpid())
     os._exit(1)
@@ -2429,8 +2435,8 @@ class Child:
             _start_tracker()
             # The child inherits this, so that no signal reaches it before its handlers are set.
             signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-        # process.start() does not use os.fork. So _before_fork is not called in here. (It would
-        # wait for ever, because this thread has the lock that it wants.)
+        # No deadlock: _before_fork, which waits for _fork_lock, is not called by process.start(),
+        # because that does not use os.fork.
         with self._reaping, _fork_lock:
             self._pipe, far_end = _SPAWN.Pipe()
             _own_files.add(self._pipe)
@@ -2613,8 +2619,8 @@ class Later(NamedTuple):
     unwatch: Callable[[Callable[[], None]], None]
     answer: Callable[[], Response]
     # Whether answer() may be called before `wake`, for a client that has ended its sending. False
-    # if answer() is slow before `wake`, because a worker prepares the answer meanwhile: GET /tasks
-    # (9).
+    # if a worker prepares the answer, and calls `wake` then, as for GET /tasks (9): before that,
+    # answer() would do this work itself, in the loop.
     may_hurry: bool = True
 
 
@@ -3057,15 +3063,16 @@ def _check_import(name: str, function: Any, default: Default) -> None:
     The module of the function may be
 
     - __main__, this program: a child imports its file, so there must be one;
-    - __mp_main__, the name that `multiprocessing` gives to the program in a process that it has
-      started: if the server runs in such a process, its children have that module, too;
+    - __mp_main__: so the program is called if this process was itself started by `multiprocessing`;
+      its children know it by that name, too;
     - any other: one of Python's finders must find it by its name.
     """
     main_module = sys.modules.get("__main__")
     module = getattr(_unwrapped(function), "__module__", None) or ""
     if module == "__main__":
         spec = getattr(main_module, "__spec__", None)
-        # `python -m package` runs its __main__, which a child does not import.
+        # `python -m package` runs package.__main__, which a child does not import. (With `python -m
+        # module`, the name in the spec is that of the module; with a file, there is none.)
         is_package = spec is not None and spec.name.rpartition(".")[2] == "__main__"
         file = getattr(main_module, "__file__", None) or ""
         has_file = file != "" and not file.startswith("<")  # it may be <stdin>
@@ -3699,7 +3706,7 @@ _FORBIDDEN = re.compile(
     rb"""
     [^\t\r\n\x20-\x7e\x80-\xff]  # a control byte
     | (?<!\r)\n                   # an LF without a CR
-    | \r(?!\n|\Z)                # a CR without an LF; at the end, the LF may still come
+    | \r(?!\n|\Z)                # a CR without an LF; at the end of the search, it may still come
     """,
     re.VERBOSE,
 )
@@ -3719,8 +3726,6 @@ _READ, _WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
 HANDSHAKE = Phase("handshake", _READ, False, 10)  # for bytes that TLS needs
 HEADER = Phase("header", _READ, True, 10)  # for the rest of a head, or a new client's first bytes
 BODY = Phase("body", _READ, True, 20)  # for the rest of its body
-# For its turn, too, in the middle of a body: it has many small chunks. BODY's deadline goes on.
-BODY_TURN = Phase("body-turn", _WRITE, False, 20)
 LENT = Phase("lent", 0, False, math.inf)  # for a thread that works on the answer, or on TLS
 WAITING = Phase("waiting", _READ, True, math.inf)  # for an answer that comes later: `wait_for`
 ANSWER = Phase("answer", _WRITE, False, 20)  # for the socket to take the rest of what is sent
@@ -3728,6 +3733,9 @@ ANSWER = Phase("answer", _WRITE, False, 20)  # for the socket to take the rest o
 # waits for room to send, although it has nothing to send: a socket nearly always has room, so the
 # selector returns it in the next round.
 TURN = Phase("turn", _WRITE, False, 20)
+# As TURN, but in the middle of a body that comes in many small chunks. The deadline of BODY goes
+# on.
+BODY_TURN = Phase("body-turn", _WRITE, False, 20)
 IDLE = Phase("idle", _READ, True, 75)  # for the next request
 LINGER = Phase("linger", _READ, True, 5)  # for the client to close, after the last answer
 
@@ -3780,11 +3788,11 @@ def read_head(buffer: bytearray, peer: str = "") -> Generator[Phase, Any, Reques
             line_end = buffer.find(b"\r\n", max(0, seen - 1))
             if line_end >= 0:
                 parse_request_line(bytes(buffer[:line_end]))  # raises if it is wrong
-            elif len(buffer) >= MAX_LINE + 2:  # so much, and no CR LF: the line is too long
+            elif len(buffer) >= MAX_LINE + 2:  # with a CR LF, and there is none: it is too long
                 parse_request_line(bytes(buffer))  # raises because it is too long
         if line_end >= 0:
             length = len(buffer) - (line_end + 2)
-            if length >= MAX_HEADERS + 4:  # so much, and no CR LF CR LF: they are too long
+            if length >= MAX_HEADERS + 4:  # with the last CR LF CR LF, and there is none
                 raise HTTPError(431, f"Send at most {MAX_HEADERS} bytes of headers.")
         seen = len(buffer)
         yield HEADER
@@ -4149,8 +4157,8 @@ class Connection:
     def events(self) -> int:
         """Return what the selector has to wait for; 0 for nothing."""
         if self.phase is WAITING and (self.client_ended or len(self.buffer) >= MAX_PIPELINED):
-            # There is nothing to read from a client that has ended its sending. If the buffer is
-            # full, what follows is read after the answer, even an end of file.
+            # A client that has ended its sending sends no more. And if the buffer is full, no more
+            # is read before the answer is sent.
             return 0
         return self.phase.events
 
@@ -4176,7 +4184,7 @@ class Connection:
             # 9112, 9.5).
             if isinstance(self.awaited, Later) and self.awaited.may_hurry:
                 self.resume()
-        else:
+        else:  # the client has ended its sending, and no answer is due
             raise ConnectionError
 
     def resume(self, outcome: Any = None) -> None:
@@ -4196,7 +4204,8 @@ class Connection:
         elif is_receiving:
             refusal = HTTPError(408, "Send a request without long pauses.")
             # Raised at the yield where the steps wait; next_answer() makes an answer of it.
-            self.enter(self.steps.throw(refusal))
+            next_phase = self.steps.throw(refusal)
+            self.enter(next_phase)
         else:  # also a new connection on which nothing has come
             raise TimeoutError
 
@@ -4211,7 +4220,7 @@ class Connection:
             if self.closing:
                 break
             if self.buffer:
-                self.begin(TURN)
+                self.begin(TURN)  # each has a deadline of its own
                 yield TURN
         # A plain close would reset the connection, and a client that is still sending would lose
         # the answer. So end this side only, and drop what still comes (RFC 9112, 9.6).
@@ -4225,8 +4234,8 @@ class Connection:
         application = self.server.application
         request = None
         try:
-            # Before the first request, the buffer is never empty here: resume() has come with
-            # bytes, or shake_hands has waited for them.
+            # It is empty only between two requests. (Before the first one, resume() has come with
+            # bytes, or shake_hands has waited for them.)
             if not self.buffer:
                 self.begin(IDLE)  # each pause has a deadline of its own
                 yield IDLE
@@ -4279,7 +4288,8 @@ class Connection:
         happen at once:
 
         - a wake: wake() puts this connection and this Later into the loop's queue, and the loop
-          resumes the connection if it still awaits this Later (`Server._serve_once`);
+          resumes the connection if it still awaits just this Later, and not that of another request
+          (`Server._serve_once`);
         - the deadline: `expire` resumes it if its phase is WAITING;
         - a client that ends its sending: `on_ready` resumes it in that phase, too;
         - the end of the server: `Server._drain` does the same.
@@ -4334,7 +4344,7 @@ class Connection:
                 log.info("no TLS with %s: %s", self.peer, outcome)
                 raise ConnectionError
         self.begin(HEADER, deadline)
-        yield HEADER  # otherwise next_answer() would find nothing in the buffer, and wait in IDLE
+        yield HEADER  # for the first byte; next_answer() would wait for it in IDLE
 
     def try_handshake(self) -> str:
         """Go on with the handshake as far as it goes; say "done", "more", or what is wrong."""
@@ -4603,7 +4613,8 @@ class Server(http.server.ThreadingHTTPServer):
                 sock.close()
                 continue
             self._connections.add(connection)
-            self._act(connection, connection.on_ready)  # its request may be here already
+            # Its request may be here already; with TLS, this begins the handshake.
+            self._act(connection, connection.on_ready)
 
     def _pause_accepting(self, reason: str) -> None:
         """Accept no more until a connection is closed, or until the next check.
@@ -4763,9 +4774,9 @@ def run_until_stopped(server: Server, grace: float) -> int:
     # tasks may still have; if there is nothing to stop any more, put None.
     #
     # Why not an Event? The main thread puts something, too, at the end of this function. A handler
-    # of a signal can run in the middle of just that call (4, fact 6), and then calls put() itself.
-    # SimpleQueue.put() allows that. Event.set() would wait for ever for a lock that this same
-    # thread has taken.
+    # of a signal may interrupt just that (4, fact 6), and calls put() itself. SimpleQueue.put()
+    # allows that. Event.set() holds a lock; the handler would interrupt the very thread that holds
+    # it, and wait for it for ever.
     stops: queue.SimpleQueue[float | None] = queue.SimpleQueue()
     signals: list[int] = []
     losses: list[str] = []
@@ -4804,8 +4815,8 @@ def run_until_stopped(server: Server, grace: float) -> int:
         server.serve_forever()
     finally:
         server.server_close()
-    # After a signal, the next two calls do nothing: stop_in_order has stopped the application, and
-    # the thread that reads the queue is done. After a plain server.shutdown, both are needed.
+    # These two are needed after a plain server.shutdown. After a signal, they do no harm:
+    # stop_in_order has stopped the application already, and nobody reads the queue any more.
     application.stop()
     stops.put(None)
     if losses:
@@ -5289,7 +5300,8 @@ class SQLiteJournal(Journal):
     def _write_all(self, jobs: list[_Job]) -> None:
         error = self._write(jobs)
         for job in jobs:
-            if isinstance(error, RecordRefused):  # write each alone: the others must not suffer
+            # Nothing of these was written. So write each alone, because the others must not suffer.
+            if isinstance(error, RecordRefused):
                 job.reply.put(self._write([job]))
             else:
                 job.reply.put(error)
@@ -5423,7 +5435,7 @@ def tls_context(certificate: str, key: str) -> ssl.SSLContext:
 
 
 def _no_pass_phrase() -> str:
-    """Be called for the pass phrase of a key, instead of a prompt. OSError."""
+    """Refuse, when OpenSSL would ask for the pass phrase of a key. OSError."""
     raise OSError("the key has a pass phrase, which nobody could type; give a key without one")
 
 
@@ -5641,8 +5653,10 @@ class Description:
         """
         while True:
             plain = re.sub("[^a-z0-9]", "", name.lower()) or name
-            first_owner = self._owners[kind].setdefault(plain, owner)
-            if first_owner == owner:  # nobody had it, or this owner did
+            owners = self._owners[kind]
+            if plain not in owners:
+                owners[plain] = owner
+            if owners[plain] == owner:
                 return name
             name += "2"
 
@@ -6605,13 +6619,13 @@ def add_pages(application: Application) -> None:
     headers = (("Content-Security-Policy", policy),)
     page = Response(200, PAGE.encode(), headers, "text/html; charset=utf-8")
 
+    # Its arguments are the key of the cache: if one has changed, the description is made anew.
     @functools.lru_cache(maxsize=1)
-    def describe(routes: int, is_secured: bool) -> bytes:
+    def document(routes: int, is_secured: bool) -> bytes:
         return json.dumps(openapi(application)).encode()
 
     def describe_all(request: Request) -> Response:
-        # It is made anew only if these have changed.
-        return Response(200, describe(len(application.router.routes), application.secured))
+        return Response(200, document(len(application.router.routes), application.secured))
 
     application.router.add(
         "GET",
@@ -7125,9 +7139,9 @@ def _leave(status: int, at_once: bool) -> NoReturn:
     """
     if at_once:
         os._exit(status)
-    # The two seconds begin when Python begins to end. From 3.9 on, a hook tells that. Executors
-    # have such a hook, too, which waits for their threads. The hook that is registered last is
-    # called first; so theirs is registered before ours.
+    # The two seconds begin when Python begins to end. From 3.9 on, a hook tells that. Ours must be
+    # called before that of executors, which waits for their threads. The last one that was
+    # registered is called first. So have theirs registered now, by this import, and ours after it.
     importlib.import_module("concurrent.futures.thread")
     has_begun = threading.Event()
     hook: Any = getattr(threading, "_register_atexit", None)
