@@ -51,10 +51,10 @@ The way of a create:
     Then the record is put into the pool's queue (3). Usually the loop itself calls the endpoint.
     With a journal or a long body, that could take long; then a thread of the server calls it.
  5. The connection sends the answer, status 201, and waits for the next request (7).
- 6. When it begins its next round, the loop wakes one worker for all that was created: to wake one
-    takes as long as a create. A worker is a thread. It takes the oldest record of the queue, and
-    wakes the next worker if there are more. It calls the function, or has its child process do so
-    (4); a coroutine it hands to an event loop (3).
+ 6. To wake a worker takes as long as a create. So the loop does not do it for each create, but once,
+    when it begins its next round. A worker is a thread. It takes the oldest record of the queue,
+    and wakes the next worker if there are more. It calls the function, or has its child process do
+    so (4); a coroutine it hands to an event loop (3).
  7. The worker replaces the record by a final one (2), which polls will see.
 
 The way of a long poll, `GET /poll-TYPE/<id>?wait=30`:
@@ -320,8 +320,7 @@ class Live:
         if message is None:
             message = last_message
         elif isinstance(message, str):
-            # Cut first, so that a huge message takes no time, and again, because escapes are
-            # longer.
+            # The first cut bounds the work. Escapes can be longer, so cut again.
             message = escape_surrogates(message[:MAX_MESSAGE])[:MAX_MESSAGE]
         else:
             raise ValueError(
@@ -442,8 +441,8 @@ def encode_cached(record: Record, with_result: bool = True) -> bytes:
     return _encode_final_record(record, with_result)
 
 
-# Each escape in a text of JSON. Pairs and backslashes are matched so that what is a part of one is
-# not taken for a lone surrogate.
+# Each escape in a text of JSON, as a whole. So no half of a pair is taken for a lone surrogate; nor
+# is what follows an escaped backslash, as in \\ud800.
 _JSON_ESCAPE = re.compile(
     r"""
     \\ud[89ab].. \\ud[c-f]..  # two surrogates, a pair, which stand for one character
@@ -527,42 +526,50 @@ class _Check:
         ValueError: two keys of a dict would be the same in JSON, such as 1 and "1"; or an integer
         is too long. _Huge: all that was checked needs more than MAX_RESULT bytes.
         """
+        size = self._size
         unseen = [value]  # texts, dicts, lists, and integers that are long
         while unseen:
             part = unseen.pop()
             members: Iterable[object] = ()
             if isinstance(part, str):
-                self._add(len(part))
+                size += len(part)
             elif isinstance(part, int):
-                self._add(_length_of(part))
+                size += _length_of(part)
             elif isinstance(part, dict):
-                # For each member two quotes, a colon and a space; a comma and a space, or the
-                # braces.
-                self._add(6 * len(part))
-                keys = list(part) if _are_ascii(part) else [_json_key(key) for key in part]
-                if len(set(keys)) < len(part):
-                    raise ValueError("two keys are the same as JSON, such as 1 and '1'")
-                self._add(sum(map(len, keys)))
+                # n members have 4n bytes of quotes, colons and spaces, 2(n - 1) of commas and
+                # spaces between them, and 2 braces.
+                size += 6 * len(part)
                 members = part.values()
             elif isinstance(part, (list, tuple)):
-                self._add(2 * len(part))  # for each member: a comma and a space, or the brackets
+                size += 2 * len(part)  # 2(n - 1) of commas and spaces, and 2 brackets
                 members = part
-            # Numbers, true, false and null need a byte at least. They are not visited, unless they
-            # are long. What is none of these, `default` converts, and then it is checked.
-            scalars = 0
+            if size > MAX_RESULT:
+                raise _Huge
+            if isinstance(part, dict):
+                size += _length_of_keys(part)
             for member in members:
+                # Numbers, true, false and null need a byte at least, and are visited only if they
+                # are long. Other objects are skipped: convert() checks what `default` makes of
+                # them.
                 if isinstance(member, int) and -(10**18) < member < 10**18:
-                    scalars += 1
+                    size += 1
                 elif isinstance(member, (str, int, dict, list, tuple)):
                     unseen.append(member)
                 elif member is None or isinstance(member, float):
-                    scalars += 1
-            self._add(scalars)
-
-    def _add(self, size: int) -> None:
-        self._size += size
-        if self._size > MAX_RESULT:
+                    size += 1
+        self._size = size
+        if size > MAX_RESULT:  # by what the last part has added
             raise _Huge
+
+
+def _length_of_keys(part: dict[Any, Any]) -> int:
+    """Return how long the keys of a dict are in JSON. ValueError: two of them would be the same."""
+    if _are_ascii(part):
+        return sum(map(len, part))
+    keys = [_json_key(key) for key in part]
+    if len(set(keys)) < len(keys):
+        raise ValueError("two keys are the same as JSON, such as 1 and '1'")
+    return sum(map(len, keys))
 
 
 def _length_of(number: int) -> int:
@@ -647,7 +654,7 @@ def describe(exception: BaseException) -> str:
 
 
 def text_of(exception: BaseException) -> str:
-    """Return what an exception says, without its name; what says nothing is described."""
+    """Return the text of an exception, without its name; if it is empty, see describe()."""
     try:
         return escape_surrogates(str(exception)[:MAX_ERROR]) or describe(exception)
     except BaseException:  # as in describe()
@@ -976,8 +983,8 @@ class Store:
         """Have `wake` called once: when the record is final, or when stop() is called after this.
 
         If the record is final or gone already, `wake` is called at once. Any thread may call
-        `wake`, so it must not block. (A watch that begins after stop() ends by the record alone, or
-        by the server, `Server._drain`.)
+        `wake`, so it must not block. (stop() wakes only those that watch already. Who watches later
+        is woken when the record is final, or is resumed by `Server._drain`.)
         """
         with self._lock.write:
             record = self._records.get(task_id)
@@ -1469,7 +1476,7 @@ class WorkerPool(BoundedQueue):
             notified = self._not_empty.wait(self.IDLE_SECONDS)
         finally:
             self._idle -= 1
-        self._on_the_way = False  # even if another one is; then one worker too many may come
+        self._on_the_way = False  # perhaps it stands for another one: see __init__
         # A worker counts as idle until it has the lock back. So it may happen that
         #
         #     this worker                               another thread
@@ -1619,15 +1626,15 @@ class EventLoop:
         """End the loop in a copy of this process.
 
         A coroutine or a callback may call os.fork, which makes a copy of the process (4, fact 4).
-        In the copy, the coroutine goes on to its next `await`; then run_forever() ends, and
-        _be_thread ends the copy. (Or the coroutine ends; then _catch_all ends the copy.) So no
-        other coroutine runs in both processes. If another thread has forked, this has no effect:
+        In the copy, the coroutine goes on to its next `await`, or to its end. No other coroutine
+        may go on there. So the loop is stopped, and then _be_thread ends the copy. (If the
+        coroutine ends before, _catch_all does.) If another thread has forked, this has no effect:
         in the copy, there is only that thread.
         """
         if self.loop is not None:
             self.loop.stop()
-            # It stops when all callbacks that are ready have run. So give it a queue for these that
-            # is empty, and stays so. (The name is asyncio's own.)
+            # Before it stops, it would run all callbacks that are ready. It takes them from this
+            # queue, whose name is asyncio's own. One of length 0 drops all that is put into it.
             with contextlib.suppress(AttributeError):
                 self.loop._ready = collections.deque(maxlen=0)
 
@@ -1839,8 +1846,8 @@ class CoroutinePool(BoundedQueue):
 def _outcome(run: CoroutineRun) -> tuple[Any, BaseException | None]:
     """Return the value and the error of a coroutine that has ended.
 
-    If it was interrupted by the stop, the reason stands for any error. If it was cancelled, or its
-    time was over, the reason stands for a CancelledError alone.
+    If it was interrupted by the stop, the reason replaces any error. If it was cancelled, or its
+    time was over, the reason replaces only a CancelledError; another error is kept.
     """
     import asyncio  # costs nothing: the loop runs, so it was imported before
 
@@ -2158,8 +2165,8 @@ class Surroundings:
             for timer in signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF:
                 signal.setitimer(timer, 0)
             # A signal that the task has blocked may be held back, and must not reach the next task.
-            # 1. To ignore it for a moment discards it. 2. The next loop puts its handler back.
-            # 3. After that, all signals are unblocked.
+            # The system discards it when it is set to be ignored. The `for` below puts its handler
+            # back; after that, all signals are unblocked.
             for number in signal.sigpending():
                 signal.signal(number, signal.SIG_IGN)
         for number, handler in self._handlers.items():
@@ -2440,7 +2447,8 @@ class Child:
         with self._reaping, _fork_lock:
             self._pipe, far_end = _SPAWN.Pipe()
             _own_files.add(self._pipe)
-            with far_end:  # closed here, because it would hide the end of the child (fact 4)
+            # Its end is closed here. Otherwise we would not meet the end of the file when it ends.
+            with far_end:
                 process = _SPAWN.Process(target=_child_main, args=(far_end,), name=CHILD_NAME)
                 process.start()
         self._process = process
@@ -2618,9 +2626,8 @@ class Later(NamedTuple):
     watch: Callable[[Callable[[], None]], None]
     unwatch: Callable[[Callable[[], None]], None]
     answer: Callable[[], Response]
-    # Whether answer() may be called before `wake`, for a client that has ended its sending. False
-    # if a worker prepares the answer, and calls `wake` then, as for GET /tasks (9): before that,
-    # answer() would do this work itself, in the loop.
+    # False where answer() is quick only after `wake`, because a worker prepares it, as for GET
+    # /tasks (9): if it is called earlier, it does that work itself, in the loop.
     may_hurry: bool = True
 
 
@@ -3063,8 +3070,8 @@ def _check_import(name: str, function: Any, default: Default) -> None:
     The module of the function may be
 
     - __main__, this program: a child imports its file, so there must be one;
-    - __mp_main__: so the program is called if this process was itself started by `multiprocessing`;
-      its children know it by that name, too;
+    - __mp_main__, the name of the program in a process that `multiprocessing` has started, as this
+      one may be: its children know the program by that name, too;
     - any other: one of Python's finders must find it by its name.
     """
     main_module = sys.modules.get("__main__")
@@ -3686,9 +3693,9 @@ _QUERY = rb"(?:[^\x00-\x20\x7f-\xff#%]|%[0-9A-Fa-f]{2})*"
 # asterisk-form has a path that is "*".
 _REQUEST_LINE = re.compile(
     rb"(" + _TOKEN + rb") "  # the method
-    # The authority. Behind it, there is a slash, a question mark or a space. Without this
-    # lookahead, the authority could end after each of its characters, and the rest be taken for a
-    # path. In a long line that does not match, all these would be tried, which takes seconds.
+    # The authority, behind which there is a slash, a question mark or a space. Without this
+    # lookahead, a line that does not match is tried with every possible end of the authority, which
+    # takes seconds for a long one.
     rb"(?:(?i:https?)://(" + _HOST + rb")(?=[/? ]))?"
     rb"(" + _PATH + rb")"
     rb"(?:\?(" + _QUERY + rb"))?"
@@ -3778,9 +3785,8 @@ def read_head(buffer: bytearray, peer: str = "") -> Generator[Phase, Any, Reques
             # see whether the method was HEAD: then the refusal must have no content.
             del buffer[: end + 4]
             return request
-        # Not complete, but wrong already? The sender may be waiting for an answer. (Look at the
-        # last byte again, too: it may be a CR, and what follows it is new. The lookbehind sees what
-        # stands before the start of the search.)
+        # Not complete, but wrong already? The sender may be waiting for an answer. (The last byte
+        # that was seen is looked at again: if it is a CR, only now it is known what follows.)
         if _FORBIDDEN.search(buffer, max(0, seen - 1)):
             sentence = "Send HTTP/1.1 without control characters, in lines that end in CR LF."
             raise HTTPError(400, sentence)
@@ -3788,11 +3794,11 @@ def read_head(buffer: bytearray, peer: str = "") -> Generator[Phase, Any, Reques
             line_end = buffer.find(b"\r\n", max(0, seen - 1))
             if line_end >= 0:
                 parse_request_line(bytes(buffer[:line_end]))  # raises if it is wrong
-            elif len(buffer) >= MAX_LINE + 2:  # with a CR LF, and there is none: it is too long
+            elif len(buffer) >= MAX_LINE + 2:  # a CR LF would be in it by now
                 parse_request_line(bytes(buffer))  # raises because it is too long
         if line_end >= 0:
             length = len(buffer) - (line_end + 2)
-            if length >= MAX_HEADERS + 4:  # with the last CR LF CR LF, and there is none
+            if length >= MAX_HEADERS + 4:  # CR LF CR LF would be in it by now
                 raise HTTPError(431, f"Send at most {MAX_HEADERS} bytes of headers.")
         seen = len(buffer)
         yield HEADER
@@ -4234,8 +4240,8 @@ class Connection:
         application = self.server.application
         request = None
         try:
-            # It is empty only between two requests. (Before the first one, resume() has come with
-            # bytes, or shake_hands has waited for them.)
+            # The buffer is empty only between two requests. (Before the first one, resume() has
+            # come with bytes, or shake_hands has waited for them.)
             if not self.buffer:
                 self.begin(IDLE)  # each pause has a deadline of its own
                 yield IDLE
@@ -4297,8 +4303,8 @@ class Connection:
         resume() sets `awaited` to None, and the phase WAITING ends. So those that come later do
         nothing.
 
-        A wake may also come early, even in watch(), below. It is not lost: the loop, in whose
-        thread this runs, reads its queue only after the `yield`.
+        watch() itself may call wake(), if the record is final already. That is not lost: the loop,
+        in whose thread this runs, reads its queue after the `yield`.
         """
         if self.client_ended and later.may_hurry:
             return
@@ -4773,10 +4779,10 @@ def run_until_stopped(server: Server, grace: float) -> int:
     # The thread below waits for what is put here. To begin the stop, put the seconds that running
     # tasks may still have; if there is nothing to stop any more, put None.
     #
-    # Why not an Event? The main thread puts something, too, at the end of this function. A handler
-    # of a signal may interrupt just that (4, fact 6), and calls put() itself. SimpleQueue.put()
-    # allows that. Event.set() holds a lock; the handler would interrupt the very thread that holds
-    # it, and wait for it for ever.
+    # Why not an Event? A handler of a signal runs in the main thread, in the middle of what that
+    # was doing (4, fact 6). If that was a set(), which holds a lock, the handler's own set() would
+    # wait for a lock that only its own thread can release. A put(), as at the end of this function,
+    # can be interrupted by another put().
     stops: queue.SimpleQueue[float | None] = queue.SimpleQueue()
     signals: list[int] = []
     losses: list[str] = []
@@ -7139,9 +7145,9 @@ def _leave(status: int, at_once: bool) -> NoReturn:
     """
     if at_once:
         os._exit(status)
-    # The two seconds begin when Python begins to end. From 3.9 on, a hook tells that. Ours must be
-    # called before that of executors, which waits for their threads. The last one that was
-    # registered is called first. So have theirs registered now, by this import, and ours after it.
+    # The two seconds begin when Python begins to end. From 3.9 on, a hook tells that. The last hook
+    # that was registered is called first. Executors have one, which waits for their threads. This
+    # import registers it; ours is registered after it, and so is called before it.
     importlib.import_module("concurrent.futures.thread")
     has_begun = threading.Event()
     hook: Any = getattr(threading, "_register_atexit", None)
