@@ -2611,8 +2611,8 @@ class Later(NamedTuple):
 
     - `wake` was called;
     - `seconds` have passed;
-    - `may_hurry` is true, and the client has ended its sending: it may be gone, or it may still
-      read (7, fact 3), so it is answered now;
+    - `may_hurry` is true, and the client has ended its sending. (Perhaps it is gone, perhaps it
+      still reads, see 7, fact 3. Nobody can tell, so it is answered now.)
     - the server shuts down.
 
     Then the loop calls `unwatch(wake)` and `answer()`. If the connection breaks, it calls
@@ -5306,8 +5306,9 @@ class SQLiteJournal(Journal):
     def _write_all(self, jobs: list[_Job]) -> None:
         error = self._write(jobs)
         for job in jobs:
-            # Nothing of these was written. So write each alone, because the others must not suffer.
             if isinstance(error, RecordRefused):
+                # One of them was refused, so none was written. Write each alone: then only that one
+                # is refused.
                 job.reply.put(self._write([job]))
             else:
                 job.reply.put(error)
