@@ -51,10 +51,10 @@ The way of a create:
     Then the record is put into the pool's queue (3). Usually the loop itself calls the endpoint.
     With a journal or a long body, that could take long; then a thread of the server calls it.
  5. The connection sends the answer, status 201, and waits for the next request (7).
- 6. To wake a worker takes as long as a create. So the loop does not do it for each create, but once,
-    when it begins its next round. A worker is a thread. It takes the oldest record of the queue,
-    and wakes the next worker if there are more. It calls the function, or has its child process do
-    so (4); a coroutine it hands to an event loop (3).
+ 6. To wake a worker takes as long as a create. So the loop does not do it for each create, but
+    once, when it begins its next round. A worker is a thread. It takes the oldest record of the
+    queue, and wakes the next worker if there are more. It calls the function, or has its child
+    process do so (4); a coroutine it hands to an event loop (3).
  7. The worker replaces the record by a final one (2), which polls will see.
 
 The way of a long poll, `GET /poll-TYPE/<id>?wait=30`:
