@@ -3755,7 +3755,8 @@ LINGER = Phase("linger", _READ, True, 5)  # for the client to close, after the l
 # read_head takes bytes out of the buffer. When it needs more, it yields the phase in which to wait
 # for them. `yield from` hands that on to Connection.resume, below, which has the reader go on when
 # more bytes are in the buffer. In the end, what read_head returns is the request. (Its type is
-# Generator[what it yields, what is sent into it, what it returns]; nothing is sent.)
+# Generator[what it yields, what is sent into it, what it returns]. Nothing is sent into readers;
+# Connection.next_answer, which calls them, is sent what a thread returns.)
 
 
 def take(buffer: bytearray, size: int) -> bytes:
