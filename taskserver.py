@@ -4163,10 +4163,11 @@ class Connection:
 
     def events(self) -> int:
         """Return what the selector has to wait for; 0 for nothing."""
-        if self.phase is WAITING and (self.client_ended or len(self.buffer) >= MAX_PIPELINED):
-            # A client that has ended its sending sends no more. And if the buffer is full, no more
-            # is read before the answer is sent.
-            return 0
+        if self.phase is WAITING:
+            if self.client_ended:  # nothing more will come
+                return 0
+            if len(self.buffer) >= MAX_PIPELINED:  # no more is read before the answer is sent
+                return 0
         return self.phase.events
 
     def on_ready(self) -> None:
@@ -4205,16 +4206,17 @@ class Connection:
 
     def expire(self) -> None:
         """Do what the table says of this phase, because its deadline has passed."""
-        is_receiving = self.phase in (BODY, BODY_TURN) or (self.phase is HEADER and self.buffer)
         if self.phase is WAITING:
             self.resume()
-        elif is_receiving:
-            refusal = HTTPError(408, "Send a request without long pauses.")
-            # Raised at the yield where the steps wait; next_answer() makes an answer of it.
-            next_phase = self.steps.throw(refusal)
-            self.enter(next_phase)
-        else:  # also a new connection on which nothing has come
+            return
+        is_in_body = self.phase in (BODY, BODY_TURN)
+        is_in_head = self.phase is HEADER and len(self.buffer) > 0
+        if not is_in_body and not is_in_head:  # also a new connection on which nothing has come
             raise TimeoutError
+        refusal = HTTPError(408, "Send a request without long pauses.")
+        # Raised at the yield where the steps wait; next_answer() makes an answer of it.
+        next_phase = self.steps.throw(refusal)
+        self.enter(next_phase)
 
     def serve(self) -> Generator[Phase, Any, None]:
         """Answer requests in their order."""

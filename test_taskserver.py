@@ -11355,9 +11355,9 @@ def test_a_foreign_address_is_refused_without_a_token_or_permission(host):
     assert "--allow-anonymous" in err
 
 
-def test_what_follows_main_in_a_program_is_not_cut_off():
-    """The watchdog, which sees that the process ends, begins when Python begins to end."""
-    code = """
+def lines_of_a_program_that_calls_main(code):
+    """Return what a program prints in whose main() the server stops at once; it ends in time."""
+    begin = """
 import threading, time, taskserver
 
 def run_and_stop(server, grace):
@@ -11365,6 +11365,21 @@ def run_and_stop(server, grace):
     return run(server, grace)
 
 run, taskserver.run_until_stopped = taskserver.run_until_stopped, run_and_stop
+"""
+    out = subprocess.run(
+        [sys.executable, "-c", begin + code],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        cwd=str(PROGRAM.parent),
+        timeout=LONG,
+        check=True,
+    )
+    return out.stdout.decode().splitlines()
+
+
+def test_what_follows_main_in_a_program_is_not_cut_off():
+    """The watchdog, which sees that the process ends, begins when Python begins to end."""
+    code = """
 for _ in range(2):
     try:
         taskserver.main(argv=["--port", "0", "--quiet"])
@@ -11374,36 +11389,20 @@ time.sleep(2.5)
 print("not cut off", flush=True)
 threading.Thread(target=time.sleep, args=(3600,)).start()
 """
-    out = subprocess.run(
-        [sys.executable, "-c", code],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        cwd=str(PROGRAM.parent),
-        timeout=LONG,
-        check=True,
-    )
-    lines = out.stdout.decode().splitlines()
+    lines = lines_of_a_program_that_calls_main(code)
     assert lines.count("ended with 0") == 2 and lines[-1] == "not cut off"
 
 
 def test_an_executor_that_a_program_begins_after_main_does_not_hold_it_up():
     code = """
-import threading, taskserver
-
-def run_and_stop(server, grace):
-    threading.Thread(target=server.shutdown).start()
-    return run(server, grace)
-
-run, taskserver.run_until_stopped = taskserver.run_until_stopped, run_and_stop
 try:
     taskserver.main(argv=["--port", "0", "--quiet"])
 finally:
     from concurrent.futures import ThreadPoolExecutor
     ThreadPoolExecutor().submit(threading.Event().wait)
+    print("begun", flush=True)
 """
-    command = [sys.executable, "-c", code]
-    folder = str(PROGRAM.parent)
-    subprocess.run(command, stdout=subprocess.DEVNULL, cwd=folder, timeout=LONG, check=False)
+    assert lines_of_a_program_that_calls_main(code)[-1] == "begun"
 
 
 def test_a_start_that_fails_leaves_the_log_as_it_was():
