@@ -51,10 +51,10 @@ The way of a create:
     Then the record is put into the pool's queue (3). Usually the loop itself calls the endpoint.
     With a journal or a long body, that could take long; then a thread of the server calls it.
  5. The connection sends the answer, status 201, and waits for the next request (7).
- 6. To wake a worker takes as long as a create. So the loop does not do it for each create, but
-    once, when it begins its next round. A worker is a thread. It takes the oldest record of the
-    queue, and wakes the next worker if there are more. It calls the function, or has its child
-    process do so (4); a coroutine it hands to an event loop (3).
+ 6. The loop begins its next round by waking a worker, a thread (3). It wakes one for all tasks that
+    were created meanwhile, because to wake a thread takes as long as a create. The worker takes the
+    oldest record of the queue, and wakes the next worker if there are more. It calls the function,
+    or has its child process do so (4); a coroutine it hands to an event loop (3).
  7. The worker replaces the record by a final one (2), which polls will see.
 
 The way of a long poll, `GET /poll-TYPE/<id>?wait=30`:
@@ -73,12 +73,12 @@ request of HTTP has a *head*, which is its first line and its headers, and perha
 *failed*. The *payload* is what was posted, the *result* what the function returned. The *store*
 holds records, a *pool* owns *workers*, which are threads; most of them run tasks. A *coroutine* and
 a *child* process are the two other places where a function can run. The *journal* is where records
-outlive the process; it is *lost* when this server may not use it any more. The server's *loop* is
-the thread that waits for all sockets at once, and does in each *round* what there is to do (7); the
-*event loop* is that of asyncio (3). To *wake* a thread, a loop or a connection is to have it look
-again for what it waits for; it may find nothing. A *final* record that has outlived its time is
-*evicted*. Words such as --keep are options of the command line (14). Durations are in seconds,
-sizes in bytes.
+outlive the process; it is *lost* when this server may not use it any more, for example because
+another server has taken it over. The server's *loop* is the thread that waits for all sockets at
+once, and does in each *round* what there is to do (7); the *event loop* is that of asyncio (3). To
+*wake* a thread, a loop or a connection is to have it look again for what it waits for; it may find
+nothing. A *final* record that has outlived its time is *evicted*. Words such as --keep are options
+of the command line (14). Durations are in seconds, sizes in bytes.
 
 Of `http.server.ThreadingHTTPServer` this file uses three things: the listening socket with its
 address; the code that binds that socket, accepts from it and closes it; and the names of some
@@ -234,8 +234,8 @@ class _WriteSide:
 
     def __enter__(self) -> None:
         lock = self._lock
-        # A writer keeps the mutex until __exit__: that is the write side. Before that, it waits
-        # until no reader is inside.
+        # Nothing notes that a writer is inside: it keeps the mutex until __exit__, so nobody else
+        # enters or leaves. Before that, it waits until no reader is inside.
         lock.mutex.acquire()
         if lock.readers:
             lock.waiting_writers += 1  # while this is above 0, no new reader enters
@@ -441,13 +441,12 @@ def encode_cached(record: Record, with_result: bool = True) -> bytes:
     return _encode_final_record(record, with_result)
 
 
-# Each escape in a text of JSON, as a whole. So no half of a pair is taken for a lone surrogate; nor
-# is what follows an escaped backslash, as in \\ud800.
+# Finds the escapes in a text of JSON one after the other, each as a whole. Examples:
 _JSON_ESCAPE = re.compile(
     r"""
-    \\ud[89ab].. \\ud[c-f]..  # two surrogates, a pair, which stand for one character
-    | \\u....                  # any other character
-    | \\.                      # any other escape, such as two backslashes
+    \\ud[89ab].. \\ud[c-f]..  # \ud83d\ude00, a pair of surrogates, which is one character
+    | \\u....                  # \u00e9, or a lone surrogate, such as \udc80
+    | \\.                      # \n; or \\ before a plain text, even if that text is ud800
     """,
     re.VERBOSE,
 )
@@ -500,34 +499,34 @@ def _encode_checked(value: object, default: Callable[[Any], Any] | None) -> str:
     thread could go on meanwhile.
     """
     check = _Check(default)
-    check(value)
+    check.see(value)
     if default is None:
         return _ENCODER.encode(value)
     return json.JSONEncoder(allow_nan=False, default=check.convert).encode(value)
 
 
 class _Check:
-    """A check of one value, and of what `default` makes of parts of it, before it is encoded."""
+    """Looks at a value, and at what `default` makes of parts of it, before they are encoded."""
 
     def __init__(self, default: Callable[[Any], Any] | None) -> None:
         self._default = default
-        self._size = 0  # bytes that are needed at least for all that was checked
+        self._size = 0  # bytes that all it has seen needs as JSON, at least
 
     def convert(self, value: object) -> object:
-        """Return what `default` makes of a value. ValueError, _Huge: as below."""
-        assert self._default is not None  # otherwise nobody calls this
+        """Return what `default` makes of a value. The encoder calls this. ValueError, _Huge."""
+        assert self._default is not None  # otherwise the encoder does not call this
         converted = self._default(value)
-        self(converted)
+        self.see(converted)
         return converted
 
-    def __call__(self, value: object) -> None:
-        """Check a value.
+    def see(self, value: object) -> None:
+        """Look at a value and at all that is in it.
 
         ValueError: two keys of a dict would be the same in JSON, such as 1 and "1"; or an integer
-        is too long. _Huge: all that was checked needs more than MAX_RESULT bytes.
+        is too long. _Huge: all that was seen needs more than MAX_RESULT bytes.
         """
         size = self._size
-        unseen = [value]  # texts, dicts, lists, and integers that are long
+        unseen = [value]
         while unseen:
             part = unseen.pop()
             members: Iterable[object] = ()
@@ -536,21 +535,21 @@ class _Check:
             elif isinstance(part, int):
                 size += _length_of(part)
             elif isinstance(part, dict):
-                # n members have 4n bytes of quotes, colons and spaces, 2(n - 1) of commas and
-                # spaces between them, and 2 braces.
+                # Beside each member there are two quotes, a colon and a space, then a comma and a
+                # space. The last one has no comma and space, but the braces take as much.
                 size += 6 * len(part)
                 members = part.values()
             elif isinstance(part, (list, tuple)):
-                size += 2 * len(part)  # 2(n - 1) of commas and spaces, and 2 brackets
+                size += 2 * len(part)  # for each, a comma and a space; for the last, the brackets
                 members = part
             if size > MAX_RESULT:
                 raise _Huge
             if isinstance(part, dict):
                 size += _length_of_keys(part)
+            # Short integers, floats, true, false and null are counted here, as a byte each; that is
+            # faster than by way of `unseen`. Other objects are not counted: the encoder will hand
+            # them to convert(), which sees what `default` makes of them.
             for member in members:
-                # Numbers, true, false and null need a byte at least, and are visited only if they
-                # are long. Other objects are skipped: convert() checks what `default` makes of
-                # them.
                 if isinstance(member, int) and -(10**18) < member < 10**18:
                     size += 1
                 elif isinstance(member, (str, int, dict, list, tuple)):
@@ -591,8 +590,8 @@ def _are_ascii(keys: Iterable[object]) -> bool:
 def _json_key(key: object) -> str:
     """Return the key that a client finds in JSON for a key of a dict."""
     if isinstance(key, str):
-        # A lone surrogate reaches a client as plain text, such as "\\udc80" (_double_backslash). So
-        # it must not stand beside a key that is this text.
+        # A lone surrogate reaches a client as a plain text (_double_backslash). So this key is the
+        # same as one that is that text.
         return escape_surrogates(key)
     if type(key) is int:
         return str(key)
@@ -727,15 +726,22 @@ class Store:
     With a `journal` (its contract stands in section 10), a record is written there before anybody
     sees it: `add`, `save` and `finish` block until it is.
 
-    An id is *reserved* while its first record is being written: it counts against the bounds, but
-    `get` does not find it. An id is *doomed* while it is gone here, but the journal has not deleted
-    it yet. That is so after an eviction; and after a first save that failed, because an error does
-    not tell whether the record was written. So an id goes these ways:
+    An id is in one of these states:
+
+                    in this store             in the journal
+        ----------  ------------------------  ------------------------------------
+        free        nothing                   nothing
+        reserved    its place, for the bounds its first record is being written
+        pending     a record                  a record
+        final       a record                  a record
+        doomed      nothing                   perhaps a record, which is to be deleted
+
+    and goes these ways. (Without a journal, it is never reserved or doomed.)
 
         free --add--> reserved --saved--> pending --finish--> final --evict--> doomed
-        reserved --failed--> doomed
+        reserved --the save has failed--> doomed, because the record may be written all the same
         doomed --delete_doomed--> free
-        doomed --add--> reserved, and the delete is called off
+        doomed --add, if a client repeats its create--> reserved, and the delete is called off
     """
 
     FAILING_SECONDS = 30.0  # after a write has failed, the journal counts as failing for so long
@@ -769,9 +775,11 @@ class Store:
         # value may be out of date.
         self._lock = ReadersWriterLock()
         # In the order of creation. An id that is reserved has None.
-        self._records: dict[str, Record | None] = collections.OrderedDict()
+        self._records: dict[str, Record | None]
         if sys.version_info >= (3, 8):
-            self._records = {}  # smaller; reversed() takes it since Python 3.8
+            self._records = {}
+        else:  # there, reversed() takes no dict
+            self._records = collections.OrderedDict()
         self._sequence = 0  # of the newest record
         self._bytes = 0  # of payloads and results
         # By type and status; a Counter would take twice the time.
@@ -835,7 +843,7 @@ class Store:
         """Put in a new record; return it as it is held.
 
         Unavailable: the store is full or stopping, or a JournalError. RecordRefused: the journal
-        cannot take it. Duplicate: its id is taken. After each of these, the record is not here.
+        cannot take it. Duplicate: its id is taken. After each of these, this record is not here.
         """
         size = record.size()
         # While there is no room, drop what has outlived its time. This looks without the lock, so
@@ -869,7 +877,7 @@ class Store:
                 raise JournalError(sentence, 5) from error
             raise
         with self._lock.write:
-            self._bytes -= size  # because _insert counts it again
+            self._bytes -= size  # which _reserve_place has counted, and _insert counts again
             self._insert(record)
         return record
 
@@ -983,8 +991,8 @@ class Store:
         """Have `wake` called once: when the record is final, or when stop() is called after this.
 
         If the record is final or gone already, `wake` is called at once. Any thread may call
-        `wake`, so it must not block. (stop() wakes only those that watch already. Who watches later
-        is woken when the record is final, or is resumed by `Server._drain`.)
+        `wake`, so it must not block. (Who watches after stop() is not woken by that, but waits no
+        longer than the server lives: when it ends, it ends all waits.)
         """
         with self._lock.write:
             record = self._records.get(task_id)
@@ -1050,7 +1058,7 @@ class Store:
         return bool(self._doomed) and not self.lost and time.monotonic() >= self._delete_at
 
     def delete_doomed(self) -> int:
-        """Have the journal delete some of what is evicted; return how many. Blocks.
+        """Have the journal delete some of the ids that are doomed; return how many. Blocks.
 
         Call it until it returns 0. What a lost journal holds is its new owner's business.
         """
@@ -1133,8 +1141,8 @@ class Store:
         s for a million records. gc.freeze() hides from it all objects that there are now. So, after
         every MANY_NEW new records:
 
-        1. The collector looks once at what is not hidden yet, and frees garbage; otherwise step 2
-           would hide that, too. It takes 30 ms, and the first time 60.
+        1. The collector looks once at what is not hidden yet, and frees the garbage in it, which
+           step 2 would hide for good. It takes 30 ms, and the first time 60.
         2. All that is left is hidden.
 
         The cost: a cycle that is hidden is not freed until there are few records again. CPython can
@@ -1259,7 +1267,8 @@ class BoundedQueue:
     def __init__(self, max_workers: float = math.inf, max_waiting: float = math.inf) -> None:
         self.max_workers, self.max_waiting = max_workers, max_waiting
         self._lock = threading.Lock()  # guards all below
-        self._at_rest = threading.Condition(self._lock)  # notified when nothing is in work any more
+        # Notified when join() has to look again: nothing is in work any more, or may begin.
+        self._at_rest = threading.Condition(self._lock)
         self._reserved: set[Hashable] = set()  # keys whose items are to come
         self._queue: collections.OrderedDict[Hashable, Any] = collections.OrderedDict()
         self._running = 0  # items in work
@@ -1321,6 +1330,7 @@ class BoundedQueue:
         """Have nothing begin from now on; return how many items wait, and will go on waiting."""
         with self._lock:
             self._stopped = True
+            self._at_rest.notify_all()
             return len(self._reserved) + len(self._queue)
 
     def join(self, seconds: float) -> bool:
@@ -1359,10 +1369,10 @@ class WorkerPool(BoundedQueue):
     is there.
 
     To have one come is to notify an idle worker, or to make a new one if none is idle. From then
-    until it looks into the queue, it is *on the way*, and wake() does nothing: one comes at a time.
+    until it looks into the queue, it is *on the way*. Meanwhile, wake() does nothing, and need not:
+    that worker has still to look into the queue, so it will see all that is there by then.
 
-    No item is forgotten: whoever is on the way looks into the queue later, with the lock held. And
-    wake() is called
+    No item is forgotten, because wake() is called
 
     1. after an item was put (by the server once in each round, for all that were put in it);
     2. by each worker that has taken an item;
@@ -1390,8 +1400,8 @@ class WorkerPool(BoundedQueue):
         # Guarded by the lock, too:
         self._workers = 0  # threads
         self._idle = 0  # workers that wait for an item
-        # Whether a worker is on the way. Who comes clears it, and so does a worker that ends by an
-        # exception. If it is cleared too early, one worker too many comes, which does no harm.
+        # Whether a worker is on the way. That worker clears it, with the lock held, before it looks
+        # into the queue.
         self._on_the_way = False
 
     def wake(self) -> None:
@@ -1476,23 +1486,24 @@ class WorkerPool(BoundedQueue):
             notified = self._not_empty.wait(self.IDLE_SECONDS)
         finally:
             self._idle -= 1
-        self._on_the_way = False  # perhaps it stands for another one: see __init__
         # A worker counts as idle until it has the lock back. So it may happen that
         #
         #     this worker                               another thread
         #     ----------------------------------------  --------------------------------------------
         #     has waited for too long
         #                                               puts an item, and calls wake(), which finds
-        #                                               an idle worker and makes no new one
+        #                                               an idle worker: this one is on the way now
         #     has the lock; wait() returns false
         #
-        # Therefore it looks into the queue once more before it ends.
+        # Therefore, even then, this worker clears the flag, and looks into the queue before it
+        # ends. (If the flag is that of another worker, one more comes than is needed: no harm.)
+        self._on_the_way = False
         return notified or self._may_begin()
 
 
 # Coroutines
 #
-# Three facts about asyncio:
+# Four facts about asyncio:
 #
 # 1. An event loop runs many coroutines in one thread. Another thread may not touch them; it has the
 #    loop call a function (call_soon_threadsafe).
@@ -1500,14 +1511,16 @@ class WorkerPool(BoundedQueue):
 #    cancel() raises a CancelledError where the coroutine waits. The coroutine may catch that and go
 #    on.
 # 3. A SystemExit or KeyboardInterrupt in a task or a callback ends the loop.
+# 4. A coroutine may call os.fork, which makes a *copy* of the process (4). Of its threads, the copy
+#    has only the one that has called it: here, that of the event loop, with all its coroutines.
 #
 # A CoroutinePool has `max_workers` slots; an item has one from its first step to its last. The pool
-# is given two functions. They may take long, for a disk or for long JSON, and the event loop would
-# stand still meanwhile. So threads call them:
+# is given two functions: one prepares an item, the other one settles it. They may take long, for a
+# disk or for long JSON, and the event loop would stand still meanwhile. So threads call them:
 #
-#     before(item)              returns two values, `start` and `seconds`: start() makes the
-#                               coroutine, and `seconds` is its time limit, None for no limit. If
-#                               `start` is None, there is nothing to run.
+#     before(item)              returns a function `start`, which makes the coroutine when it is
+#                               called, and `seconds`, its time limit, None for no limit. If `start`
+#                               is None, there is nothing to run.
 #     after(item, value, error) gets what the coroutine has returned or raised.
 #
 # So an item goes through these methods:
@@ -1525,8 +1538,9 @@ class WorkerPool(BoundedQueue):
 #     _interrupt     the event loop  cancels the coroutine, as in fact 2. Usually that ends it:
 #                                    _ended and _last_step follow, and the reason is its error
 #     _give_up       the event loop  called some seconds later, when its grace is over. If the
-#                                    coroutine still runs, a thread calls after(item, None, reason)
-#                                    all the same. The slot is free when the coroutine ends
+#                                    coroutine still runs, a thread calls after(item, None, reason),
+#                                    so its task fails now. It goes on, and has its slot until it
+#                                    ends
 
 
 class Stopped(Exception):
@@ -1614,7 +1628,7 @@ class EventLoop:
                 loop.run_forever()  # returns, too, when a coroutine stops the loop
             except BaseException as exception:  # fact 3
                 error = exception
-            if os.getpid() != own:  # a copy of the process, see leave_in_copy
+            if os.getpid() != own:  # this is a copy, see leave_in_copy
                 os._exit(0)
             if error is not None:
                 log.warning("the event loop was ended, and goes on: %s", traceback_of(error))
@@ -1623,18 +1637,22 @@ class EventLoop:
         loop.close()
 
     def leave_in_copy(self) -> None:
-        """End the loop in a copy of this process.
+        """End the loop in a copy of this process (fact 4), before another coroutine goes on there.
 
-        A coroutine or a callback may call os.fork, which makes a copy of the process (4, fact 4).
-        In the copy, the coroutine goes on to its next `await`, or to its end. No other coroutine
-        may go on there. So the loop is stopped, and then _be_thread ends the copy. (If the
-        coroutine ends before, _catch_all does.) If another thread has forked, this has no effect:
-        in the copy, there is only that thread.
+        In the copy, it comes to this:
+
+        1. os.fork calls this, before it returns to the coroutine.
+        2. The coroutine goes on, to its next `await` or to its end. If it ends, `_catch_all` ends
+           the copy.
+        3. At the `await`, the loop goes on. It was told to stop; then `_be_thread` ends the copy.
+
+        If another thread has forked, there is no such loop: the copy has that thread alone.
         """
         if self.loop is not None:
             self.loop.stop()
-            # Before it stops, it would run all callbacks that are ready. It takes them from this
-            # queue, whose name is asyncio's own. One of length 0 drops all that is put into it.
+            # Before it stops, it runs all callbacks that are ready, and so other coroutines. It
+            # keeps them in this queue, whose name is asyncio's own. One of length 0 drops them, and
+            # all that is put into it.
             with contextlib.suppress(AttributeError):
                 self.loop._ready = collections.deque(maxlen=0)
 
@@ -1771,12 +1789,12 @@ class CoroutinePool(BoundedQueue):
         """Have a coroutine run."""
         loop = self._event_loop.loop
         self._runs[key] = run
-        # create_task, below, copies the context in which it is called. Here that is an empty one,
-        # so no task sees the context variables of another.
-        context = contextvars.Context()
+        # A task of asyncio begins with a copy of the context in which create_task is called. That
+        # is an empty one here, so no task sees the context variables of another.
+        empty_context = contextvars.Context()
         coroutine = self._catch_all(run, start)
         try:
-            run.aio_task = context.run(loop.create_task, coroutine)
+            run.aio_task = empty_context.run(loop.create_task, coroutine)
         except BaseException as error:  # a coroutine has given the loop a task factory that fails
             coroutine.close()
             del self._runs[key]
@@ -1796,7 +1814,7 @@ class CoroutinePool(BoundedQueue):
             run.outcome = (await start(), None)
         except BaseException as error:
             run.outcome = None, error
-        if os.getpid() != own:  # a copy of the process, see EventLoop.leave_in_copy
+        if os.getpid() != own:  # this is a copy, see EventLoop.leave_in_copy
             os._exit(0)
 
     def _interrupt_key(self, key: Hashable, reason: Exception) -> None:
@@ -1835,7 +1853,8 @@ class CoroutinePool(BoundedQueue):
         if run.timer is not None:
             run.timer.cancel()
         value, error = _outcome(run)
-        # Break a cycle: run, outcome, error, traceback, the frame of _catch_all, run.
+        # Without this, each would refer to the next: run, outcome, error, its traceback, the frame
+        # of _catch_all, and run again. Only the garbage collector would free them.
         run.outcome = None
         if run.given_up:
             self._free_slot()
@@ -1892,9 +1911,8 @@ class Waker:
 
     def clear(self) -> None:
         """Forget that wake() was called."""
-        with contextlib.suppress(BlockingIOError):
-            while len(self._receiver.recv(4096)) == 4096:
-                pass  # there is more
+        with contextlib.suppress(BlockingIOError):  # it was not called
+            self._receiver.recv(4096)  # if there is more, that wakes the thread again
 
     def close(self) -> None:
         """Close both ends."""
@@ -1926,9 +1944,9 @@ class Waker:
 # 3. To *reap* an ended process is to fetch its exit status, which can be done once. Only then may
 #    the system give its number to another process.
 # 4. A task may call os.fork, which makes a *copy* of the process. The copy has the same handlers of
-#    signals and the same open files. A file or a pipe is closed only when every process that has it
-#    open has closed it. So if this process ends while a copy lives, its lock on a file stays, and
-#    who reads from its pipe does not meet the end of the file.
+#    signals and the same open files and pipes. These are closed only when both processes have
+#    closed them, or have ended. Until then, a lock on such a file stays, and who reads from such a
+#    pipe does not meet the end of the file.
 # 5. What a function changes in its process, such as the working directory, is still changed for the
 #    next function.
 # 6. Python calls a handler of a signal in the main thread, between any two steps of whatever that
@@ -2056,15 +2074,15 @@ def handle_stop_signals(handler: Callable[[int, Any], None]) -> None:
 def _before_fork() -> None:
     """Until the fork is over, let no child be started, and hold the stop signals back.
 
-    In the copy, our handlers are there until _after_fork_in_copy gives them up. A signal that came
-    before that would call one of them, and would not end the copy.
+    Between the fork and _after_fork_in_copy, the copy still has our handlers. A signal that came in
+    between would call one of them, and would not end the copy.
     """
     _fork_lock.acquire()
     _fork_state.mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
 
 
 def _after_fork() -> None:
-    """Undo what _before_fork did: in this process, and in the copy, which has inherited it."""
+    """Undo what _before_fork did: in this process; and in the copy, where it is the same."""
     signal.pthread_sigmask(signal.SIG_SETMASK, _fork_state.mask)
     _fork_lock.release()
 
@@ -2136,6 +2154,18 @@ def _set_resource_limits(limits: dict[int, tuple[int, int]]) -> None:
                 break
 
 
+def _drop_signals() -> None:
+    """Drop signals that are on the way to the last task, so that the next one does not get them.
+
+    POSIX only. Their handlers must be set after this.
+    """
+    for timer in signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF:
+        signal.setitimer(timer, 0)
+    # What the task has blocked is held back. The system drops it when it is set to be ignored.
+    for number in signal.sigpending():
+        signal.signal(number, signal.SIG_IGN)
+
+
 class Surroundings:
     """What a task may change in its child, and the next one must find as it was (fact 5)."""
 
@@ -2162,18 +2192,12 @@ class Surroundings:
             _set_resource_limits(self._limits)
         os.umask(self._umask)
         if _POSIX:
-            for timer in signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF:
-                signal.setitimer(timer, 0)
-            # A signal that the task has blocked may be held back, and must not reach the next task.
-            # The system discards it when it is set to be ignored. The `for` below puts its handler
-            # back; after that, all signals are unblocked.
-            for number in signal.sigpending():
-                signal.signal(number, signal.SIG_IGN)
+            _drop_signals()
         for number, handler in self._handlers.items():
             if handler is not None and signal.getsignal(number) != handler:
                 signal.signal(number, handler)
         if _POSIX:
-            signal.pthread_sigmask(signal.SIG_SETMASK, ())
+            signal.pthread_sigmask(signal.SIG_SETMASK, ())  # unblock all
 
 
 def _take_no_notice(number: int, frame: object) -> None:
@@ -2223,8 +2247,9 @@ def _child_main(pipe: Any) -> None:
         pass
     finally:
         if os.getpid() == own:
-            _end_group(own)  # this ends this process, too; the next line is for Windows and copies
-        os._exit(1)  # not sys.exit(), which would wait for threads that a task has left running
+            _end_group(own)  # on POSIX, this process ends here, with all that tasks have started
+        # For copies, and for Windows. Not sys.exit(), which would wait for threads of tasks.
+        os._exit(1)
 
 
 def _run_job(pipe: Any, job: bytes) -> bytes:
@@ -2294,7 +2319,7 @@ class Child:
     """
 
     def __init__(self, reaping: threading.Lock) -> None:
-        self._reaping = reaping  # held while a process is started or reaped, see Children
+        self._reaping = reaping  # held while a process is started or joined, see Children
         self._process: Any = None
         self._pipe: Any = None  # our end
         self._waker = Waker()  # has call() look whether its task was cancelled
@@ -2332,7 +2357,7 @@ class Child:
         except Cancelled:
             self.end()
             raise
-        except Exception:  # end of file, or nobody to send to, or a message that no child sends
+        except Exception:  # the child has ended, or has sent what no child sends
             how = self.end()
             raise TaskError(f"the child process died ({how})") from None
 
@@ -2442,12 +2467,13 @@ class Child:
             _start_tracker()
             # The child inherits this, so that no signal reaches it before its handlers are set.
             signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-        # No deadlock: _before_fork, which waits for _fork_lock, is not called by process.start(),
-        # because that does not use os.fork.
+        # process.start() does not use os.fork. If it did, _before_fork would wait for ever for the
+        # lock that is held here.
         with self._reaping, _fork_lock:
             self._pipe, far_end = _SPAWN.Pipe()
             _own_files.add(self._pipe)
-            # Its end is closed here. Otherwise we would not meet the end of the file when it ends.
+            # `with` closes the child's end in this process. While it is open here, we do not meet
+            # the end of the file when the child ends.
             with far_end:
                 process = _SPAWN.Process(target=_child_main, args=(far_end,), name=CHILD_NAME)
                 process.start()
@@ -2458,10 +2484,10 @@ class Children:
     """The children of an application: one for each worker that runs tasks in one."""
 
     def __init__(self) -> None:
-        # Held while a process is started or reaped. At such a moment `multiprocessing` also reaps
-        # every other child that has ended. If two threads did so at once, both might try to reap
-        # the same child, and one would not get its exit status (fact 3). These are slow system
-        # calls, but no thread that serves clients takes this lock.
+        # Held while a process is started or joined: each time, `multiprocessing` looks at all its
+        # children, and reaps those that have ended. If two threads did so at once, both might try
+        # to reap the same child, and one would not get its exit status (fact 3). These are slow
+        # system calls, but no thread that serves clients takes this lock.
         self._reaping = threading.Lock()
         self._mine = threading.local()  # .child is that of this thread, if it has one
         self._lock = threading.Lock()  # guards the next one; kill() alone reads it without
@@ -2554,8 +2580,8 @@ class Request(NamedTuple):
     fields: Fields = Fields()
     body: bytes = b""
     peer: str = ""  # the address of the client, or of the proxy between
-    # False if a check has refused it, and its route has let it in all the same (`waived` in
-    # Router.add): /healthz without a token, for example.
+    # False if it was let in although a check has refused it, because its route waives that
+    # (`waived` in Router.add): /healthz without a token, for example.
     trusted: bool = True
 
     def with_body(self, body: bytes) -> Request:
@@ -2611,13 +2637,13 @@ class Later(NamedTuple):
 
     - `wake` was called;
     - `seconds` have passed;
-    - `may_hurry` is true, and the client has ended its sending. (Perhaps it is gone, perhaps it
-      still reads, see 7, fact 3. Nobody can tell, so it is answered now.)
+    - the client has ended its sending, and `answers_early` is true. (Perhaps the client is gone,
+      perhaps it still reads, see 7, fact 3. Nobody can tell, so it is answered now.)
     - the server shuts down.
 
     Then the loop calls `unwatch(wake)` and `answer()`. If the connection breaks, it calls
-    `unwatch(wake)` alone. If `may_hurry` is true and the client has ended its sending already,
-    there is no wait: the loop calls `answer()` alone.
+    `unwatch(wake)` alone. If the client has ended its sending before the wait, and `answers_early`
+    is true, the loop calls `answer()` alone.
 
     None of these functions may block. If `watch` or `unwatch` raises, the connection is closed.
     """
@@ -2626,9 +2652,10 @@ class Later(NamedTuple):
     watch: Callable[[Callable[[], None]], None]
     unwatch: Callable[[Callable[[], None]], None]
     answer: Callable[[], Response]
-    # False where answer() is quick only after `wake`, because a worker prepares it, as for GET
-    # /tasks (9): if it is called earlier, it does that work itself, in the loop.
-    may_hurry: bool = True
+    # Whether answer() is quick even before `wake` was called. For GET /tasks (9) it is not: there,
+    # a worker prepares the answer, then calls `wake`. If answer() is called earlier, it has to do
+    # the worker's work, in the loop.
+    answers_early: bool = True
 
 
 class HTTPError(Exception):
@@ -2738,6 +2765,7 @@ class Router:
         if path == "*":  # only OPTIONS asks so, about the server as a whole (RFC 9110, 9.3.7)
             return Verdict(_options_route(path, "GET, HEAD, OPTIONS, POST"))
         segments = tuple(path.split("/"))
+        # A path that is longer than all patterns matches none, and is not worth decoding.
         if "%" in path and len(segments) <= self._longest:
             segments = tuple(map(urllib.parse.unquote, segments))
         arguments: tuple[str, ...] = ()
@@ -2888,9 +2916,6 @@ CANCEL_DETAILS = (
     "came of it. One that is final stays as it is."
 )
 
-# Decorators that have to stand above @application.task, not below it.
-_OUTER_DECORATORS = (staticmethod, classmethod, property)
-
 
 def new_id() -> str:
     """Return a random UUID (RFC 9562, 5.4), in a third of the time that the module `uuid` needs."""
@@ -2939,9 +2964,11 @@ def check_origin(request: Request) -> None:
     """See that no page of another site sends this. HTTPError 403.
 
     Browsers say in Sec-Fetch-Site where a request comes from; older ones, in Origin. Others, such
-    as curl, send neither. (A create needs no such check. It has the media type of JSON, and before
-    a browser sends that for another site, it asks by OPTIONS whether it may. Our answer to that has
-    no Access-Control-Allow-Origin, so it may not.)
+    as curl, send neither.
+
+    (A create needs no such check, because its media type is that of JSON. Before a browser sends
+    such a request for a page of another site, it asks by OPTIONS whether it may: a *preflight*. Our
+    answer has no Access-Control-Allow-Origin, so it may not.)
     """
     site = request.header("sec-fetch-site")
     origin = request.header("origin").lower()
@@ -2973,6 +3000,7 @@ def _is_a(kind: Callable[[Any], bool], function: Any) -> bool:
     function = _unwrapped(function)
     if kind(function):
         return True
+    # To call an object is to call the __call__ of its class.
     return callable(function) and kind(type(function).__call__)
 
 
@@ -3034,6 +3062,10 @@ def _check_function(name: str, function: Any, cpu: bool) -> None:
         raise ValueError(f"task type {name!r}: {problem}")
 
 
+# Decorators that have to stand above @application.task, not below it.
+_OUTER_DECORATORS = (staticmethod, classmethod, property)
+
+
 def _problem_of(function: Any) -> str:
     """Return why something cannot be the function of a task type, "" if it can."""
     if isinstance(function, _OUTER_DECORATORS):
@@ -3069,23 +3101,14 @@ def _check_import(name: str, function: Any, default: Default) -> None:
 
     The module of the function may be
 
-    - __main__, this program: a child imports its file, so there must be one;
-    - __mp_main__, the name of the program in a process that `multiprocessing` has started, as this
-      one may be: its children know the program by that name, too;
+    - __main__, this program;
+    - __mp_main__, the name that this program has if this process was itself started by
+      `multiprocessing`: its children know the program by that name, too;
     - any other: one of Python's finders must find it by its name.
     """
-    main_module = sys.modules.get("__main__")
     module = getattr(_unwrapped(function), "__module__", None) or ""
     if module == "__main__":
-        spec = getattr(main_module, "__spec__", None)
-        # `python -m package` runs package.__main__, which a child does not import. (With `python -m
-        # module`, the name in the spec is that of the module; with a file, there is none.)
-        is_package = spec is not None and spec.name.rpartition(".")[2] == "__main__"
-        file = getattr(main_module, "__file__", None) or ""
-        has_file = file != "" and not file.startswith("<")  # it may be <stdin>
-        if hasattr(sys, "frozen"):  # a program packed by PyInstaller, say, needs none
-            has_file = True
-        if is_package or not has_file:
+        if not _is_program_importable():
             raise ValueError(
                 f"task type {name!r}: a child process cannot import this program; with cpu=True, "
                 "move the function into a module of its own"
@@ -3103,6 +3126,26 @@ def _check_import(name: str, function: Any, default: Default) -> None:
             "with cpu=True, put it at the top level of a module, with @application.task as the "
             "outermost decorator"
         ) from None
+
+
+def _is_program_importable() -> bool:
+    """Return whether a child process can import this program.
+
+    That depends on how this process was started:
+
+        python program.py      yes
+        python -m program      yes
+        python -m package      no, children do not import package.__main__
+        python < program.py    no, and so with -c or interactively: there is no file
+        ./program              yes, if it was packed by PyInstaller, for example
+    """
+    program = sys.modules.get("__main__")
+    spec = getattr(program, "__spec__", None)  # None, unless it was started with -m
+    if spec is not None and spec.name.rpartition(".")[2] == "__main__":
+        return False
+    file = getattr(program, "__file__", None) or ""
+    has_file = file != "" and not file.startswith("<")  # it may be <stdin>
+    return has_file or hasattr(sys, "frozen")
 
 
 def _is_importable(module: str) -> bool:
@@ -3324,7 +3367,10 @@ class Application:
         return sum(pool.stop() for pool in self.pools)
 
     def fail(self, record: Record, reason: str) -> None:
-        """Fail a task that no worker runs. Does not wait for the journal."""
+        """Make a task failed that no worker runs; the reason becomes its error.
+
+        Does not wait for the journal: if there is one, a thread does it.
+        """
         finish = functools.partial(self._finish, record, None, TaskError(reason))
         if self.store.journal is None:
             finish()
@@ -3501,9 +3547,10 @@ class Application:
         live = record.live
         if live is None:  # it is final
             return Response(200, encode_cached(record))
-        # In the server, only the loop comes here; but several threads may call `handle`. The lock
-        # makes one step of these assignments. Otherwise a second cancel could see that the task was
-        # cancelled, but not yet that it was withdrawn, and would take it for running.
+        # In the server, only the loop comes here; but several threads may call `handle`. Without
+        # the lock, a second cancel could come between these lines. It would see that the task was
+        # cancelled, but not yet that it was withdrawn; would take it for running; and would answer
+        # at once that it is pending.
         with self._cancelling:
             is_first = not live.cancel_requested
             live.cancel_requested = True
@@ -3552,7 +3599,7 @@ class Application:
     def _call(self, task_type: TaskType, payload: bytes, live: Live) -> bytes:
         """Call the function; return the encoded result.
 
-        If the function forks, this returns twice: here, and in the copy, which `_run_task` ends.
+        If the function forks, the copy returns from this, too; `_run_task` ends it.
         """
         if task_type.pool is self.cpu_pool:
             return self.children.call(
@@ -3689,18 +3736,11 @@ _HOST = rb"(?:\[[0-9A-Fa-f]*:[0-9A-Fa-f:.]+\]|" + _NAME + rb")(?::[0-9]*)?"
 # "#", a query no "#", and a percent sign begins two hexadecimal digits.
 _PATH = rb"(?:[^\x00-\x20\x7f-\xff?#%]|%[0-9A-Fa-f]{2})*"
 _QUERY = rb"(?:[^\x00-\x20\x7f-\xff#%]|%[0-9A-Fa-f]{2})*"
-# RFC 9112, 3. There are six groups. A target in absolute-form has an authority; one in
-# asterisk-form has a path that is "*".
-_REQUEST_LINE = re.compile(
-    rb"(" + _TOKEN + rb") "  # the method
-    # The authority, behind which there is a slash, a question mark or a space. Without this
-    # lookahead, a line that does not match is tried with every possible end of the authority, which
-    # takes seconds for a long one.
-    rb"(?:(?i:https?)://(" + _HOST + rb")(?=[/? ]))?"
-    rb"(" + _PATH + rb")"
-    rb"(?:\?(" + _QUERY + rb"))?"
-    rb" HTTP/([0-9])\.([0-9])"
-)
+# RFC 9112, 3: the method, the target, and the version.
+_REQUEST_LINE = re.compile(rb"(" + _TOKEN + rb") ([^ ]*) HTTP/([0-9])\.([0-9])")
+# A target is a path and perhaps a query. If it is a URL (in absolute-form), the host stands before.
+_URL_BEFORE_PATH = re.compile(rb"(?i:https?)://(" + _HOST + rb")")
+_PATH_AND_QUERY = re.compile(rb"(" + _PATH + rb")(?:\?(" + _QUERY + rb"))?")
 _ABSOLUTE_FORM = re.compile(rb"%s [A-Za-z][A-Za-z0-9+.\-]*://" % _TOKEN)
 _HEADER = re.compile(rb"(%s):(%s)" % (_TOKEN, _VALUE))
 _WELL_FORMED_HOST = re.compile(_HOST.decode())
@@ -3713,7 +3753,7 @@ _FORBIDDEN = re.compile(
     rb"""
     [^\t\r\n\x20-\x7e\x80-\xff]  # a control byte
     | (?<!\r)\n                   # an LF without a CR
-    | \r(?!\n|\Z)                # a CR without an LF; at the end of the search, it may still come
+    | \r(?!\n|\Z)                # a CR without an LF, but not as the last byte: it may still come
     """,
     re.VERBOSE,
 )
@@ -3736,9 +3776,9 @@ BODY = Phase("body", _READ, True, 20)  # for the rest of its body
 LENT = Phase("lent", 0, False, math.inf)  # for a thread that works on the answer, or on TLS
 WAITING = Phase("waiting", _READ, True, math.inf)  # for an answer that comes later: `wait_for`
 ANSWER = Phase("answer", _WRITE, False, 20)  # for the socket to take the rest of what is sent
-# For its turn: the next request is in the buffer already, but other connections come first. It
-# waits for room to send, although it has nothing to send: a socket nearly always has room, so the
-# selector returns it in the next round.
+# For its turn, which is in the next round of the loop: the next request is in the buffer already,
+# but other connections come first. For that, it asks for room to send, although it has nothing to
+# send: there nearly always is some, so the selector returns the socket in the next round.
 TURN = Phase("turn", _WRITE, False, 20)
 # As TURN, but in the middle of a body that comes in many small chunks. The deadline of BODY goes
 # on.
@@ -3754,9 +3794,10 @@ LINGER = Phase("linger", _READ, True, 5)  # for the client to close, after the l
 #
 # read_head takes bytes out of the buffer. When it needs more, it yields the phase in which to wait
 # for them. `yield from` hands that on to Connection.resume, below, which has the reader go on when
-# more bytes are in the buffer. In the end, what read_head returns is the request. (Its type is
-# Generator[what it yields, what is sent into it, what it returns]. Nothing is sent into readers;
-# Connection.next_answer, which calls them, is sent what a thread returns.)
+# more bytes are in the buffer. In the end, read_head returns the request, which becomes the value
+# of `yield from`. (The type is Generator[what it yields, what is sent into it, what it returns].
+# Readers are sent nothing. Connection.next_answer, which calls them, is sent what a thread returns,
+# as the value of its own `yield LENT`.)
 
 
 def take(buffer: bytearray, size: int) -> bytes:
@@ -3787,7 +3828,7 @@ def read_head(buffer: bytearray, peer: str = "") -> Generator[Phase, Any, Reques
             del buffer[: end + 4]
             return request
         # Not complete, but wrong already? The sender may be waiting for an answer. (The last byte
-        # that was seen is looked at again: if it is a CR, only now it is known what follows.)
+        # that was seen is looked at again: it may be a CR, and only now it is known what follows.)
         if _FORBIDDEN.search(buffer, max(0, seen - 1)):
             sentence = "Send HTTP/1.1 without control characters, in lines that end in CR LF."
             raise HTTPError(400, sentence)
@@ -3871,12 +3912,14 @@ def _read_line(buffer: bytearray, limit: int, status: int) -> Generator[Phase, A
     """
     seen = 0
     while True:
-        end = buffer.find(b"\r\n", max(0, seen - 1), limit)  # so the CR LF is within the limit, too
-        arrived = end if end >= 0 else len(buffer)  # so many bytes of the line
-        if _FORBIDDEN.search(buffer, max(0, seen - 1), arrived):
+        # The limit holds for the CR LF, too, so that is not sought beyond it.
+        end = buffer.find(b"\r\n", max(0, seen - 1), limit)
+        is_complete = end >= 0
+        length = end if is_complete else len(buffer)  # of the line, as far as it is here
+        if _FORBIDDEN.search(buffer, max(0, seen - 1), length):
             raise HTTPError(400, "Send lines that end in CR LF, without control characters.")
-        if end >= 0:
-            return take(buffer, end + 2)[:-2]
+        if is_complete:
+            return take(buffer, length + 2)[:-2]
         if len(buffer) >= limit:
             raise HTTPError(status, f"Send lines of at most {max(0, limit - 2)} bytes here.")
         seen = len(buffer)
@@ -3903,27 +3946,33 @@ def parse_request_line(line: bytes) -> tuple[str, str, str, str, int]:
     """
     if len(line) > MAX_LINE:
         raise HTTPError(414, f"Send a request line of at most {MAX_LINE} bytes.")
+    sentence = "Send a request line such as GET /healthz HTTP/1.1, correctly percent-encoded."
     match = _REQUEST_LINE.fullmatch(line)
     if not match:
-        sentence = "Send a request line such as GET /healthz HTTP/1.1, correctly percent-encoded."
         raise HTTPError(400, _advice_for(line, sentence))
-    method, authority, path, query, major, minor = [
-        (group or b"").decode() for group in match.groups()
-    ]
-    if major != "1":
+    method, target, major, minor = match.groups()
+    authority = b""
+    url = _URL_BEFORE_PATH.match(target)
+    if url:
+        authority = url.group(1)
+        target = target[url.end() :]
+        if target == b"" or target.startswith(b"?"):  # such as http://localhost?a=b
+            target = b"/" + target
+    match = _PATH_AND_QUERY.fullmatch(target)
+    if not match:
+        raise HTTPError(400, _advice_for(line, sentence))
+    path, query = match.group(1), match.group(2) or b""
+    if major != b"1":
         raise HTTPError(505, "Use HTTP/1.1.")
-    if authority and not path:
-        path = "/"
     is_asterisk = line.startswith(b"OPTIONS * ")
-    if not path.startswith("/") and not is_asterisk:
+    if not path.startswith(b"/") and not is_asterisk:
         raise HTTPError(400, _advice_for(line, "Send a path that begins with a slash."))
-    if "%" in line.decode():
-        try:
-            urllib.parse.unquote(f"{path}?{query}", errors="strict")
-        except UnicodeDecodeError:
-            sentence = "Send a path that is UTF-8 where it is percent-encoded."
-            raise HTTPError(400, sentence) from None
-    return method, authority, path, query, int(minor)
+    try:
+        urllib.parse.unquote(target.decode(), errors="strict")
+    except UnicodeDecodeError:
+        sentence = "Send a path that is UTF-8 where it is percent-encoded."
+        raise HTTPError(400, sentence) from None
+    return method.decode(), authority.decode(), path.decode(), query.decode(), int(minor)
 
 
 def _advice_for(line: bytes, otherwise: str) -> str:
@@ -4056,9 +4105,10 @@ def encode_response(response: Response, request: Request | None, close: bool) ->
     return head + b"\r\n\r\n" + body
 
 
-# Bytes that are received at once: as many as a piece of TLS can have (RFC 8446, 5.1). TLS decrypts
-# a piece as a whole. If only a part were received, the rest would lie in the TLS object, and the
-# connection would hang: the selector looks into the socket alone, and does not see it.
+# Bytes that are received at once. TLS takes a piece of so many bytes at most (RFC 8446, 5.1) out of
+# the socket and decrypts it as a whole. If only a part of it were received here, the rest would lie
+# in the TLS object. The selector, which looks into the socket alone, would not see it, and the
+# connection would hang.
 RECEIVE_SIZE = 16_384
 MAX_PIPELINED = 65_536  # bytes that are read ahead while an answer comes later
 
@@ -4079,9 +4129,9 @@ class Connection:
     has passed. A request leads it through HEADER, BODY, LENT, WAITING and ANSWER; it skips the
     phases in which there is nothing to wait for.
 
-    Each `yield` of a phase leads to `enter`. If the connection is in that phase already, it keeps
-    its deadline: a client that sends a byte now and then gets no more time for it. Code that wants
-    a fresh deadline calls `begin` before the yield.
+    Each `yield` of a phase leads to `stay_or_begin`. If the connection is in that phase already, it
+    keeps its deadline: a client that sends a byte now and then gets no more time for it. Code that
+    wants a fresh deadline calls `begin` before the yield.
 
         phase                      what resumes it             what its deadline does
         -------------------------  --------------------------  -----------------------
@@ -4150,9 +4200,12 @@ class Connection:
         self.phase = phase
         self.deadline = time.monotonic() + phase.seconds if deadline is None else deadline
 
-    def enter(self, phase: Phase) -> None:
-        """Wait in a phase: begin it, or stay in it and keep its deadline."""
-        if self.client_ended and phase in (HEADER, BODY, IDLE, LINGER):  # nothing more will come
+    def stay_or_begin(self, phase: Phase) -> None:
+        """Wait in a phase: stay in it and keep its deadline, or begin it.
+
+        ConnectionError: it would wait for bytes, but the client has ended its sending.
+        """
+        if self.client_ended and phase in (HEADER, BODY, IDLE, LINGER):
             raise ConnectionError
         if phase is self.phase:
             return
@@ -4184,13 +4237,11 @@ class Connection:
             if self.phase is not WAITING:  # there it belongs to the next request
                 self.resume()
         elif self.phase is WAITING:
-            # The client is gone, or has ended its sending and still reads. This is remembered: the
-            # next recv() of a plain socket would tell it again, but that of TLS need not.
+            # The client is gone, or has ended its sending and still reads: nobody can tell. So
+            # answer now, if that may be. Then `serve` goes on with what is in the buffer. When it
+            # would have to receive more, stay_or_begin() closes the connection (RFC 9112, 9.5).
             self.client_ended = True
-            # End the wait, so that the answer is sent now. After it, `serve` goes on with what is
-            # in the buffer. When it would have to receive more, enter() closes the connection (RFC
-            # 9112, 9.5).
-            if isinstance(self.awaited, Later) and self.awaited.may_hurry:
+            if isinstance(self.awaited, Later) and self.awaited.answers_early:
                 self.resume()
         else:  # the client has ended its sending, and no answer is due
             raise ConnectionError
@@ -4202,7 +4253,7 @@ class Connection:
         """
         self.awaited = None
         next_phase = self.steps.send(outcome)  # runs the steps to their next yield
-        self.enter(next_phase)
+        self.stay_or_begin(next_phase)
 
     def expire(self) -> None:
         """Do what the table says of this phase, because its deadline has passed."""
@@ -4214,9 +4265,10 @@ class Connection:
         if not is_in_body and not is_in_head:  # also a new connection on which nothing has come
             raise TimeoutError
         refusal = HTTPError(408, "Send a request without long pauses.")
-        # Raised at the yield where the steps wait; next_answer() makes an answer of it.
+        # As send() in resume(), this runs the steps to their next yield. But the yield at which
+        # they wait raises the refusal. next_answer() catches that, and makes an answer of it.
         next_phase = self.steps.throw(refusal)
-        self.enter(next_phase)
+        self.stay_or_begin(next_phase)
 
     def serve(self) -> Generator[Phase, Any, None]:
         """Answer requests in their order."""
@@ -4229,7 +4281,7 @@ class Connection:
             if self.closing:
                 break
             if self.buffer:
-                self.begin(TURN)  # each has a deadline of its own
+                self.begin(TURN)  # each request has a deadline of its own
                 yield TURN
         # A plain close would reset the connection, and a client that is still sending would lose
         # the answer. So end this side only, and drop what still comes (RFC 9112, 9.6).
@@ -4243,8 +4295,8 @@ class Connection:
         application = self.server.application
         request = None
         try:
-            # The buffer is empty only between two requests. (Before the first one, resume() has
-            # come with bytes, or shake_hands has waited for them.)
+            # If the buffer is empty here, there was a request before. (The first bytes of the first
+            # one are here already: on_ready() has received them before it resumed the steps.)
             if not self.buffer:
                 self.begin(IDLE)  # each pause has a deadline of its own
                 yield IDLE
@@ -4303,13 +4355,13 @@ class Connection:
         - a client that ends its sending: `on_ready` resumes it in that phase, too;
         - the end of the server: `Server._drain` does the same.
 
-        resume() sets `awaited` to None, and the phase WAITING ends. So those that come later do
-        nothing.
+        resume() sets `awaited` to None, and the phase WAITING ends. So if two of them come, the
+        later one does nothing.
 
-        watch() itself may call wake(), if the record is final already. That is not lost: the loop,
-        in whose thread this runs, reads its queue after the `yield`.
+        watch() itself may call wake(), if the record is final already. wake() only puts something
+        into the loop's queue. The loop, in whose thread this runs, reads it after the `yield`.
         """
-        if self.client_ended and later.may_hurry:
+        if self.client_ended and later.answers_early:
             return
         wake = functools.partial(self.server.wake, self, later)
         self.awaited = later
@@ -4341,7 +4393,7 @@ class Connection:
 
         One deadline holds for the handshake and for the head of the first request.
         """
-        deadline = self.deadline
+        deadline = self.deadline  # kept here, because `yield LENT` sets another one
         outcome = ""
         while outcome != "done":
             self.server.lend(self, self.try_handshake)
@@ -4524,11 +4576,12 @@ class Server(http.server.ThreadingHTTPServer):
         self.application.wake_workers()
         seconds = 0.0 if self._due else max(0.0, self._next_check - now)
         for key, _ in self._selector.select(seconds):
-            if key.data is not None:
-                self._act(key.data, key.data.on_ready)
-            elif key.fileobj is self.socket:
+            connection = key.data
+            if connection is not None:
+                self._act(connection, connection.on_ready)
+            elif key.fileobj is self.socket:  # clients have come
                 self._accept()
-            else:
+            else:  # somebody has called the waker
                 self._waker.clear()
         for _ in range(min(len(self._due), self.RESUMED_PER_ROUND)):
             connection, awaited, outcome = self._due.popleft()
@@ -4631,8 +4684,8 @@ class Server(http.server.ThreadingHTTPServer):
         Otherwise the loop would spin: while clients wait to be accepted, the selector returns the
         listening socket at once, again and again.
 
-        If a connection has been idle for more than 5 seconds, the one idle for longest is closed;
-        that ends the pause.
+        If connections have been idle for more than 5 seconds, the one idle for longest is closed.
+        (`_close` ends the pause.)
         """
         self._selector.unregister(self.socket)
         self._is_accepting = False
@@ -4783,9 +4836,9 @@ def run_until_stopped(server: Server, grace: float) -> int:
     # tasks may still have; if there is nothing to stop any more, put None.
     #
     # Why not an Event? A handler of a signal runs in the main thread, in the middle of what that
-    # was doing (4, fact 6). If that was a set(), which holds a lock, the handler's own set() would
-    # wait for a lock that only its own thread can release. A put(), as at the end of this function,
-    # can be interrupted by another put().
+    # was doing (4, fact 6), for example of the put() at the end of this function. If this were the
+    # set() of an Event, it might hold the lock for which the handler's set() would wait for ever.
+    # But the put() of a SimpleQueue may be interrupted by another put().
     stops: queue.SimpleQueue[float | None] = queue.SimpleQueue()
     signals: list[int] = []
     losses: list[str] = []
@@ -4824,8 +4877,8 @@ def run_until_stopped(server: Server, grace: float) -> int:
         server.serve_forever()
     finally:
         server.server_close()
-    # These two are needed after a plain server.shutdown. After a signal, they do no harm:
-    # stop_in_order has stopped the application already, and nobody reads the queue any more.
+    # If somebody else has called server.shutdown, the application is still to be stopped, and the
+    # thread waits. If it was stop_in_order, these two lines do nothing any more.
     application.stop()
     stops.put(None)
     if losses:
@@ -4897,7 +4950,8 @@ class Listing:
         """Make the response and call `wake`; do nothing if nobody waits for it any more."""
         if self._is_dropped:
             return
-        # If this fails, the server's loop calls response() again, and answers the error.
+        # response() keeps the response for the loop. If it fails, the loop calls it again, meets
+        # the same error, and answers that.
         with contextlib.suppress(Exception):
             self.response()
         wake()
@@ -4963,7 +5017,7 @@ class Monitoring:
             watch=lambda wake: self._lister.submit(functools.partial(listing.make, wake)),
             unwatch=lambda wake: listing.drop(),
             answer=listing.response,
-            may_hurry=False,
+            answers_early=False,
         )
 
     def healthz(self, request: Request) -> Response:
@@ -5099,8 +5153,8 @@ class Journal:
 
 
 # The fields of a record that a journal keeps, in the order of Record. Whoever changes this list
-# changes what is in files: so raise SQLiteJournal.VERSION, and have SQLiteJournal._prepare convert
-# older files. (And have Application._finish hand a new field on.)
+# changes what is in files: so raise SQLiteJournal.VERSION, change its _CREATE, and have its
+# _prepare convert older files. (And have Application._finish hand a new field on.)
 JOURNALED = (
     "id",
     "name",
@@ -5172,9 +5226,10 @@ class SQLiteJournal(Journal):
     One thread writes. While it waits for the disk, other threads hand records to it. It writes all
     of them in its next transaction, with one wait.
 
-    A lock on a file beside it keeps a second server out. SQLite's own lock is not enough: on POSIX,
-    a process loses its locks on a file when it closes any descriptor of that file. So a task that
-    opens the database and closes it again, say to copy it, would unlock it.
+    A lock on a file beside it keeps a second server out. SQLite's own lock is not enough, because
+    of an old rule of POSIX: a process loses its locks on a file when it closes any descriptor of
+    that file. So a task that opens the database and closes it again, say to copy it, would unlock
+    it.
     """
 
     # The version of the table, which the file keeps as user_version. Version 1 has the fields of
@@ -5186,7 +5241,8 @@ class SQLiteJournal(Journal):
         "started_at, finished_at, progress, message, result, error, payload, UNIQUE (id))"
     )
     _COLUMNS = ", ".join(JOURNALED).replace("sequence", "seq")
-    _ROW = "(?" + ", ?" * (len(JOURNALED) - 1) + ")"
+    _ROW = "(" + ", ".join("?" * len(JOURNALED)) + ")"
+    _MAX_VALUES = 999  # of one statement; SQLite before 3.32 takes no more
 
     def __init__(self, path: str) -> None:
         """Open or create the file, within a second. OSError says what is wrong and what to do."""
@@ -5237,7 +5293,8 @@ class SQLiteJournal(Journal):
         intern = sys.intern
         try:
             for task_id, name, status, type_name, *rest in self._database.execute(statement):
-                # A million records that share these two texts are smaller by 100 MiB.
+                # In the order of JOURNALED, which is that of Record. A million records that share
+                # these two texts are smaller by 100 MiB.
                 yield Record(task_id, name, intern(status), intern(type_name), *rest)
         except Exception as error:
             raise self._error("read", error) from error
@@ -5341,12 +5398,10 @@ class SQLiteJournal(Journal):
             raise OSError("it is not at its path any more")
         execute = self._database.execute
         execute("BEGIN IMMEDIATE")
-        # A statement has at most 999 values, because SQLite before 3.32 takes no more: 500 ids, or
-        # 64 records of 13 fields.
-        for some_ids in _portions(deleted, 500):
+        for some_ids in _portions(deleted, self._MAX_VALUES):
             marks = ", ".join("?" * len(some_ids))
             execute(f"DELETE FROM task WHERE id IN ({marks})", some_ids)
-        for some in _portions(records, 64):
+        for some in _portions(records, self._MAX_VALUES // len(JOURNALED)):
             rows = ", ".join([self._ROW] * len(some))
             values = [getattr(record, field) for record in some for field in JOURNALED]
             # REPLACE, because ON CONFLICT needs SQLite 3.24.
@@ -5658,15 +5713,13 @@ class Description:
     def _unique(self, kind: str, name: str, owner: Any) -> str:
         """Return a name that this owner alone has: `name`, or that with a 2 behind it.
 
-        An owner that has the name already gets it again. Names are compared without case and
-        punctuation, because types a-b and ab would both become CreateAb.
+        Names are compared without case and punctuation, because types a-b and ab would both become
+        CreateAb.
         """
+        owners = self._owners[kind]
         while True:
             plain = re.sub("[^a-z0-9]", "", name.lower()) or name
-            owners = self._owners[kind]
-            if plain not in owners:
-                owners[plain] = owner
-            if owners[plain] == owner:
+            if owners.setdefault(plain, owner) == owner:  # nobody else has it
                 return name
             name += "2"
 
@@ -5733,7 +5786,7 @@ class Description:
         return {"$ref": f"#/components/schemas/{name}"}
 
     def _take_along(self, part: Any) -> None:
-        """Add those of SCHEMAS to which this part refers."""
+        """Add those of SCHEMAS to which this part refers, and so those to which they refer."""
         for name in re.findall('"#/components/schemas/([A-Za-z]+)"', json.dumps(part)):
             if name in SCHEMAS:
                 self._reference(name)
@@ -6629,7 +6682,7 @@ def add_pages(application: Application) -> None:
     headers = (("Content-Security-Policy", policy),)
     page = Response(200, PAGE.encode(), headers, "text/html; charset=utf-8")
 
-    # Its arguments are the key of the cache: if one has changed, the description is made anew.
+    # Made once, and anew if one of its arguments has changed, which are the key of the cache.
     @functools.lru_cache(maxsize=1)
     def document(routes: int, is_secured: bool) -> bytes:
         return json.dumps(openapi(application)).encode()
@@ -7149,9 +7202,9 @@ def _leave(status: int, at_once: bool) -> NoReturn:
     """
     if at_once:
         os._exit(status)
-    # The two seconds begin when Python begins to end. From 3.9 on, a hook tells that. The last hook
-    # that was registered is called first. Executors have one, which waits for their threads. This
-    # import registers it; ours is registered after it, and so is called before it.
+    # The two seconds begin when Python begins to end. From 3.9 on, a hook tells that. It has to be
+    # called before that of executors, which waits for their threads. The hook that was registered
+    # last is called first. So this import registers theirs, and ours is registered after it.
     importlib.import_module("concurrent.futures.thread")
     has_begun = threading.Event()
     hook: Any = getattr(threading, "_register_atexit", None)
