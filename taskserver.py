@@ -51,10 +51,10 @@ The way of a create:
     Then the record is put into the pool's queue (3). Usually the loop itself calls the endpoint.
     With a journal or a long body, that could take long; then a thread of the server calls it.
  5. The connection sends the answer, status 201, and waits for the next request (7).
- 6. The loop begins its next round by waking a worker, a thread (3). It wakes one for all tasks that
-    were created meanwhile, because to wake a thread takes as long as a create. The worker takes the
-    oldest record of the queue, and wakes the next worker if there are more. It calls the function,
-    or has its child process do so (4); a coroutine it hands to an event loop (3).
+ 6. The loop begins its next round by waking a worker, a thread (3): only one, however many tasks
+    were created meanwhile, because to wake a thread takes as long as a create. That worker takes
+    the oldest record of the queue and, if there are more, wakes the next worker. It calls the
+    function, or has its child process do so (4); a coroutine it hands to an event loop (3).
  7. The worker replaces the record by a final one (2), which polls will see.
 
 The way of a long poll, `GET /poll-TYPE/<id>?wait=30`:
@@ -234,8 +234,8 @@ class _WriteSide:
 
     def __enter__(self) -> None:
         lock = self._lock
-        # Nothing notes that a writer is inside: it keeps the mutex until __exit__, so nobody else
-        # enters or leaves. Before that, it waits until no reader is inside.
+        # There is no flag for a writer that is inside: from here to __exit__ it keeps the mutex, so
+        # nobody can enter or leave. But first it waits until no reader is inside.
         lock.mutex.acquire()
         if lock.readers:
             lock.waiting_writers += 1  # while this is above 0, no new reader enters
@@ -441,12 +441,14 @@ def encode_cached(record: Record, with_result: bool = True) -> bytes:
     return _encode_final_record(record, with_result)
 
 
-# Finds the escapes in a text of JSON one after the other, each as a whole. Examples:
+# Finds the escapes in a text of JSON one after the other, each as a whole. It has to find all of
+# them, although only lone surrogates are changed. Otherwise half a pair could be taken for a lone
+# one; and so could a plain text such as ud800 behind an escaped backslash.
 _JSON_ESCAPE = re.compile(
     r"""
-    \\ud[89ab].. \\ud[c-f]..  # \ud83d\ude00, a pair of surrogates, which is one character
-    | \\u....                  # \u00e9, or a lone surrogate, such as \udc80
-    | \\.                      # \n; or \\ before a plain text, even if that text is ud800
+    \\ud[89ab].. \\ud[c-f]..  # two surrogates, a pair, which is one character
+    | \\u....                  # any other character, or a lone surrogate
+    | \\.                      # any other escape, such as that of a backslash
     """,
     re.VERBOSE,
 )
@@ -542,7 +544,7 @@ class _Check:
             elif isinstance(part, (list, tuple)):
                 size += 2 * len(part)  # for each, a comma and a space; for the last, the brackets
                 members = part
-            if size > MAX_RESULT:
+            if size > MAX_RESULT:  # before its keys and members are looked at, which may take long
                 raise _Huge
             if isinstance(part, dict):
                 size += _length_of_keys(part)
@@ -571,12 +573,14 @@ def _length_of_keys(part: dict[Any, Any]) -> int:
     return sum(map(len, keys))
 
 
+_TOO_LONG = 10**MAX_DIGITS  # the smallest integer that has more digits
+
+
 def _length_of(number: int) -> int:
     """Return how many digits an integer has at least. ValueError: more than MAX_DIGITS."""
-    bits = number.bit_length()
-    if bits > 3.33 * MAX_DIGITS:
+    if not -_TOO_LONG < number < _TOO_LONG:
         raise ValueError(f"an integer has more than {MAX_DIGITS} digits")
-    return bits * 3 // 10
+    return number.bit_length() * 3 // 10
 
 
 def _are_ascii(keys: Iterable[object]) -> bool:
@@ -590,8 +594,8 @@ def _are_ascii(keys: Iterable[object]) -> bool:
 def _json_key(key: object) -> str:
     """Return the key that a client finds in JSON for a key of a dict."""
     if isinstance(key, str):
-        # A lone surrogate reaches a client as a plain text (_double_backslash). So this key is the
-        # same as one that is that text.
+        # A lone surrogate reaches a client as a plain text (_double_backslash). So the keys
+        # "\udc80", which is one character, and r"\udc80", which are six, are the same there.
         return escape_surrogates(key)
     if type(key) is int:
         return str(key)
@@ -728,13 +732,13 @@ class Store:
 
     An id is in one of these states:
 
-                    in this store             in the journal
-        ----------  ------------------------  ------------------------------------
-        free        nothing                   nothing
-        reserved    its place, for the bounds its first record is being written
-        pending     a record                  a record
-        final       a record                  a record
-        doomed      nothing                   perhaps a record, which is to be deleted
+        state       in this store     in the journal
+        ----------  ----------------  ---------------------------------------------
+        free        nothing           nothing
+        reserved    a place, counted  its first record is being written
+        pending     a record          a record
+        final       a record          a record
+        doomed      nothing           perhaps a record, which the journal is to delete
 
     and goes these ways. (Without a journal, it is never reserved or doomed.)
 
@@ -991,8 +995,8 @@ class Store:
         """Have `wake` called once: when the record is final, or when stop() is called after this.
 
         If the record is final or gone already, `wake` is called at once. Any thread may call
-        `wake`, so it must not block. (Who watches after stop() is not woken by that, but waits no
-        longer than the server lives: when it ends, it ends all waits.)
+        `wake`, so it must not block. (Who watches after stop() is not woken by that. But when the
+        server ends, it ends all waits.)
         """
         with self._lock.write:
             record = self._records.get(task_id)
@@ -1267,7 +1271,7 @@ class BoundedQueue:
     def __init__(self, max_workers: float = math.inf, max_waiting: float = math.inf) -> None:
         self.max_workers, self.max_waiting = max_workers, max_waiting
         self._lock = threading.Lock()  # guards all below
-        # Notified when join() has to look again: nothing is in work any more, or may begin.
+        # Notified when the last item in work is done, and when stop() lets nothing begin any more.
         self._at_rest = threading.Condition(self._lock)
         self._reserved: set[Hashable] = set()  # keys whose items are to come
         self._queue: collections.OrderedDict[Hashable, Any] = collections.OrderedDict()
@@ -1492,11 +1496,12 @@ class WorkerPool(BoundedQueue):
         #     ----------------------------------------  --------------------------------------------
         #     has waited for too long
         #                                               puts an item, and calls wake(), which finds
-        #                                               an idle worker: this one is on the way now
+        #                                               an idle worker: so it sets the flag, makes
+        #                                               no new one, and notifies this one, in vain
         #     has the lock; wait() returns false
         #
         # Therefore, even then, this worker clears the flag, and looks into the queue before it
-        # ends. (If the flag is that of another worker, one more comes than is needed: no harm.)
+        # ends. (If the flag was set for another worker, one more than needed may come: no harm.)
         self._on_the_way = False
         return notified or self._may_begin()
 
@@ -1539,8 +1544,8 @@ class WorkerPool(BoundedQueue):
 #                                    _ended and _last_step follow, and the reason is its error
 #     _give_up       the event loop  called some seconds later, when its grace is over. If the
 #                                    coroutine still runs, a thread calls after(item, None, reason),
-#                                    so its task fails now. It goes on, and has its slot until it
-#                                    ends
+#                                    so its task fails now. The coroutine goes on, and has its slot
+#                                    until it ends
 
 
 class Stopped(Exception):
@@ -1637,16 +1642,17 @@ class EventLoop:
         loop.close()
 
     def leave_in_copy(self) -> None:
-        """End the loop in a copy of this process (fact 4), before another coroutine goes on there.
+        """End the loop in a copy of this process, where all coroutines would go on, too (fact 4).
 
-        In the copy, it comes to this:
+        Only the one that has forked may go on there, and not for long:
 
         1. os.fork calls this, before it returns to the coroutine.
-        2. The coroutine goes on, to its next `await` or to its end. If it ends, `_catch_all` ends
-           the copy.
-        3. At the `await`, the loop goes on. It was told to stop; then `_be_thread` ends the copy.
+        2. The coroutine goes on, to its next `await` or to its end. If it ends, `_catch_all`,
+           below, ends the copy.
+        3. At the `await`, the loop goes on. It was told to stop, and does so; then `_be_thread`
+           ends the copy.
 
-        If another thread has forked, there is no such loop: the copy has that thread alone.
+        If another thread has forked, nobody runs the loop in the copy, and this has no effect.
         """
         if self.loop is not None:
             self.loop.stop()
@@ -2082,7 +2088,10 @@ def _before_fork() -> None:
 
 
 def _after_fork() -> None:
-    """Undo what _before_fork did: in this process; and in the copy, where it is the same."""
+    """Undo what _before_fork did.
+
+    Called in both processes: the copy begins with the lock held and the signals blocked, as here.
+    """
     signal.pthread_sigmask(signal.SIG_SETMASK, _fork_state.mask)
     _fork_lock.release()
 
@@ -2161,7 +2170,8 @@ def _drop_signals() -> None:
     """
     for timer in signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF:
         signal.setitimer(timer, 0)
-    # What the task has blocked is held back. The system drops it when it is set to be ignored.
+    # A signal that the task has blocked may be held back. The system drops it when it is told to
+    # ignore such signals.
     for number in signal.sigpending():
         signal.signal(number, signal.SIG_IGN)
 
@@ -2462,8 +2472,8 @@ class Child:
         """Start a process."""
         _working_directory()  # without one, `multiprocessing` fails and does not say why
         if _POSIX:
-            # Otherwise process.start() would start the tracker, and that unblocks signals which the
-            # next line blocks.
+            # Otherwise process.start() would start the tracker. That unblocks signals, and those
+            # that are blocked here are to stay so.
             _start_tracker()
             # The child inherits this, so that no signal reaches it before its handlers are set.
             signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
@@ -2637,13 +2647,13 @@ class Later(NamedTuple):
 
     - `wake` was called;
     - `seconds` have passed;
-    - the client has ended its sending, and `answers_early` is true. (Perhaps the client is gone,
-      perhaps it still reads, see 7, fact 3. Nobody can tell, so it is answered now.)
+    - the client has ended its sending: perhaps it is gone, perhaps it still reads (7, fact 3), and
+      nobody can tell, so it is answered now. If `answers_early` is false, it waits on all the same;
     - the server shuts down.
 
     Then the loop calls `unwatch(wake)` and `answer()`. If the connection breaks, it calls
-    `unwatch(wake)` alone. If the client has ended its sending before the wait, and `answers_early`
-    is true, the loop calls `answer()` alone.
+    `unwatch(wake)` alone. (If the client has ended its sending before the wait could begin, and
+    `answers_early` is true, the loop calls `answer()` alone.)
 
     None of these functions may block. If `watch` or `unwatch` raises, the connection is closed.
     """
@@ -3776,9 +3786,8 @@ BODY = Phase("body", _READ, True, 20)  # for the rest of its body
 LENT = Phase("lent", 0, False, math.inf)  # for a thread that works on the answer, or on TLS
 WAITING = Phase("waiting", _READ, True, math.inf)  # for an answer that comes later: `wait_for`
 ANSWER = Phase("answer", _WRITE, False, 20)  # for the socket to take the rest of what is sent
-# For its turn, which is in the next round of the loop: the next request is in the buffer already,
-# but other connections come first. For that, it asks for room to send, although it has nothing to
-# send: there nearly always is some, so the selector returns the socket in the next round.
+# For its turn: the next request is in the buffer already, but other connections come first. To be
+# resumed in the next round, it waits until it could send something, which is nearly always at once.
 TURN = Phase("turn", _WRITE, False, 20)
 # As TURN, but in the middle of a body that comes in many small chunks. The deadline of BODY goes
 # on.
@@ -3795,9 +3804,9 @@ LINGER = Phase("linger", _READ, True, 5)  # for the client to close, after the l
 # read_head takes bytes out of the buffer. When it needs more, it yields the phase in which to wait
 # for them. `yield from` hands that on to Connection.resume, below, which has the reader go on when
 # more bytes are in the buffer. In the end, read_head returns the request, which becomes the value
-# of `yield from`. (The type is Generator[what it yields, what is sent into it, what it returns].
-# Readers are sent nothing. Connection.next_answer, which calls them, is sent what a thread returns,
-# as the value of its own `yield LENT`.)
+# of `yield from`. (Its type, Generator[Phase, Any, Request], says so: it yields phases and returns
+# a request. In between stands what resume() sends back as the value of a yield. Readers do not use
+# that.)
 
 
 def take(buffer: bytearray, size: int) -> bytes:
@@ -3912,7 +3921,7 @@ def _read_line(buffer: bytearray, limit: int, status: int) -> Generator[Phase, A
     """
     seen = 0
     while True:
-        # The limit holds for the CR LF, too, so that is not sought beyond it.
+        # The CR LF counts against the limit, too. So find() does not look for it beyond that.
         end = buffer.find(b"\r\n", max(0, seen - 1), limit)
         is_complete = end >= 0
         length = end if is_complete else len(buffer)  # of the line, as far as it is here
@@ -4185,7 +4194,7 @@ class Connection:
         self.registered = 0  # the events with which the selector has it now
         # What it waits for, if it is WAITING or LENT: a Later, or the work of a thread.
         self.awaited: object = None
-        self.begin(HEADER)  # not IDLE: a new client has ten seconds to send a request
+        self.begin(HEADER)  # not IDLE: a new client has ten seconds for its first bytes
         # A generator that has not begun. Each call of resume() has it run to its next yield. The
         # first call comes when there are bytes, or with TLS, at once.
         self.steps = self.serve()
@@ -4265,8 +4274,8 @@ class Connection:
         if not is_in_body and not is_in_head:  # also a new connection on which nothing has come
             raise TimeoutError
         refusal = HTTPError(408, "Send a request without long pauses.")
-        # As send() in resume(), this runs the steps to their next yield. But the yield at which
-        # they wait raises the refusal. next_answer() catches that, and makes an answer of it.
+        # throw() makes the yield at which the steps wait, say that in read_head, raise the refusal.
+        # next_answer() catches it like any other. Then the steps run on to their next yield.
         next_phase = self.steps.throw(refusal)
         self.stay_or_begin(next_phase)
 
@@ -4356,7 +4365,7 @@ class Connection:
         - the end of the server: `Server._drain` does the same.
 
         resume() sets `awaited` to None, and the phase WAITING ends. So if two of them come, the
-        later one does nothing.
+        second one does nothing.
 
         watch() itself may call wake(), if the record is final already. wake() only puts something
         into the loop's queue. The loop, in whose thread this runs, reads it after the `yield`.
@@ -4480,7 +4489,7 @@ class Server(http.server.ThreadingHTTPServer):
         # Filled by any thread: the connection to resume, what it waited for, and what came of that.
         self._due: collections.deque[tuple[Connection, object, Any]] = collections.deque()
         self._give_up_at = math.inf  # when answers under way are given up; set by any thread
-        self._is_evicting = False
+        self._is_evicting = False  # set by the loop, cleared by the thread that evicts
         self._stopped = threading.Event()  # clear while serve_forever runs
         self._stopped.set()
         self._pool = WorkerPool("request", lambda work: work())
@@ -4835,10 +4844,10 @@ def run_until_stopped(server: Server, grace: float) -> int:
     # The thread below waits for what is put here. To begin the stop, put the seconds that running
     # tasks may still have; if there is nothing to stop any more, put None.
     #
-    # Why not an Event? A handler of a signal runs in the main thread, in the middle of what that
-    # was doing (4, fact 6), for example of the put() at the end of this function. If this were the
-    # set() of an Event, it might hold the lock for which the handler's set() would wait for ever.
-    # But the put() of a SimpleQueue may be interrupted by another put().
+    # Why not an Event? Suppose that the main thread is in the middle of its set(), and holds its
+    # lock. A signal comes, and Python calls the handler in the same thread (4, fact 6). The
+    # handler's set() would wait for that lock for ever. But the put() of a SimpleQueue may be
+    # interrupted by another put().
     stops: queue.SimpleQueue[float | None] = queue.SimpleQueue()
     signals: list[int] = []
     losses: list[str] = []
@@ -4940,7 +4949,7 @@ class Listing:
         self._store = store
         self._limit, self._status, self._type = limit, status, type_name
         self._response: Response | None = None
-        self._is_dropped = False  # becomes true once, in the server's loop
+        self._is_dropped = False  # becomes true once, by any thread
 
     def drop(self) -> None:
         """Say that nobody waits for the response any more."""
@@ -5655,8 +5664,7 @@ class Description:
         self._routes = application.router.routes
         self._schemas: dict[str, Any] = {}  # those that are used
         self._responses: dict[str, Any] = {}  # the same
-        # The owner of each name: by kind, then by the name in lower case, without punctuation. So
-        # _unique() never gives one name to two owners.
+        # What has each name, for _unique(): {kind: {plain name: a schema, a route or a tag}}.
         self._owners: dict[str, dict[str, Any]] = {"schema": {}, "operation": {}, "tag": {}}
         for name, schema in SCHEMAS.items():
             self._unique("schema", name, schema)
@@ -6682,9 +6690,10 @@ def add_pages(application: Application) -> None:
     headers = (("Content-Security-Policy", policy),)
     page = Response(200, PAGE.encode(), headers, "text/html; charset=utf-8")
 
-    # Made once, and anew if one of its arguments has changed, which are the key of the cache.
+    # Its arguments are not used. They are the key of the cache, so that it is made anew when a
+    # route was added, or access was changed.
     @functools.lru_cache(maxsize=1)
-    def document(routes: int, is_secured: bool) -> bytes:
+    def document(route_count: int, is_secured: bool) -> bytes:
         return json.dumps(openapi(application)).encode()
 
     def describe_all(request: Request) -> Response:
@@ -7202,9 +7211,9 @@ def _leave(status: int, at_once: bool) -> NoReturn:
     """
     if at_once:
         os._exit(status)
-    # The two seconds begin when Python begins to end. From 3.9 on, a hook tells that. It has to be
-    # called before that of executors, which waits for their threads. The hook that was registered
-    # last is called first. So this import registers theirs, and ours is registered after it.
+    # The two seconds begin when Python begins to end. From 3.9 on, a hook tells that. Executors
+    # have one, too, which waits for their threads; ours must be called before it. Hooks are called
+    # in reverse order. So theirs has to be registered first, which this import does.
     importlib.import_module("concurrent.futures.thread")
     has_begun = threading.Event()
     hook: Any = getattr(threading, "_register_atexit", None)

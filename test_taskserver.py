@@ -725,11 +725,11 @@ def test_what_default_makes_counts_as_well():
     assert len(taskserver.encode_result(value, lambda one: [0] * 10_000)) == 20 * 30_002
 
 
-@pytest.mark.parametrize("value", [10**5000, [{"a": -(10**5000)}]], ids=["alone", "within"])
+@pytest.mark.parametrize("value", [10**4300, [{"a": -(10**4300)}]], ids=["alone", "within"])
 def test_an_integer_in_a_result_has_as_many_digits_as_one_in_a_payload(value):
     with pytest.raises(ValueError, match="4300 digits"):
         taskserver.encode_result(value)
-    assert taskserver.encode_result(10**4299) == b"1" + b"0" * 4299
+    assert taskserver.encode_result(10**4300 - 1) == b"9" * 4300
 
 
 class Speechless(Exception):
