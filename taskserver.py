@@ -23,7 +23,7 @@ task types to try that out. Your own are functions:
 What it promises:
 
 - A create is answered at once; it never waits for a worker.
-- A record changes only from pending to completed or failed, and is never seen half changed.
+- A task goes only from pending to completed or failed, and its record is never seen half changed.
 - Memory is bounded: a task that does not fit is refused, and nothing is dropped before its time.
 - With a journal, what was acknowledged outlives `kill -9`.
 - A stop finishes what it can in the time that it is given, and says what it could not.
@@ -51,10 +51,10 @@ The way of a create:
     Then the record is put into the pool's queue (3). Usually the loop itself calls the endpoint.
     With a journal or a long body, that could take long; then a thread of the server calls it.
  5. The connection sends the answer, status 201, and waits for the next request (7).
- 6. The loop begins its next round by waking a worker, a thread (3): only one, however many tasks
-    were created meanwhile, because to wake a thread takes as long as a create. That worker takes
-    the oldest record of the queue and, if there are more, wakes the next worker. It calls the
-    function, or has its child process do so (4); a coroutine it hands to an event loop (3).
+ 6. The loop begins its next round by waking a worker, which is a thread (3). It wakes only one,
+    because each wake takes as long as a create. That worker takes the oldest record of the queue
+    and, if there are more, wakes the next worker. Then it calls the function, or has its child
+    process do so (4); a coroutine it hands to an event loop (3).
  7. The worker replaces the record by a final one (2), which polls will see.
 
 The way of a long poll, `GET /poll-TYPE/<id>?wait=30`:
@@ -234,8 +234,8 @@ class _WriteSide:
 
     def __enter__(self) -> None:
         lock = self._lock
-        # There is no flag for a writer that is inside: from here to __exit__ it keeps the mutex, so
-        # nobody can enter or leave. But first it waits until no reader is inside.
+        # There is no flag for a writer that is inside: it is inside when it has the mutex and there
+        # are no readers. It keeps the mutex until __exit__, so nobody can enter.
         lock.mutex.acquire()
         if lock.readers:
             lock.waiting_writers += 1  # while this is above 0, no new reader enters
@@ -246,7 +246,7 @@ class _WriteSide:
                 lock.may_write.wait()
             lock.waiting_writers -= 1
             if not lock.waiting_writers:
-                lock.may_read.notify_all()  # readers that wait go on once the mutex is free
+                lock.may_read.notify_all()  # they go on when they get the mutex, after __exit__
 
     def __exit__(self, *exception: object) -> None:
         self._lock.mutex.release()
@@ -441,9 +441,9 @@ def encode_cached(record: Record, with_result: bool = True) -> bytes:
     return _encode_final_record(record, with_result)
 
 
-# Finds the escapes in a text of JSON one after the other, each as a whole. It has to find all of
-# them, although only lone surrogates are changed. Otherwise half a pair could be taken for a lone
-# one; and so could a plain text such as ud800 behind an escaped backslash.
+# Finds the escapes in a text of JSON, each as a whole; only lone surrogates will be changed. If
+# only these were sought, two other things would look like one: half of the pair \ud83d\ude00; and
+# in \\ud800, which is an escaped backslash and the plain text "ud800", all but the first character.
 _JSON_ESCAPE = re.compile(
     r"""
     \\ud[89ab].. \\ud[c-f]..  # two surrogates, a pair, which is one character
@@ -495,7 +495,7 @@ def encode_result(value: object, default: Callable[[Any], Any] | None = None) ->
 
 
 def _encode_checked(value: object, default: Callable[[Any], Any] | None) -> str:
-    """Return a value as JSON. It raises what the check raises, the encoder, or `default`.
+    """Return a value as JSON. It raises whatever the check, the encoder or `default` raises.
 
     The check comes first, because the encoder would work at a huge value for seconds, and no other
     thread could go on meanwhile.
@@ -537,8 +537,8 @@ class _Check:
             elif isinstance(part, int):
                 size += _length_of(part)
             elif isinstance(part, dict):
-                # Beside each member there are two quotes, a colon and a space, then a comma and a
-                # space. The last one has no comma and space, but the braces take as much.
+                # Beside the key and the member themselves, `"key": member, ` has 6 characters. The
+                # last has no comma and space, but there are the braces.
                 size += 6 * len(part)
                 members = part.values()
             elif isinstance(part, (list, tuple)):
@@ -608,7 +608,8 @@ def _place_of_fault(value: object, default: Callable[[Any], Any] | None) -> str:
     """Return where the part that cannot be encoded stands in a value, such as " at ['a'][0]"."""
     place = ""
     fault = _faulty_member(value, default)
-    # With a value that contains itself, this would go on for ever.
+    # A value may contain itself, and have another fault, which was met first. Then this would go on
+    # for ever.
     while fault is not None and len(place) < 200:
         key, member = fault
         place += f"[{key!r:.50}]"
@@ -709,7 +710,7 @@ class JournalLost(Exception):
     """Raised by a journal that another server has taken over (10), so that this one must end.
 
     Says why. The store raises it, too, when it may not use its journal any more (`Store.lost`).
-    SQLiteJournal never does.
+    (SQLiteJournal never raises it; a journal of your own may.)
     """
 
 
@@ -771,7 +772,7 @@ class Store:
         self.journal_lost: Callable[[str], None] = lambda reason: None  # called when it is lost
         self.stopping = False  # becomes true once, by any thread
         # Empty while the journal may be used. Then a text that says why not: another server has
-        # taken it over, or this process is ending. Set once, by any thread.
+        # taken it over, or this process is ending. Set by any thread; never empty again.
         self.lost = ""
         self._clock = clock
         self._failed_at = -math.inf  # when the journal failed, by the monotonic clock
@@ -1146,7 +1147,7 @@ class Store:
         every MANY_NEW new records:
 
         1. The collector looks once at what is not hidden yet, and frees the garbage in it, which
-           step 2 would hide for good. It takes 30 ms, and the first time 60.
+           step 2 would hide as well. It takes 30 ms, and the first time 60.
         2. All that is left is hidden.
 
         The cost: a cycle that is hidden is not freed until there are few records again. CPython can
@@ -1380,7 +1381,8 @@ class WorkerPool(BoundedQueue):
 
     1. after an item was put (by the server once in each round, for all that were put in it);
     2. by each worker that has taken an item;
-    3. by the server in every round, because the system may have had no thread to give.
+    3. by the server from time to time, even if nothing was put: an earlier wake() may have come to
+       nothing, because the system had no thread to give.
 
     If all `max_workers` workers are busy, wake() has none come, and need not: each looks into the
     queue when it is done.
@@ -1454,11 +1456,11 @@ class WorkerPool(BoundedQueue):
             # Normally nothing above raises. But a task can have any thread raise an exception at
             # any point, through Python's C interface (PyThreadState_SetAsyncExc).
             log.error("a worker ends: %s", describe(error))
-            with self._lock:
-                self._workers -= 1  # when a worker ends as usual, _get does this
-                self._on_the_way = False  # perhaps this one was
-        self._at_end()
+        with self._lock:
+            self._workers -= 1
+            self._on_the_way = False  # if it ends by an exception, it may still have been so
         self.wake()  # for items that came meanwhile
+        self._at_end()
 
     def _work_on(self, item: Any) -> None:
         try:
@@ -1476,7 +1478,6 @@ class WorkerPool(BoundedQueue):
                 self._on_the_way = False
             while not self._may_begin():
                 if not self._wait_idle():
-                    self._workers -= 1
                     return None
             return self._take()[1]
 
@@ -1490,19 +1491,21 @@ class WorkerPool(BoundedQueue):
             notified = self._not_empty.wait(self.IDLE_SECONDS)
         finally:
             self._idle -= 1
-        # A worker counts as idle until it has the lock back. So it may happen that
+        # The flag is cleared even if this worker has waited in vain. Otherwise it could stay true
+        # with nobody on the way, and wake() would do nothing from then on. For a worker counts as
+        # idle until it has the lock back, so it may happen that
         #
         #     this worker                               another thread
         #     ----------------------------------------  --------------------------------------------
         #     has waited for too long
         #                                               puts an item, and calls wake(), which finds
-        #                                               an idle worker: so it sets the flag, makes
-        #                                               no new one, and notifies this one, in vain
+        #                                               an idle worker, sets the flag, and notifies
+        #                                               this one, too late
         #     has the lock; wait() returns false
         #
-        # Therefore, even then, this worker clears the flag, and looks into the queue before it
-        # ends. (If the flag was set for another worker, one more than needed may come: no harm.)
+        # (If another worker is on the way after all, one more may come than is needed: no harm.)
         self._on_the_way = False
+        # For the same reason, this worker looks into the queue once more before it ends.
         return notified or self._may_begin()
 
 
@@ -1642,11 +1645,12 @@ class EventLoop:
         loop.close()
 
     def leave_in_copy(self) -> None:
-        """End the loop in a copy of this process, where all coroutines would go on, too (fact 4).
+        """End the loop in a copy of this process (fact 4), where all coroutines would run again.
 
-        Only the one that has forked may go on there, and not for long:
+        The one that has forked has to go on for a while, because os.fork returns in the copy, too.
+        Usually, it soon calls os.execv or os._exit. If it does not, this ends the copy:
 
-        1. os.fork calls this, before it returns to the coroutine.
+        1. os.fork calls this method, before it returns to the coroutine.
         2. The coroutine goes on, to its next `await` or to its end. If it ends, `_catch_all`,
            below, ends the copy.
         3. At the `await`, the loop goes on. It was told to stop, and does so; then `_be_thread`
@@ -1656,9 +1660,9 @@ class EventLoop:
         """
         if self.loop is not None:
             self.loop.stop()
-            # Before it stops, it runs all callbacks that are ready, and so other coroutines. It
-            # keeps them in this queue, whose name is asyncio's own. One of length 0 drops them, and
-            # all that is put into it.
+            # Before it stops, it runs all callbacks that are ready, among them steps of other
+            # coroutines. They are in a queue, `_ready`, whose name is asyncio's own. In its place
+            # comes a queue of length 0, which is empty and stays empty.
             with contextlib.suppress(AttributeError):
                 self.loop._ready = collections.deque(maxlen=0)
 
@@ -1950,9 +1954,10 @@ class Waker:
 # 3. To *reap* an ended process is to fetch its exit status, which can be done once. Only then may
 #    the system give its number to another process.
 # 4. A task may call os.fork, which makes a *copy* of the process. The copy has the same handlers of
-#    signals and the same open files and pipes. These are closed only when both processes have
-#    closed them, or have ended. Until then, a lock on such a file stays, and who reads from such a
-#    pipe does not meet the end of the file.
+#    signals, and has the same files and pipes open. A file or a pipe is closed only when both
+#    processes have closed it, or have ended. So if a copy is left when this process has died, a
+#    lock on the file stays; and who reads from the pipe waits on, and does not meet the end of the
+#    file.
 # 5. What a function changes in its process, such as the working directory, is still changed for the
 #    next function.
 # 6. Python calls a handler of a signal in the main thread, between any two steps of whatever that
@@ -2090,13 +2095,14 @@ def _before_fork() -> None:
 def _after_fork() -> None:
     """Undo what _before_fork did.
 
-    Called in both processes: the copy begins with the lock held and the signals blocked, as here.
+    Each of the two processes calls this, because the copy, too, begins with the lock taken and with
+    the signals blocked.
     """
     signal.pthread_sigmask(signal.SIG_SETMASK, _fork_state.mask)
     _fork_lock.release()
 
 
-# On PyPy, a copy may set handlers only inside this context. On CPython, it does nothing.
+# A context in which a copy may set handlers. PyPy needs one; elsewhere, it does nothing.
 _setting_handlers: Any = contextlib.nullcontext()
 if sys.implementation.name == "pypy":
     _setting_handlers = importlib.import_module("__pypy__.thread").signals_enabled
@@ -2249,8 +2255,8 @@ def _child_main(pipe: Any) -> None:
             answer = _run_job(pipe, pipe.recv_bytes())
             if os.getpid() != own:  # a copy that the function has forked must not answer as well
                 return  # so it goes to `finally`, and ends there
-            # This comes before the answer, because after the answer the next task may come. An
-            # alarm that this task has set must not end that one.
+            # This comes before the answer, because after that, this task is over for the server. If
+            # an alarm that it has set ended the child then, the next task would fail for it.
             surroundings.restore()
             pipe.send_bytes(answer)
     except (EOFError, OSError):  # the server has ended, or this child's worker
@@ -2472,8 +2478,8 @@ class Child:
         """Start a process."""
         _working_directory()  # without one, `multiprocessing` fails and does not say why
         if _POSIX:
-            # Otherwise process.start() would start the tracker. That unblocks signals, and those
-            # that are blocked here are to stay so.
+            # To start the tracker unblocks signals. So it is started now. Otherwise process.start()
+            # would start it, after the signals were blocked.
             _start_tracker()
             # The child inherits this, so that no signal reaches it before its handlers are set.
             signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
@@ -2590,8 +2596,8 @@ class Request(NamedTuple):
     fields: Fields = Fields()
     body: bytes = b""
     peer: str = ""  # the address of the client, or of the proxy between
-    # False if it was let in although a check has refused it, because its route waives that
-    # (`waived` in Router.add): /healthz without a token, for example.
+    # False: a check has refused it, for lack of a token, say; but its route lets such requests in
+    # all the same (`waived` in Router.add), as that of /healthz does.
     trusted: bool = True
 
     def with_body(self, body: bytes) -> Request:
@@ -2647,13 +2653,13 @@ class Later(NamedTuple):
 
     - `wake` was called;
     - `seconds` have passed;
-    - the client has ended its sending: perhaps it is gone, perhaps it still reads (7, fact 3), and
-      nobody can tell, so it is answered now. If `answers_early` is false, it waits on all the same;
+    - the client has ended its sending, and `answers_early` is true. The client may be gone, or may
+      still read (7, fact 3); nobody can tell, so it is answered now;
     - the server shuts down.
 
     Then the loop calls `unwatch(wake)` and `answer()`. If the connection breaks, it calls
-    `unwatch(wake)` alone. (If the client has ended its sending before the wait could begin, and
-    `answers_early` is true, the loop calls `answer()` alone.)
+    `unwatch(wake)` alone. If the wait is over before it has begun, because the client has ended its
+    sending already, it calls `answer()` alone.
 
     None of these functions may block. If `watch` or `unwatch` raises, the connection is closed.
     """
@@ -2663,8 +2669,8 @@ class Later(NamedTuple):
     unwatch: Callable[[Callable[[], None]], None]
     answer: Callable[[], Response]
     # Whether answer() is quick even before `wake` was called. For GET /tasks (9) it is not: there,
-    # a worker prepares the answer, then calls `wake`. If answer() is called earlier, it has to do
-    # the worker's work, in the loop.
+    # a worker prepares the answer, then calls `wake`; before that, answer() would have to do the
+    # worker's work, in the loop. So if the client has ended its sending, the connection waits on.
     answers_early: bool = True
 
 
@@ -3214,7 +3220,8 @@ class Application:
 
     Building one starts no thread, process or socket. Public attributes may be set until the first
     request. The bounds of `store`, `pool` and `cpu_pool` are the defaults of main's options; an
-    option that is given replaces them. (`coroutine_pool` always gets the bounds of `pool`.)
+    option that is given replaces them. (`coroutine_pool` always gets the bounds of `pool`, and
+    `cpu_pool` its `max_waiting`.)
     """
 
     # A task that waits for a network costs a thread of some 16 KiB, so hundreds fit into the
@@ -3362,8 +3369,10 @@ class Application:
         woken = threading.Event()
         wake = woken.set
         answer.watch(wake)
-        woken.wait(answer.seconds)
-        answer.unwatch(wake)
+        try:
+            woken.wait(answer.seconds)
+        finally:
+            answer.unwatch(wake)
         return self.answer_later(answer, request)
 
     def wake_workers(self) -> None:
@@ -3786,11 +3795,12 @@ BODY = Phase("body", _READ, True, 20)  # for the rest of its body
 LENT = Phase("lent", 0, False, math.inf)  # for a thread that works on the answer, or on TLS
 WAITING = Phase("waiting", _READ, True, math.inf)  # for an answer that comes later: `wait_for`
 ANSWER = Phase("answer", _WRITE, False, 20)  # for the socket to take the rest of what is sent
-# For its turn: the next request is in the buffer already, but other connections come first. To be
-# resumed in the next round, it waits until it could send something, which is nearly always at once.
+# For its turn: the next request is in the buffer already, but other connections come first. The
+# selector does not see the buffer. But in its next round it returns each socket that takes bytes,
+# and nearly every socket does; so this phase waits for that, although there is nothing to send.
 TURN = Phase("turn", _WRITE, False, 20)
-# As TURN, but in the middle of a body that comes in many small chunks. The deadline of BODY goes
-# on.
+# As TURN, but in the middle of a body that comes in many small chunks. After BODY, the deadline of
+# BODY goes on.
 BODY_TURN = Phase("body-turn", _WRITE, False, 20)
 IDLE = Phase("idle", _READ, True, 75)  # for the next request
 LINGER = Phase("linger", _READ, True, 5)  # for the client to close, after the last answer
@@ -3805,8 +3815,8 @@ LINGER = Phase("linger", _READ, True, 5)  # for the client to close, after the l
 # for them. `yield from` hands that on to Connection.resume, below, which has the reader go on when
 # more bytes are in the buffer. In the end, read_head returns the request, which becomes the value
 # of `yield from`. (Its type, Generator[Phase, Any, Request], says so: it yields phases and returns
-# a request. In between stands what resume() sends back as the value of a yield. Readers do not use
-# that.)
+# a request. The type in the middle is that of the values which resume() may send to a `yield`;
+# readers do not use them.)
 
 
 def take(buffer: bytearray, size: int) -> bytes:
@@ -3837,7 +3847,8 @@ def read_head(buffer: bytearray, peer: str = "") -> Generator[Phase, Any, Reques
             del buffer[: end + 4]
             return request
         # Not complete, but wrong already? The sender may be waiting for an answer. (The last byte
-        # that was seen is looked at again: it may be a CR, and only now it is known what follows.)
+        # that was seen is looked at again: it may be a CR, and only now it is known what follows.
+        # What stands before it is seen by the lookbehind of the pattern.)
         if _FORBIDDEN.search(buffer, max(0, seen - 1)):
             sentence = "Send HTTP/1.1 without control characters, in lines that end in CR LF."
             raise HTTPError(400, sentence)
@@ -4290,7 +4301,8 @@ class Connection:
             if self.closing:
                 break
             if self.buffer:
-                self.begin(TURN)  # each request has a deadline of its own
+                # It may be in TURN still, from the last request. Each has a deadline of its own.
+                self.begin(TURN)
                 yield TURN
         # A plain close would reset the connection, and a client that is still sending would lose
         # the answer. So end this side only, and drop what still comes (RFC 9112, 9.6).
@@ -4304,8 +4316,8 @@ class Connection:
         application = self.server.application
         request = None
         try:
-            # If the buffer is empty here, there was a request before. (The first bytes of the first
-            # one are here already: on_ready() has received them before it resumed the steps.)
+            # When the steps begin, the first bytes of the first request are in the buffer. So if it
+            # is empty here, this is a pause between two requests.
             if not self.buffer:
                 self.begin(IDLE)  # each pause has a deadline of its own
                 yield IDLE
@@ -4910,7 +4922,8 @@ def stop_in_order(server: Server, grace: float) -> None:
         fate,
     )
     application.join(grace)  # 2. running tasks go on for a while, and polls are answered
-    application.coroutine_pool.shut_down(1)  # 3. what still runs ends with the process
+    # 3. Coroutines are interrupted. Other tasks that still run end with the process.
+    application.coroutine_pool.shut_down(1)
     server.shutdown(max(2.0, deadline - time.monotonic()))  # 4. answers under way are sent
 
 
@@ -5214,7 +5227,8 @@ def _locked_file(path: str) -> Any:
                 file.close()
                 raise OSError("it is locked") from None
             time.sleep(0.02)  # flock knows no deadline
-        except OSError:  # this file system has no such locks
+        except OSError as error:  # this file system has no such locks
+            log.warning("see that no other server uses %s, which cannot be locked: %s", path, error)
             break
     _own_files.add(file)
     return file
@@ -5282,7 +5296,7 @@ class SQLiteJournal(Journal):
                 raise
         except Exception as error:
             self._unlock()
-            raise self._error("opened", error) from error
+            raise self._error("opened", error, "stop the server that uses it, ") from error
         self._thread = threading.Thread(target=self._be_writer, name="journal", daemon=True)
         self._thread.start()
 
@@ -5356,9 +5370,9 @@ class SQLiteJournal(Journal):
         statuses = [os.stat(path) for path in (self._path, self._path + "-wal")]
         return [(status.st_dev, status.st_ino) for status in statuses]
 
-    def _error(self, verb: str, reason: object) -> OSError:
+    def _error(self, verb: str, reason: object, advice: str = "") -> OSError:
         return OSError(
-            f"the journal {self._path} cannot be {verb}: {reason}; stop the server that uses it, "
+            f"the journal {self._path} cannot be {verb}: {reason}; {advice}"
             "see that this user may write there and that there is space, or choose another file"
         )
 
@@ -5664,7 +5678,7 @@ class Description:
         self._routes = application.router.routes
         self._schemas: dict[str, Any] = {}  # those that are used
         self._responses: dict[str, Any] = {}  # the same
-        # What has each name, for _unique(): {kind: {plain name: a schema, a route or a tag}}.
+        # Who owns a name, see _unique(): by kind and plain name, a schema, a route or a tag.
         self._owners: dict[str, dict[str, Any]] = {"schema": {}, "operation": {}, "tag": {}}
         for name, schema in SCHEMAS.items():
             self._unique("schema", name, schema)
@@ -6957,8 +6971,8 @@ def _parse_options(argv: list[str] | None, application: Application) -> argparse
     add("--max-waiting", _whole_number(0, math.inf), pool.max_waiting, "N", text)
     text = "hold so many tasks, final ones included (%(default)s)"
     add("--max-tasks", count, store.max_tasks, "N", text)
-    text = "hold payloads and results of so many MiB (%(default)s)"
-    add("--max-memory", count, store.max_memory >> 20, "MIB", text)
+    text = f"hold payloads and results of so many MiB ({store.max_memory / (1 << 20):g})"
+    add("--max-memory", count, None, "MIB", text)
     text = "how long a final task can be polled (%(default)s)"
     add("--keep", _seconds, store.keep, "SECONDS", text)
     add("--db", str, None, "FILE", "keep tasks in this SQLite file, beyond this process")
@@ -7068,7 +7082,8 @@ def _set_bounds(application: Application, options: argparse.Namespace) -> None:
     application.cpu_pool.max_workers = options.cpu_workers
     application.coroutine_pool.grace = options.grace
     application.store.keep, application.store.max_tasks = options.keep, options.max_tasks
-    application.store.max_memory = options.max_memory << 20
+    if options.max_memory is not None:  # otherwise it stays as it is, to the byte
+        application.store.max_memory = options.max_memory << 20
 
 
 def _open_journal(application: Application, options: argparse.Namespace) -> None:
@@ -7212,8 +7227,8 @@ def _leave(status: int, at_once: bool) -> NoReturn:
     if at_once:
         os._exit(status)
     # The two seconds begin when Python begins to end. From 3.9 on, a hook tells that. Executors
-    # have one, too, which waits for their threads; ours must be called before it. Hooks are called
-    # in reverse order. So theirs has to be registered first, which this import does.
+    # have a hook, too, which waits for their threads, and which this import registers. Ours is
+    # registered after it, so it is called before it: hooks are called in reverse order.
     importlib.import_module("concurrent.futures.thread")
     has_begun = threading.Event()
     hook: Any = getattr(threading, "_register_atexit", None)
