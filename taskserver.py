@@ -40,6 +40,24 @@ Here the core ends. The rest attaches to it:
     9 Monitoring    10 Durability    11 Access    12 OpenAPI    13 Live page
     14 Demo and command line
 
+Words:
+
+- A *task* is one request to run a *task type*, that is, a function and its endpoints. Its *payload*
+  is what was posted, its *result* what the function returned.
+- A *record* describes a task. It is *pending* while the task waits or runs; then it is *final*:
+  either *completed* or *failed*. A final record that has outlived its time is *evicted*.
+- The *store* holds the records. The *journal* is where they outlive the process; it is *lost* when
+  this server may not use it any more, for example because another server has taken it over.
+- A *pool* owns *workers*, which are threads; most of them run tasks. A *coroutine* and a *child*
+  process are the two other places where a function can run.
+- The server's *loop* is the thread that waits for all sockets at once, and in each *round* does
+  what there is to do (7). The *event loop* is that of asyncio (3).
+- To *wake* a thread, a loop or a connection is to have it look again for what it waits for; it may
+  find nothing.
+- A request of HTTP has a *head*, which is its first line and its headers, and perhaps a *body*.
+- Words such as --keep are options of the command line (14). Durations are in seconds, sizes in
+  bytes.
+
 The way of a create:
 
  1. The server's loop hears that a connection has received bytes (7 HTTP, `Server.serve_forever`).
@@ -51,10 +69,10 @@ The way of a create:
     Then the record is put into the pool's queue (3). Usually the loop itself calls the endpoint.
     With a journal or a long body, that could take long; then a thread of the server calls it.
  5. The connection sends the answer, status 201, and waits for the next request (7).
- 6. The loop begins its next round by waking a worker, which is a thread (3). It wakes only one,
-    because each wake takes as long as a create. That worker takes the oldest record of the queue
-    and, if there are more, wakes the next worker. Then it calls the function, or has its child
-    process do so (4); a coroutine it hands to an event loop (3).
+ 6. The loop begins its next round by waking a worker, which is a thread (3). It wakes only one:
+    to wake a thread costs the loop as much time as a whole create. That worker takes the oldest
+    record of the queue and, if there are more, wakes the next worker. Then it calls the function,
+    or has its child process do so (4); a coroutine it hands to an event loop (3).
  7. The worker replaces the record by a final one (2), which polls will see.
 
 The way of a long poll, `GET /poll-TYPE/<id>?wait=30`:
@@ -66,19 +84,6 @@ The way of a long poll, `GET /poll-TYPE/<id>?wait=30`:
  4. A worker makes the record final; the store calls whoever watches it (2, `Store.finish`).
  5. That puts the connection into a queue and wakes the loop. The loop has the connection send the
     answer (7).
-
-Words: a *task* is one request to run a *task type*, that is, a function and its endpoints. (A
-request of HTTP has a *head*, which is its first line and its headers, and perhaps a *body*.) A
-*record* describes a task; it is *pending* (the task waits or runs), then *final*: *completed* or
-*failed*. The *payload* is what was posted, the *result* what the function returned. The *store*
-holds records, a *pool* owns *workers*, which are threads; most of them run tasks. A *coroutine* and
-a *child* process are the two other places where a function can run. The *journal* is where records
-outlive the process; it is *lost* when this server may not use it any more, for example because
-another server has taken it over. The server's *loop* is the thread that waits for all sockets at
-once, and does in each *round* what there is to do (7); the *event loop* is that of asyncio (3). To
-*wake* a thread, a loop or a connection is to have it look again for what it waits for; it may find
-nothing. A *final* record that has outlived its time is *evicted*. Words such as --keep are options
-of the command line (14). Durations are in seconds, sizes in bytes.
 
 Of `http.server.ThreadingHTTPServer` this file uses three things: the listening socket with its
 address; the code that binds that socket, accepts from it and closes it; and the names of some
@@ -170,11 +175,12 @@ log = logging.getLogger("taskserver")
 #
 # Four facts about threads, for all that follows:
 #
-# 1. Between any two steps of one thread, another thread may go on. Who holds a lock keeps out those
-#    who ask for the same lock.
-# 2. A Condition belongs to a lock; if it is given none, it makes one. wait() gives the lock back,
-#    sleeps until another thread calls notify() or the time is over, and takes the lock again before
-#    it returns.
+# 1. Between any two steps of one thread, another thread may go on. One thread at a time can hold a
+#    lock; others that ask for it wait.
+# 2. With a Condition, a thread waits until another one has changed something. It belongs to a lock,
+#    which both must hold; if it is given none, it makes one. wait() gives the lock back, sleeps
+#    until another thread calls notify() or notify_all(), or until the time that it was given is
+#    over, and takes the lock again. wait_for(function) does so until the function returns true.
 # 3. When its main thread has ended, a process waits for its other threads, but not for daemon
 #    threads. The threads here are daemon threads.
 # 4. One thread at a time runs Python's code: it has the *global interpreter lock*. It gives that
@@ -185,7 +191,8 @@ log = logging.getLogger("taskserver")
 class ReadersWriterLock:
     """Many readers at once, or one writer alone.
 
-    A writer that waits goes before readers that come after it.
+    A writer that waits goes before readers that come after it. A writer keeps the mutex from its
+    `__enter__` to its `__exit__`; a reader holds it only for moments, to count itself in and out.
 
     `with lock.read:` and `with lock.write:` hold one side. The lock is not reentrant: a thread that
     holds a side and asks for one again may wait for ever. Nothing slow may be done while holding a
@@ -234,9 +241,7 @@ class _WriteSide:
 
     def __enter__(self) -> None:
         lock = self._lock
-        # There is no flag for a writer that is inside: it is inside when it has the mutex and there
-        # are no readers. It keeps the mutex until __exit__, so nobody can enter.
-        lock.mutex.acquire()
+        lock.mutex.acquire()  # until __exit__
         if lock.readers:
             lock.waiting_writers += 1  # while this is above 0, no new reader enters
             # While it sleeps, wait() gives the mutex back, so that readers can leave. Several
@@ -441,9 +446,11 @@ def encode_cached(record: Record, with_result: bool = True) -> bytes:
     return _encode_final_record(record, with_result)
 
 
-# Finds the escapes in a text of JSON, each as a whole; only lone surrogates will be changed. If
-# only these were sought, two other things would look like one: half of the pair \ud83d\ude00; and
-# in \\ud800, which is an escaped backslash and the plain text "ud800", all but the first character.
+# Finds the escapes in a text of JSON, each as a whole. Only lone surrogates will be changed. But a
+# pattern for these alone would also match where there is none:
+#
+#     \ud83d\ude00    a pair, which is one character: each half looks like a lone surrogate
+#     \\ud800         an escaped backslash, then plain text: so does all but the first character
 _JSON_ESCAPE = re.compile(
     r"""
     \\ud[89ab].. \\ud[c-f]..  # two surrogates, a pair, which is one character
@@ -485,7 +492,7 @@ def encode_result(value: object, default: Callable[[Any], Any] | None = None) ->
         place = _place_of_fault(value, default)
         sentence = f"the result cannot be written as JSON{place}: {text_of(error)}"
         raise ValueError(sentence) from None
-    if "\\ud" in text and len(text) <= MAX_RESULT:  # otherwise it is refused below
+    if "\\ud" in text and len(text) <= MAX_RESULT:  # a longer one is refused below
         text = _JSON_ESCAPE.sub(_double_backslash, text)
     encoded = text.encode()
     if len(encoded) > MAX_RESULT:
@@ -608,8 +615,8 @@ def _place_of_fault(value: object, default: Callable[[Any], Any] | None) -> str:
     """Return where the part that cannot be encoded stands in a value, such as " at ['a'][0]"."""
     place = ""
     fault = _faulty_member(value, default)
-    # A value may contain itself, and have another fault, which was met first. Then this would go on
-    # for ever.
+    # A value that contains itself may have another fault, which was met first. Then this goes down
+    # into it again and again, until the place is long.
     while fault is not None and len(place) < 200:
         key, member = fault
         place += f"[{key!r:.50}]"
@@ -1458,7 +1465,9 @@ class WorkerPool(BoundedQueue):
             log.error("a worker ends: %s", describe(error))
         with self._lock:
             self._workers -= 1
-            self._on_the_way = False  # if it ends by an exception, it may still have been so
+            # An exception may have ended it on the way. (If it was another worker that is on the
+            # way, one more may come than is needed: no harm.)
+            self._on_the_way = False
         self.wake()  # for items that came meanwhile
         self._at_end()
 
@@ -1491,21 +1500,19 @@ class WorkerPool(BoundedQueue):
             notified = self._not_empty.wait(self.IDLE_SECONDS)
         finally:
             self._idle -= 1
-        # The flag is cleared even if this worker has waited in vain. Otherwise it could stay true
-        # with nobody on the way, and wake() would do nothing from then on. For a worker counts as
-        # idle until it has the lock back, so it may happen that
+        # A worker whose wait is over counts as idle until it has the lock back. So it may happen:
         #
         #     this worker                               another thread
         #     ----------------------------------------  --------------------------------------------
         #     has waited for too long
         #                                               puts an item, and calls wake(), which finds
-        #                                               an idle worker, sets the flag, and notifies
-        #                                               this one, too late
+        #                                               an idle worker, sets _on_the_way, and
+        #                                               notifies this one, too late
         #     has the lock; wait() returns false
         #
-        # (If another worker is on the way after all, one more may come than is needed: no harm.)
+        # Then nobody is on the way. So even after a wait in vain, the flag is cleared, and this
+        # worker looks into the queue once more before it ends.
         self._on_the_way = False
-        # For the same reason, this worker looks into the queue once more before it ends.
         return notified or self._may_begin()
 
 
@@ -1590,7 +1597,7 @@ class EventLoop:
 
                 loop = asyncio.new_event_loop()
                 loop.set_exception_handler(self._log_stray)
-            except BaseException as error:  # no descriptor to be had, or a policy of somebody's own
+            except BaseException as error:  # no descriptor, or a policy of asyncio's that fails
                 if self._failed_at == -math.inf:
                     log.error("no event loop for coroutines yet: %s", describe(error))
                 self._failed_at = time.monotonic()
@@ -1645,24 +1652,24 @@ class EventLoop:
         loop.close()
 
     def leave_in_copy(self) -> None:
-        """End the loop in a copy of this process (fact 4), where all coroutines would run again.
+        """End the loop in a copy of this process (fact 4).
 
-        The one that has forked has to go on for a while, because os.fork returns in the copy, too.
-        Usually, it soon calls os.execv or os._exit. If it does not, this ends the copy:
+        In the copy, no coroutine may go on but the one that has forked; and that one only to its
+        next `await`, or to its end. (Usually it soon calls os.execv or os._exit.) So it comes to
+        this:
 
         1. os.fork calls this method, before it returns to the coroutine.
-        2. The coroutine goes on, to its next `await` or to its end. If it ends, `_catch_all`,
-           below, ends the copy.
-        3. At the `await`, the loop goes on. It was told to stop, and does so; then `_be_thread`
-           ends the copy.
+        2. The coroutine goes on. If it ends, `_catch_all`, below, ends the copy.
+        3. If it comes to an `await`, the loop goes on. It was told to stop, and does so; then
+           `_be_thread` ends the copy.
 
         If another thread has forked, nobody runs the loop in the copy, and this has no effect.
         """
         if self.loop is not None:
             self.loop.stop()
             # Before it stops, it runs all callbacks that are ready, among them steps of other
-            # coroutines. They are in a queue, `_ready`, whose name is asyncio's own. In its place
-            # comes a queue of length 0, which is empty and stays empty.
+            # coroutines. They are in `_ready`, which is private to asyncio, and may not be there.
+            # It is replaced by a queue that drops all that is put into it.
             with contextlib.suppress(AttributeError):
                 self.loop._ready = collections.deque(maxlen=0)
 
@@ -1799,8 +1806,8 @@ class CoroutinePool(BoundedQueue):
         """Have a coroutine run."""
         loop = self._event_loop.loop
         self._runs[key] = run
-        # A task of asyncio begins with a copy of the context in which create_task is called. That
-        # is an empty one here, so no task sees the context variables of another.
+        # Each task of asyncio has its own values of context variables. It begins with those of
+        # where it was created: here, with none. So no task sees those of another.
         empty_context = contextvars.Context()
         coroutine = self._catch_all(run, start)
         try:
@@ -1954,10 +1961,10 @@ class Waker:
 # 3. To *reap* an ended process is to fetch its exit status, which can be done once. Only then may
 #    the system give its number to another process.
 # 4. A task may call os.fork, which makes a *copy* of the process. The copy has the same handlers of
-#    signals, and has the same files and pipes open. A file or a pipe is closed only when both
-#    processes have closed it, or have ended. So if a copy is left when this process has died, a
-#    lock on the file stays; and who reads from the pipe waits on, and does not meet the end of the
-#    file.
+#    signals, and has the same files and pipes open; these are closed only when both processes have
+#    closed them, or have ended. Suppose that a task in a child forks, and the child dies: the copy
+#    still has the pipe open, so the server does not hear of the death. In the same way, a lock on a
+#    file may outlive the server that has taken it.
 # 5. What a function changes in its process, such as the working directory, is still changed for the
 #    next function.
 # 6. Python calls a handler of a signal in the main thread, between any two steps of whatever that
@@ -2069,7 +2076,8 @@ _own_files: weakref.WeakSet[Any] = weakref.WeakSet()
 # Held while a pipe to a child is made, and while a task forks: otherwise the copy might keep a pipe
 # that is not in _own_files yet.
 _fork_lock = threading.Lock()
-# .mask: the signals that this thread had blocked before it forked, to be restored after it.
+# In a threading.local, each thread has attributes of its own. `mask` stands for the signals that
+# the thread had blocked before it forked, to be restored after it.
 _fork_state = threading.local()
 
 
@@ -2176,8 +2184,8 @@ def _drop_signals() -> None:
     """
     for timer in signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF:
         signal.setitimer(timer, 0)
-    # A signal that the task has blocked may be held back. The system drops it when it is told to
-    # ignore such signals.
+    # A signal may have come while the task had it blocked; it would reach the next task. When it is
+    # set to be ignored, the system drops it.
     for number in signal.sigpending():
         signal.signal(number, signal.SIG_IGN)
 
@@ -2255,8 +2263,8 @@ def _child_main(pipe: Any) -> None:
             answer = _run_job(pipe, pipe.recv_bytes())
             if os.getpid() != own:  # a copy that the function has forked must not answer as well
                 return  # so it goes to `finally`, and ends there
-            # This comes before the answer, because after that, this task is over for the server. If
-            # an alarm that it has set ended the child then, the next task would fail for it.
+            # Restore before the answer: once the server has that, this task is over. If a timer
+            # which the task has left behind ended the child later, the next task would fail.
             surroundings.restore()
             pipe.send_bytes(answer)
     except (EOFError, OSError):  # the server has ended, or this child's worker
@@ -2478,8 +2486,8 @@ class Child:
         """Start a process."""
         _working_directory()  # without one, `multiprocessing` fails and does not say why
         if _POSIX:
-            # To start the tracker unblocks signals. So it is started now. Otherwise process.start()
-            # would start it, after the signals were blocked.
+            # Starting the tracker unblocks signals, as a side effect. So it is started before they
+            # are blocked; otherwise process.start() would start it, and undo the block.
             _start_tracker()
             # The child inherits this, so that no signal reaches it before its handlers are set.
             signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
@@ -2653,8 +2661,9 @@ class Later(NamedTuple):
 
     - `wake` was called;
     - `seconds` have passed;
-    - the client has ended its sending, and `answers_early` is true. The client may be gone, or may
-      still read (7, fact 3); nobody can tell, so it is answered now;
+    - the client has ended its sending, and `answers_early` is true. (Each side of a connection ends
+      its own sending, see 7, fact 3. So the client may still read, or it may be gone. Nobody can
+      tell, so it is answered now.)
     - the server shuts down.
 
     Then the loop calls `unwatch(wake)` and `answer()`. If the connection breaks, it calls
@@ -2668,9 +2677,8 @@ class Later(NamedTuple):
     watch: Callable[[Callable[[], None]], None]
     unwatch: Callable[[Callable[[], None]], None]
     answer: Callable[[], Response]
-    # Whether answer() is quick even before `wake` was called. For GET /tasks (9) it is not: there,
-    # a worker prepares the answer, then calls `wake`; before that, answer() would have to do the
-    # worker's work, in the loop. So if the client has ended its sending, the connection waits on.
+    # False: answer() is slow before `wake` was called, as for GET /tasks (9), where a worker
+    # prepares the answer. So if the client has ended its sending, the connection waits on.
     answers_early: bool = True
 
 
@@ -2758,7 +2766,8 @@ class Router:
           that an error can have.
         - `answer`, `body`: the schemas of the answer and of what is posted, or their names; None
           where there is nothing. One with a title becomes a type of that name in clients.
-        - `media_type`: that of the answer.
+        - `media_type`: that of the answer, as in its Response. If it is not that of JSON, `answer`
+          is not used.
         - `parameters`: those of query and headers, as OpenAPI describes them; {id} as well, if it
           is something else than a UUID.
         """
@@ -3118,8 +3127,8 @@ def _check_import(name: str, function: Any, default: Default) -> None:
     The module of the function may be
 
     - __main__, this program;
-    - __mp_main__, the name that this program has if this process was itself started by
-      `multiprocessing`: its children know the program by that name, too;
+    - __mp_main__: this process is itself a child of `multiprocessing`, where the program has this
+      name; so it has in children of this process;
     - any other: one of Python's finders must find it by its name.
     """
     module = getattr(_unwrapped(function), "__module__", None) or ""
@@ -3795,12 +3804,12 @@ BODY = Phase("body", _READ, True, 20)  # for the rest of its body
 LENT = Phase("lent", 0, False, math.inf)  # for a thread that works on the answer, or on TLS
 WAITING = Phase("waiting", _READ, True, math.inf)  # for an answer that comes later: `wait_for`
 ANSWER = Phase("answer", _WRITE, False, 20)  # for the socket to take the rest of what is sent
-# For its turn: the next request is in the buffer already, but other connections come first. The
-# selector does not see the buffer. But in its next round it returns each socket that takes bytes,
-# and nearly every socket does; so this phase waits for that, although there is nothing to send.
+# For its turn: the next request is in the buffer already, but other connections come first. To be
+# called again in the next round, it waits for room to send, which a socket nearly always has; it
+# sends nothing.
 TURN = Phase("turn", _WRITE, False, 20)
-# As TURN, but in the middle of a body that comes in many small chunks. After BODY, the deadline of
-# BODY goes on.
+# The same in the middle of a body that comes in many small chunks. It shares its deadline with
+# BODY: to change between the two does not renew it.
 BODY_TURN = Phase("body-turn", _WRITE, False, 20)
 IDLE = Phase("idle", _READ, True, 75)  # for the next request
 LINGER = Phase("linger", _READ, True, 5)  # for the client to close, after the last answer
@@ -4141,7 +4150,7 @@ class Connection:
     """One client's socket, what has arrived on it, and the phase that it waits in.
 
     Only the thread of the server's loop calls its methods. (The exception is try_handshake, which
-    another thread calls.) Nothing here blocks: what might block, some endpoints and a step of TLS,
+    another thread calls.) Nothing here blocks: what might block (some endpoints, a step of TLS)
     is done by a thread of `server`.
 
     What a connection does is written in one generator, `serve`, as if it could wait: it yields the
@@ -4285,7 +4294,7 @@ class Connection:
         if not is_in_body and not is_in_head:  # also a new connection on which nothing has come
             raise TimeoutError
         refusal = HTTPError(408, "Send a request without long pauses.")
-        # throw() makes the yield at which the steps wait, say that in read_head, raise the refusal.
+        # throw() raises the refusal at the `yield` where the steps wait, for example in read_head.
         # next_answer() catches it like any other. Then the steps run on to their next yield.
         next_phase = self.steps.throw(refusal)
         self.stay_or_begin(next_phase)
@@ -4301,7 +4310,7 @@ class Connection:
             if self.closing:
                 break
             if self.buffer:
-                # It may be in TURN still, from the last request. Each has a deadline of its own.
+                # It may be in TURN still, from the last request. Each turn has its own deadline.
                 self.begin(TURN)
                 yield TURN
         # A plain close would reset the connection, and a client that is still sending would lose
@@ -4856,10 +4865,10 @@ def run_until_stopped(server: Server, grace: float) -> int:
     # The thread below waits for what is put here. To begin the stop, put the seconds that running
     # tasks may still have; if there is nothing to stop any more, put None.
     #
-    # Why not an Event? Suppose that the main thread is in the middle of its set(), and holds its
-    # lock. A signal comes, and Python calls the handler in the same thread (4, fact 6). The
-    # handler's set() would wait for that lock for ever. But the put() of a SimpleQueue may be
-    # interrupted by another put().
+    # Why not an Event? Suppose that the main thread is in the middle of event.set(), and so holds
+    # the lock of the event. A signal comes, and Python calls the handler in the same thread (4,
+    # fact 6). The handler's own event.set() would wait for that lock for ever. But the put() of a
+    # SimpleQueue may be interrupted by another put().
     stops: queue.SimpleQueue[float | None] = queue.SimpleQueue()
     signals: list[int] = []
     losses: list[str] = []
@@ -5108,7 +5117,7 @@ class Journal:
 
         id                        str of 36 characters; no two records have it at a time
         sequence                  int from 1 to 2 ** 63 - 1, another one for each record
-        name, status, type        str of any characters but lone surrogates, NUL included
+        name, status, type        str of any characters, even NUL, but no lone surrogates
         message, error            the same, up to 2,000 characters, or None
         created_at                float
         started_at, finished_at,
@@ -5174,9 +5183,9 @@ class Journal:
         raise NotImplementedError
 
 
-# The fields of a record that a journal keeps, in the order of Record. Whoever changes this list
-# changes what is in files: so raise SQLiteJournal.VERSION, change its _CREATE, and have its
-# _prepare convert older files. (And have Application._finish hand a new field on.)
+# The fields of a record that a journal keeps: all of Record but `live`, in the same order. Whoever
+# changes them changes what is in files: so raise SQLiteJournal.VERSION, change its _CREATE, and
+# have its _prepare convert older files. (And have Application._finish hand a new field on.)
 JOURNALED = (
     "id",
     "name",
@@ -5455,7 +5464,7 @@ def host_check(names: Iterable[str]) -> Callable[[Request], None]:
     Against DNS rebinding:
 
     1. A browser loads a hostile page from evil.example.
-    2. Its owner has that name lead to the address of this server.
+    2. The owner of that name changes it: now it stands for the address of this server.
     3. The page asks evil.example again. The browser sends that to this server, and lets the page
        read the answer, because the name is that of its own site.
 
@@ -5678,7 +5687,8 @@ class Description:
         self._routes = application.router.routes
         self._schemas: dict[str, Any] = {}  # those that are used
         self._responses: dict[str, Any] = {}  # the same
-        # Who owns a name, see _unique(): by kind and plain name, a schema, a route or a tag.
+        # For each kind, the names that are taken (in lower case, without punctuation), and the
+        # schema, route or tag that has each; for _unique().
         self._owners: dict[str, dict[str, Any]] = {"schema": {}, "operation": {}, "tag": {}}
         for name, schema in SCHEMAS.items():
             self._unique("schema", name, schema)
@@ -7226,9 +7236,9 @@ def _leave(status: int, at_once: bool) -> NoReturn:
     """
     if at_once:
         os._exit(status)
-    # The two seconds begin when Python begins to end. From 3.9 on, a hook tells that. Executors
-    # have a hook, too, which waits for their threads, and which this import registers. Ours is
-    # registered after it, so it is called before it: hooks are called in reverse order.
+    # The two seconds begin when Python begins to end. From 3.9 on, a hook tells that. Hooks are
+    # called in reverse order. That of executors waits for their threads, perhaps for ever; this
+    # import registers it. Ours is registered later, so it is called first.
     importlib.import_module("concurrent.futures.thread")
     has_begun = threading.Event()
     hook: Any = getattr(threading, "_register_atexit", None)
