@@ -571,7 +571,10 @@ class _Check:
 
 
 def _length_of_keys(part: dict[Any, Any]) -> int:
-    """Return how long the keys of a dict are in JSON. ValueError: two of them would be the same."""
+    """Return how long the keys of a dict are in JSON.
+
+    ValueError: two of them would be the same, or one is an integer that is too long.
+    """
     if _are_ascii(part):
         return sum(map(len, part))
     keys = [_json_key(key) for key in part]
@@ -599,11 +602,13 @@ def _are_ascii(keys: Iterable[object]) -> bool:
 
 
 def _json_key(key: object) -> str:
-    """Return the key that a client finds in JSON for a key of a dict."""
+    """Return the key that a client finds in JSON for a key of a dict. ValueError: too long."""
     if isinstance(key, str):
         # A lone surrogate reaches a client as a plain text (_double_backslash). So the keys
         # "\udc80", which is one character, and r"\udc80", which are six, are the same there.
         return escape_surrogates(key)
+    if isinstance(key, int):
+        _length_of(key)  # raises if it is too long
     if type(key) is int:
         return str(key)
     # A dict with this key alone is written and read again: its only key is the answer.
@@ -619,7 +624,10 @@ def _place_of_fault(value: object, default: Callable[[Any], Any] | None) -> str:
     # into it again and again, until the place is long.
     while fault is not None and len(place) < 200:
         key, member = fault
-        place += f"[{key!r:.50}]"
+        try:
+            place += f"[{key!r:.50}]"
+        except Exception:  # a huge integer, or an object that breaks whatever looks at it
+            place += "[...]"
         fault = _faulty_member(member, default)
     if not place:
         return ""
@@ -635,11 +643,14 @@ def _faulty_member(
         members = value.items()
     elif isinstance(value, (list, tuple)):
         members = enumerate(value)
+    size = 0
     for key, member in members:
         try:
-            _encode_checked(member, default)
+            size += len(_encode_checked(member, default))
         except Exception:
             return key, member
+        if size > MAX_RESULT:  # the value is too large as well, and to go on might take long
+            break
     return None
 
 
@@ -1995,16 +2006,16 @@ Default = Union[Callable[[Any], Any], None]  # as in json.dumps
 # What a worker does in its own thread
 
 
-# Held while a long text of JSON is decoded, which takes much memory, and can keep the global
-# interpreter lock for 0.1 seconds. If many threads did so at once, nobody would be served. The
-# server's loop decodes no long texts.
+# To decode JSON of many small values takes up to 0.3 microseconds a byte, and much memory.
+MAX_QUICK = 2048  # bytes; longer texts are not decoded by the server's loop
+MAX_SHORT = 16_384  # bytes; longer texts are decoded one at a time: see the next line
+# Held while a long text is decoded. If many threads did so at once, nobody would be served.
 long_json = threading.Lock()
-MAX_QUICK = 16_384  # bytes of JSON that are not long
 
 
 def _decode_payload(payload: bytes) -> Any:
     # Not json.loads(), which is slower: it looks at the type of its argument and at its options.
-    if len(payload) <= MAX_QUICK:
+    if len(payload) <= MAX_SHORT:
         return _PLAIN_DECODER.decode(payload.decode())
     with long_json:
         return _PLAIN_DECODER.decode(payload.decode())
@@ -2164,17 +2175,12 @@ def _resource_limits() -> dict[int, tuple[int, int]]:
 
 
 def _set_resource_limits(limits: dict[int, tuple[int, int]]) -> None:
-    """Set these limits. A hard limit that was lowered stays, because nobody may raise it."""
+    """Set these limits, except where a hard limit was lowered, which nobody may raise again."""
     import resource
 
-    for number, (soft, hard) in limits.items():
-        _, hard_now = resource.getrlimit(number)
-        # Try both limits as they were; then the old soft limit under the hard limit of now; then
-        # the hard limit of now for both.
-        for limit in (soft, hard), (soft, hard_now), (hard_now, hard_now):
-            with contextlib.suppress(OSError, ValueError):
-                resource.setrlimit(number, limit)
-                break
+    for number, limit in limits.items():
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(number, limit)
 
 
 def _drop_signals() -> None:
@@ -2212,7 +2218,7 @@ class Surroundings:
         for number, duplicate in self._streams.items():
             with contextlib.suppress(OSError):  # the task has closed the duplicate
                 os.dup2(duplicate, number)
-        if self._limits != _resource_limits():
+        if not self.has_limits():
             _set_resource_limits(self._limits)
         os.umask(self._umask)
         if _POSIX:
@@ -2222,6 +2228,10 @@ class Surroundings:
                 signal.signal(number, handler)
         if _POSIX:
             signal.pthread_sigmask(signal.SIG_SETMASK, ())  # unblock all
+
+    def has_limits(self) -> bool:
+        """Return whether the limits of resources are as they were."""
+        return self._limits == _resource_limits()
 
 
 def _take_no_notice(number: int, frame: object) -> None:
@@ -2267,6 +2277,8 @@ def _child_main(pipe: Any) -> None:
             # which the task has left behind ended the child later, the next task would fail.
             surroundings.restore()
             pipe.send_bytes(answer)
+            if not surroundings.has_limits():  # the next task gets another child
+                return
     except (EOFError, OSError):  # the server has ended, or this child's worker
         pass
     finally:
@@ -2404,9 +2416,13 @@ class Child:
         """End the process and what it has started, if there is one; return how it ended."""
         if self._process is None:
             return ""
+        deadline = time.monotonic() + 5
         with self._reaping:
             self.kill()
-            self._process.join(5)
+            # join(5) would wait for `sentinel`, which a copy of the process may keep open (fact 4).
+            # But `exitcode` asks the system.
+            while self._process.exitcode is None and time.monotonic() < deadline:
+                self._process.join(0.02)
             status = self._process.exitcode
             if status is not None:
                 self._process.close()  # its descriptors; PyPy would do that some time later
@@ -2428,10 +2444,10 @@ class Child:
 
         TaskError: it did not begin. Cancelled. ValueError: it sent what no child sends.
         """
+        is_new = self._process is None
         try:
             job = pickle.dumps((function, payload, default))
-            if self._process is None or self._has_ended():
-                self.end()
+            if is_new:
                 self._start()
         except Exception as error:  # it cannot be pickled; or no process or memory is to be had
             raise TaskError(f"no child process can take the task: {describe(error)}") from None
@@ -2449,6 +2465,9 @@ class Child:
             ) from None
         except Exception:  # not Cancelled, which is a BaseException
             how = self.end()
+            if not is_new:  # it has ended since its last task: have a new one begin
+                self._hand_over(function, payload, live, default)
+                return
             raise TaskError(
                 f"the child process ended before it took the task ({how}); "
                 'is `if __name__ == "__main__":` missing?'
@@ -2478,9 +2497,6 @@ class Child:
                 return message
             else:
                 raise EOFError
-
-    def _has_ended(self) -> bool:
-        return bool(multiprocessing.connection.wait([self._process.sentinel], 0))
 
     def _start(self) -> None:
         """Start a process."""
@@ -2677,8 +2693,8 @@ class Later(NamedTuple):
     watch: Callable[[Callable[[], None]], None]
     unwatch: Callable[[Callable[[], None]], None]
     answer: Callable[[], Response]
-    # False: answer() is slow before `wake` was called, as for GET /tasks (9), where a worker
-    # prepares the answer. So if the client has ended its sending, the connection waits on.
+    # False: before `wake` was called, answer() can only refuse, because the answer is still being
+    # made. So if the client has ended its sending, the connection waits on.
     answers_early: bool = True
 
 
@@ -2913,6 +2929,7 @@ Function = TypeVar("Function", bound=Callable[[Dict[str, Any], Report], Any])
 MAX_NAME = 256  # characters
 MAX_WAIT = 30.0  # seconds of a long poll
 CANCEL_SECONDS = 5.0  # for which the answer to a cancel waits for the journal
+DECODE_SECONDS = 5.0  # for which a create with a long body waits for its turn to be decoded
 
 BY_REQUEST = "cancelled: by request"  # the error of a task that was cancelled
 
@@ -2923,7 +2940,8 @@ _UUID = re.compile("[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 WAIT = {
     "name": "wait",
     "in": "query",
-    "description": f"Answer when the task is final, or after so many seconds (up to {MAX_WAIT:g}).",
+    "description": "Answer when the task is final, or after so many seconds (up to "
+    f"{MAX_WAIT:g}): a plain decimal number, such as 2.5.",
     "schema": {"type": "number", "minimum": 0, "default": 0},
 }
 
@@ -3495,10 +3513,16 @@ class Application:
         return Response(201, encode_record(record), (location(record),))
 
     def _decode(self, body: bytes) -> dict[str, Any]:
-        if len(body) <= MAX_QUICK:
+        """Return the payload in a body. HTTPError 400; 503: others decode theirs for too long."""
+        if len(body) <= MAX_SHORT:
             return decode_object(body)
-        with long_json:
+        if not long_json.acquire(timeout=DECODE_SECONDS):
+            sentence = "Many long bodies have come at once; try again later."
+            raise unavailable(Unavailable(sentence, 1))
+        try:
             return decode_object(body)
+        finally:
+            long_json.release()
 
     def _add(self, task_type: TaskType, record: Record, live: Live) -> None:
         """Store a record and queue it. Duplicate; HTTPError: it cannot be done."""
@@ -3559,16 +3583,18 @@ class Application:
         if record.status != PENDING or not seconds:
             return Response(200, encode_cached(record))
         answer = functools.partial(self._answer_poll, task_type, record.id)
-        return self._when_final(record, min(seconds, MAX_WAIT), answer)
+        return self._when_final(record, min(seconds, MAX_WAIT), answer, answers_early=True)
 
     def _answer_poll(self, task_type: TaskType, task_id: str) -> Response:
         return Response(200, encode_cached(self._find(task_type, task_id)))
 
-    def _when_final(self, record: Record, seconds: float, answer: Callable[[], Response]) -> Later:
+    def _when_final(
+        self, record: Record, seconds: float, answer: Callable[[], Response], answers_early: bool
+    ) -> Later:
         """Return a Later: `answer` is called when a record is final, or after so many seconds."""
         watch = functools.partial(self.store.watch, record.id)
         unwatch = functools.partial(self.store.unwatch, record.id)
-        return Later(seconds, watch, unwatch, answer)
+        return Later(seconds, watch, unwatch, answer, answers_early)
 
     def _cancel(self, task_type: TaskType, request: Request, task_id: str) -> Response | Later:
         record = self._find(task_type, task_id)
@@ -3590,7 +3616,7 @@ class Application:
         if not live.withdrawn:  # a worker has it; the answer does not wait for its end
             return Response(200, encode_record(self._find(task_type, task_id)))
         answer = functools.partial(self._answer_cancel, task_type, record.id)
-        return self._when_final(record, CANCEL_SECONDS, answer)
+        return self._when_final(record, CANCEL_SECONDS, answer, answers_early=False)
 
     def _carry_out_cancel(self, task_type: TaskType, record: Record, live: Live) -> None:
         """Have a cancel take effect. A function in a thread meets it when it reports next."""
@@ -3752,6 +3778,7 @@ MAX_HEADERS = 16_384  # bytes of all headers
 MAX_HEADER_COUNT = 100
 MAX_BODY = 1 << 20  # bytes, decoded
 MAX_CHUNK_LINE = 1024  # bytes of a chunk's size and extensions, with the end of the line
+MAX_EXTENSIONS = 4096  # bytes of all extensions of a body (RFC 9112, 7.1.1 asks for a limit)
 CHUNKS_PER_TURN = 64  # of a body, which take half a millisecond; then other connections come first
 
 _TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"  # RFC 9110, 5.6.2
@@ -3889,21 +3916,34 @@ def _skip_empty_lines(buffer: bytearray) -> Generator[Phase, Any, None]:
         yield IDLE
 
 
-def read_body(fields: Fields, buffer: bytearray) -> Generator[Phase, Any, bytes]:
-    """Return the body that belongs to a head.
+def read_body(
+    fields: Fields, buffer: bytearray, is_dropped: bool = False
+) -> Generator[Phase, Any, bytes]:
+    """Return the body that belongs to a head; b"" if it is dropped as it comes.
 
     HTTPError 400, 413: it is refused, and nobody can tell where the next request begins.
     """
     if fields.chunked:
-        return (yield from _read_chunks(buffer))
-    while len(buffer) < fields.length:
+        return (yield from _read_chunks(buffer, is_dropped))
+    return (yield from _read_bytes(buffer, fields.length, is_dropped))
+
+
+def _read_bytes(buffer: bytearray, size: int, is_dropped: bool) -> Generator[Phase, Any, bytes]:
+    """Return so many bytes; b"" if they are dropped as they come."""
+    while len(buffer) < size:
+        if is_dropped:
+            size -= len(buffer)
+            buffer.clear()
         yield BODY
-    return take(buffer, fields.length)
+    taken = take(buffer, size)
+    return b"" if is_dropped else taken
 
 
-def _read_chunks(buffer: bytearray) -> Generator[Phase, Any, bytes]:
-    """Return a body that comes in chunks (RFC 9112, 7.1)."""
+def _read_chunks(buffer: bytearray, is_dropped: bool) -> Generator[Phase, Any, bytes]:
+    """Return a body that comes in chunks (RFC 9112, 7.1); b"" if it is dropped as it comes."""
     body = bytearray()
+    length = 0  # bytes of the body so far, also if they are dropped
+    extensions = 0  # bytes
     for number in itertools.count(1):
         if number % CHUNKS_PER_TURN == 0:
             yield BODY_TURN
@@ -3911,15 +3951,17 @@ def _read_chunks(buffer: bytearray) -> Generator[Phase, Any, bytes]:
         match = _CHUNK_LINE.fullmatch(line)
         if not match:
             raise HTTPError(400, "Send chunk sizes in hexadecimal digits, with correct extensions.")
+        extensions += len(line) - match.end(1)
+        if extensions > MAX_EXTENSIONS:
+            raise HTTPError(400, f"Send at most {MAX_EXTENSIONS} bytes of chunk extensions.")
         size = int(match.group(1), 16)
         if size == 0:
             break
-        if len(body) + size > MAX_BODY:
+        length += size
+        if length > MAX_BODY:
             raise HTTPError(413, f"Send at most {MAX_BODY} bytes.")
-        while len(buffer) < size + 2:
-            yield BODY
-        body += take(buffer, size)
-        if take(buffer, 2) != b"\r\n":
+        body += yield from _read_bytes(buffer, size, is_dropped)
+        if (yield from _read_bytes(buffer, 2, False)) != b"\r\n":
             raise HTTPError(400, "Send chunks that are as long as they say.")
     trailers: list[bytes] = []
     room = MAX_HEADERS
@@ -4053,6 +4095,7 @@ def _is_chunked(headers: Mapping[str, str], minor: int) -> bool:
     if not minor or "content-length" in headers:
         raise HTTPError(400, "Send either Content-Length or, in HTTP/1.1, Transfer-Encoding.")
     codings = [coding.strip(" \t") for coding in headers["transfer-encoding"].lower().split(",")]
+    # (RFC 9110, 5.6.1.2 would have empty elements of the list ignored. Proxies differ about them.)
     if codings[-1] != "chunked" or "" in codings or "chunked" in codings[:-1]:
         raise HTTPError(400, "Name the coding chunked once, as the last one of Transfer-Encoding.")
     if len(codings) > 1:
@@ -4361,15 +4404,18 @@ class Connection:
         If the request is refused, such a client may send its body or not. Then there is no telling
         what follows, and the connection ends (RFC 9110, 10.1.1).
         """
+        is_refused = verdict.refusal is not None
         # If some of the body is here already, the client does not wait.
         if request.fields.expects_continue and not self.buffer:
-            if verdict.refusal is not None:
+            if is_refused:
                 self.closing = True
                 return request
             self.unsent = b"HTTP/1.1 100 Continue\r\n\r\n"
             while self.send_some():
                 yield ANSWER
-        body = yield from read_body(request.fields, self.buffer)
+        # The body of a request that is refused is read to its end, because the next request begins
+        # there; but it must not take memory.
+        body = yield from read_body(request.fields, self.buffer, is_dropped=is_refused)
         return request.with_body(body)
 
     def wait_for(self, later: Later) -> Generator[Phase, Any, None]:
@@ -4942,7 +4988,8 @@ def stop_in_order(server: Server, grace: float) -> None:
 # -- 9. Monitoring ---------------------------------------------------------------------------------
 
 MAX_LIMIT = 500  # records of one listing
-LISTING_SECONDS = 20.0  # for which a listing may wait for its turn
+MAX_LISTINGS = 500  # that wait for their turn, which takes some milliseconds for each
+LISTING_SECONDS = 20.0  # for which one may wait
 
 _LIMIT = {
     "name": "limit",
@@ -4965,12 +5012,14 @@ _TYPE = {
 
 
 class Listing:
-    """What GET /tasks answers: made by a worker, as a rule, while the connection waits."""
+    """What GET /tasks answers: made by a worker, while the connection waits."""
 
     def __init__(self, store: Store, limit: int, status: str, type_name: str) -> None:
         self._store = store
         self._limit, self._status, self._type = limit, status, type_name
+        # What the worker has made: at first nothing, then one of these two.
         self._response: Response | None = None
+        self._error: Exception | None = None
         self._is_dropped = False  # becomes true once, by any thread
 
     def drop(self) -> None:
@@ -4981,19 +5030,28 @@ class Listing:
         """Make the response and call `wake`; do nothing if nobody waits for it any more."""
         if self._is_dropped:
             return
-        # response() keeps the response for the loop. If it fails, the loop calls it again, meets
-        # the same error, and answers that.
-        with contextlib.suppress(Exception):
-            self.response()
-        wake()
-
-    def response(self) -> Response:
-        """Return the response; make it now if the worker has not done so in time."""
-        if self._response is None:
+        try:
             records = self._store.newest(self._limit, self._status, self._type)
             documents = [encode_cached(record, False) for record in records]
             self._response = Response(200, b'{"tasks": [%s]}' % b", ".join(documents))
+        except Exception as error:
+            self._error = error
+        wake()
+
+    def response(self) -> Response:
+        """Return the response, or raise why it could not be made.
+
+        HTTPError 503: the worker has not come to it in time.
+        """
+        if self._error is not None:
+            raise self._error
+        if self._response is None:
+            raise _too_many_listings()
         return self._response
+
+
+def _too_many_listings() -> HTTPError:
+    return unavailable(Unavailable("Many listings are asked for at once; try again later.", 1))
 
 
 class Monitoring:
@@ -5013,6 +5071,7 @@ class Monitoring:
             summary="List the newest tasks, without their results",
             operation="list-tasks",
             details="All that are held, or those of a status and a type.",
+            refusals=(400, 401, 421, 503),
             answer="TaskList",
             parameters=(_LIMIT, _STATUS, _TYPE),
         )
@@ -5042,6 +5101,9 @@ class Monitoring:
         if type_name and type_name not in self._known_types():
             known = ", ".join(sorted(self._known_types()))
             raise HTTPError(400, f"Send a type that there is: {known}.")
+        waiting, _ = self._lister.counts()
+        if waiting >= MAX_LISTINGS:
+            raise _too_many_listings()
         listing = Listing(self._application.store, limit, status, type_name)
         return Later(
             LISTING_SECONDS,
@@ -5726,9 +5788,10 @@ class Description:
             "responses": {str(status): self._success(route, status) for status in route.statuses},
         }
         for status in route.refusals:
-            needs_token = status == 401
-            if self._is_secured or not needs_token:
-                operation["responses"][str(status)] = self._refusal(status)
+            is_of_token = status == 401
+            if status in route.waived or (is_of_token and not self._is_secured):
+                continue
+            operation["responses"][str(status)] = self._refusal(status)
         if self._is_secured and 401 in route.waived:
             operation["security"] = [{"token": []}, {}]  # with a token or without
         parameters = [*route.parameters]

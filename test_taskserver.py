@@ -728,11 +728,23 @@ def test_what_default_makes_counts_as_well():
     assert len(taskserver.encode_result(value, lambda one: [0] * 10_000)) == 20 * 30_002
 
 
-@pytest.mark.parametrize("value", [10**4300, [{"a": -(10**4300)}]], ids=["alone", "within"])
+@pytest.mark.parametrize(
+    "value",
+    [10**4300, [{"a": -(10**4300)}], {10**4300: object()}],
+    ids=["alone", "within", "a key"],
+)
 def test_an_integer_in_a_result_has_as_many_digits_as_one_in_a_payload(value):
     with pytest.raises(ValueError, match="4300 digits"):
         taskserver.encode_result(value)
     assert taskserver.encode_result(10**4300 - 1) == b"9" * 4300
+
+
+def test_the_place_of_a_fault_is_not_sought_in_what_is_too_large_anyway(monkeypatch):
+    encoded, encode = [], json.JSONEncoder.encode
+    monkeypatch.setattr(json.JSONEncoder, "encode", lambda *of: encoded.append(of) or encode(*of))
+    with pytest.raises(ValueError, match="4300 digits"):
+        taskserver.encode_result(["x" * 900_000] * 20_000 + [10**4300])
+    assert len(encoded) <= 2
 
 
 class Speechless(Exception):
@@ -2604,10 +2616,53 @@ def test_a_dead_child_fails_its_task_alone_says_how_it_died_and_is_replaced(chil
         before = run(child, pid)
         assert error_of(child, end_itself, how=how) == f"the child process died ({status})"
         assert run(child, pid) != before
-    before = run(child, pid)
-    os.kill(before, signal.SIGABRT)  # on Windows, any signal ends it at once
-    assert eventually(lambda: not multiprocessing.active_children())
-    assert run(child, pid) != before  # one that dies between two tasks costs none
+    for is_noticed in True, False:
+        before = run(child, pid)
+        os.kill(before, signal.SIGABRT)  # on Windows, any signal ends it at once
+        if is_noticed:
+            assert eventually(lambda: not multiprocessing.active_children())
+        assert run(child, pid) != before  # one that dies between two tasks costs none
+
+
+def leave_a_daemon(payload, report):
+    if os.fork() == 0:
+        os.setsid()
+        if os.fork() == 0:
+            hold_on(payload["port"], "the daemon")
+        os._exit(0)
+    return os.getpid()
+
+
+@posix
+def test_a_daemon_that_a_task_has_left_costs_the_next_one_nothing_though_its_child_dies(
+    child, leash
+):
+    before = run(child, leave_a_daemon, port=leash.port)
+    end, _ = leash.next()
+    os.kill(before, signal.SIGKILL)
+    assert run(child, pid) != before
+    let_go(end)
+
+
+def lower_a_hard_limit(payload, report):
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_NOFILE, (60, 60))
+    if os.getuid() == 0:
+        os.setuid(65534)  # root could raise it again
+
+
+def limit_of_files(payload, report):
+    import resource
+
+    return list(resource.getrlimit(resource.RLIMIT_NOFILE))
+
+
+@posix
+def test_a_hard_limit_that_a_task_has_lowered_is_not_that_of_the_next(child):
+    before = run(child, limit_of_files)
+    run(child, lower_a_hard_limit)
+    assert run(child, limit_of_files) == before
 
 
 @linux
@@ -4595,6 +4650,23 @@ def test_a_cancel_of_what_waits_is_in_the_journal_before_it_is_answered(
     assert memory_journal.records[record["id"]].error == BY_REQUEST
 
 
+def test_a_cancel_by_a_client_that_has_ended_its_sending_waits_for_the_journal_as_well(
+    server, application, gate, memory_journal
+):
+    application.pool.max_workers, held = 1, Gate()
+    create(application, "gate")
+    gate.wait_for()
+    record = create(application, "echo")
+    memory_journal.before_save = lambda record: held({})
+    with server.client() as client:
+        client.send(raw("POST", f"/cancel-echo/{record['id']}"))
+        client.socket.shutdown(socket.SHUT_WR)
+        held.wait_for()
+        assert not client.says(0.1)
+        held.opened.set()
+        assert client.answer().json["error"] == BY_REQUEST
+
+
 def test_a_cancel_that_the_journal_cannot_take_is_503_and_the_task_does_not_begin(
     application, gate, memory_journal, monkeypatch
 ):
@@ -4691,6 +4763,36 @@ def test_a_cancel_is_a_post(application, gate, method):
     record = create(application, "gate")
     answer = ask(application, method, f"/cancel-gate/{record['id']}")
     assert (answer.status, answer.headers["Allow"]) == (405, "OPTIONS, POST")
+
+
+# Creates with long bodies
+
+
+def test_a_body_that_is_long_to_decode_is_not_decoded_by_the_loop(server, monkeypatch):
+    threads, decode = [], taskserver.decode_object
+
+    def watched(body):
+        threads.append(threading.current_thread().name)
+        return decode(body)
+
+    monkeypatch.setattr(taskserver, "decode_object", watched)
+    with server.client() as client:
+        for lists in 0, 1000:
+            body = {"name": "sample", "lists": [[]] * lists}
+            assert client.ask("POST", "/create-echo", body).status == 201
+    assert threads[0] != "request" and threads[1] == "request"
+
+
+def test_a_long_body_that_waits_too_long_for_its_turn_to_be_decoded_is_503(
+    application, monkeypatch
+):
+    monkeypatch.setattr(taskserver, "DECODE_SECONDS", 0.02)
+    long = {"name": "sample", "text": "x" * 20_000}
+    with taskserver.long_json:
+        answer = ask(application, "POST", "/create-echo", long)
+        assert (answer.status, answer.headers["Retry-After"]) == (503, "1")
+        assert ask(application, "POST", "/create-echo", {"name": "short"}).status == 201
+    assert ask(application, "POST", "/create-echo", long).status == 201
 
 
 # Creates that may be sent twice
@@ -6433,6 +6535,35 @@ def test_a_body_of_many_small_chunks_lets_others_have_their_turn():
             assert left - len(buffer) <= 6 * taskserver.CHUNKS_PER_TURN
             left = len(buffer)
     assert end.value.value == b"x" * chunks
+
+
+def test_a_body_has_a_bounded_number_of_bytes_of_extensions():
+    def chunks(extension, count):
+        return posted(b"1;%s\r\nx\r\n" % extension * count + b"0\r\n\r\n", CHUNKED)
+
+    one = b"a=" + b"b" * 509  # with the semicolon, 512 bytes
+    (whole,) = parse(chunks(one, 8))
+    assert whole.body == b"x" * 8
+    assert parse(chunks(one, 9)) == [400]
+    assert parse(chunks(b"a", 3000), *[b""] * 100) == [400]  # it takes turns
+
+
+@pytest.mark.parametrize("chunked", [False, True], ids=["length", "chunked"])
+def test_a_body_that_is_dropped_takes_no_memory_and_the_next_request_follows(chunked):
+    size, buffer = 1 << 20, bytearray()
+    fields = taskserver.Fields(chunked=True) if chunked else taskserver.Fields(length=size)
+    body = b"x" * size
+    if chunked:
+        body = b"%x\r\n%s\r\n0\r\n\r\n" % (size, body)
+    body += b"GET /next"
+    steps = taskserver.read_body(fields, buffer, is_dropped=True)
+    assert next(steps) is taskserver.BODY
+    with pytest.raises(StopIteration) as end:
+        for start in range(0, len(body), 10_000):
+            buffer += body[start : start + 10_000]
+            assert next(steps) is taskserver.BODY
+            assert len(buffer) < 10_000
+    assert end.value.value == b"" and buffer == b"GET /next"
 
 
 class Scanned(bytearray):
@@ -9038,6 +9169,39 @@ def test_no_listing_is_made_by_the_loop_for_a_client_that_has_ended_its_sending_
     assert threads == ["lister"] * 3
 
 
+def test_a_listing_that_is_not_made_in_time_is_503_and_the_loop_does_not_make_it(
+    application, monkeypatch
+):
+    made, asked = [], request("GET", "/tasks")
+    monkeypatch.setattr(application.store, "newest", lambda *of: made.append(of) or [])
+    later = application.answer(application.judge(asked), asked)
+    answer = application.answer_later(later, asked)
+    assert answer.status == 503 and ("Retry-After", "1") in answer.headers
+    assert not made
+
+
+def test_only_so_many_listings_may_wait(application, monkeypatch):
+    monkeypatch.setattr(taskserver, "MAX_LISTINGS", 2)
+    held, newest, asked = Gate(), application.store.newest, request("GET", "/tasks")
+    monkeypatch.setattr(application.store, "newest", lambda *of: held({}) or newest(*of))
+    woken = [threading.Event() for _ in range(3)]
+    laters = [application.answer(application.judge(asked), asked) for _ in woken]
+    laters[0].watch(woken[0].set)
+    held.wait_for()  # it is being made, the others wait
+    for later, event in zip(laters[1:], woken[1:]):
+        later.watch(event.set)
+    refused = application.answer(application.judge(asked), asked)
+    assert refused.status == 503 and ("Retry-After", "1") in refused.headers
+    held.opened.set()
+    assert all(event.wait(LONG) for event in woken)
+    assert ask(application, "GET", "/tasks").status == 200
+
+
+def test_a_listing_that_cannot_be_made_is_500(application, monkeypatch):
+    monkeypatch.setattr(application.store, "newest", lambda *of: 1 / 0)
+    assert ask(application, "GET", "/tasks").status == 500
+
+
 def test_a_listing_for_which_nobody_waits_any_more_is_not_made(application, monkeypatch):
     asked = request("GET", "/tasks")
     held, free = threading.Event(), threading.Event()
@@ -11009,6 +11173,7 @@ def test_a_token_is_described_where_one_is_asked_for(application, secured):
     assert bool(document["security"]) == secured
     assert ("securitySchemes" in document["components"]) == secured
     assert ("401" in document["paths"]["/tasks"]["get"]["responses"]) == secured
+    assert "401" not in document["paths"]["/"]["get"]["responses"]  # it needs no token
     health = document["paths"]["/healthz"]["get"]  # which tells more to those who send it
     assert health.get("security") == ([{"token": []}, {}] if secured else None)
 
