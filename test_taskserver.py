@@ -4787,11 +4787,11 @@ def test_a_long_body_that_waits_too_long_for_its_turn_to_be_decoded_is_503(
     application, monkeypatch
 ):
     monkeypatch.setattr(taskserver, "DECODE_SECONDS", 0.02)
-    long = {"name": "sample", "text": "x" * 20_000}
-    with taskserver.long_json:
+    short, long = ({"name": "sample", "text": "x" * size} for size in (10_000, 20_000))
+    with taskserver.turn_to_decode(json.dumps(long).encode()):
         answer = ask(application, "POST", "/create-echo", long)
         assert (answer.status, answer.headers["Retry-After"]) == (503, "1")
-        assert ask(application, "POST", "/create-echo", {"name": "short"}).status == 201
+        assert ask(application, "POST", "/create-echo", short).status == 201
     assert ask(application, "POST", "/create-echo", long).status == 201
 
 
