@@ -177,15 +177,16 @@ log = logging.getLogger("taskserver")
 #
 # 1. Between any two steps of one thread, another thread may go on. One thread at a time can hold a
 #    lock; others that ask for it wait.
-# 2. With a Condition, a thread waits until another one has changed something. It belongs to a lock,
-#    which both must hold; if it is given none, it makes one. wait() gives the lock back, sleeps
-#    until another thread calls notify() or notify_all(), or until the time that it was given is
-#    over, and takes the lock again. wait_for(function) does so until the function returns true.
+# 2. With a Condition, a thread waits until another one has changed something. It belongs to a lock
+#    (its own, if it is given none), and whoever calls its methods must hold that lock. wait() gives
+#    the lock back, sleeps until another thread calls notify() or notify_all(), or until the time
+#    that it was given is over, and takes the lock again. wait_for(function) does so until the
+#    function returns true.
 # 3. When its main thread has ended, a process waits for its other threads, but not for daemon
 #    threads. The threads here are daemon threads.
 # 4. One thread at a time runs Python's code: it has the *global interpreter lock*. It gives that
-#    away after some milliseconds, but not in the middle of a long call, such as that of a JSON
-#    encoder. (There is no such lock if Python is free-threaded.)
+#    away while the system works for it, and after some milliseconds, but not in the middle of a
+#    long call, such as that of a JSON encoder. (There is no such lock if Python is free-threaded.)
 
 
 class ReadersWriterLock:
@@ -208,9 +209,9 @@ class ReadersWriterLock:
         self.mutex = threading.Lock()
         self.readers = 0  # threads that read
         self.waiting_writers = 0  # threads that wait for readers to leave
-        # Notified when no writer waits for readers any more:
+        # Readers wait here while a writer waits:
         self.may_read = threading.Condition(self.mutex)
-        # Notified when the last reader has left:
+        # Writers wait here while readers are inside:
         self.may_write = threading.Condition(self.mutex)
         self.read = _ReadSide(self)
         self.write = _WriteSide(self)
@@ -241,7 +242,9 @@ class _WriteSide:
 
     def __enter__(self) -> None:
         lock = self._lock
-        lock.mutex.acquire()  # until __exit__
+        # Kept until __exit__, except in wait(), below. That alone keeps all others out while this
+        # one writes; `waiting_writers` is needed only while readers are inside.
+        lock.mutex.acquire()
         if lock.readers:
             lock.waiting_writers += 1  # while this is above 0, no new reader enters
             # While it sleeps, wait() gives the mutex back, so that readers can leave. Several
@@ -450,7 +453,7 @@ def encode_cached(record: Record, with_result: bool = True) -> bytes:
 # pattern for these alone would also match where there is none:
 #
 #     \ud83d\ude00    a pair, which is one character: each half looks like a lone surrogate
-#     \\ud800         an escaped backslash, then plain text: so does all but the first character
+#     \\ud800         an escaped backslash, then plain text: the same without its first character
 _JSON_ESCAPE = re.compile(
     r"""
     \\ud[89ab].. \\ud[c-f]..  # two surrogates, a pair, which is one character
@@ -620,8 +623,8 @@ def _place_of_fault(value: object, default: Callable[[Any], Any] | None) -> str:
     """Return where the part that cannot be encoded stands in a value, such as " at ['a'][0]"."""
     place = ""
     fault = _faulty_member(value, default)
-    # A value that contains itself may have another fault, which was met first. Then this goes down
-    # into it again and again, until the place is long.
+    # The value may contain itself, if another fault was met before its size was found to be too
+    # large. The search would run round in it for ever, so it ends when the place is long.
     while fault is not None and len(place) < 200:
         key, member = fault
         try:
@@ -1476,8 +1479,8 @@ class WorkerPool(BoundedQueue):
             log.error("a worker ends: %s", describe(error))
         with self._lock:
             self._workers -= 1
-            # An exception may have ended it on the way. (If it was another worker that is on the
-            # way, one more may come than is needed: no harm.)
+            # It may have been set for this worker, which an exception has ended. (If it was set for
+            # another one, one more than needed may come: no harm.)
             self._on_the_way = False
         self.wake()  # for items that came meanwhile
         self._at_end()
@@ -1669,10 +1672,10 @@ class EventLoop:
         next `await`, or to its end. (Usually it soon calls os.execv or os._exit.) So it comes to
         this:
 
-        1. os.fork calls this method, before it returns to the coroutine.
+        1. os.fork calls this method in the copy, before it returns to the coroutine.
         2. The coroutine goes on. If it ends, `_catch_all`, below, ends the copy.
-        3. If it comes to an `await`, the loop goes on. It was told to stop, and does so; then
-           `_be_thread` ends the copy.
+        3. If it comes to an `await`, the loop goes on. It was told to stop, and does so, or raises,
+           because its queue is empty. Either way, `_be_thread` ends the copy.
 
         If another thread has forked, nobody runs the loop in the copy, and this has no effect.
         """
@@ -2089,13 +2092,6 @@ STOP_SIGNALS = [
 _own_handlers: list[Any] = []
 _own_files: weakref.WeakSet[Any] = weakref.WeakSet()
 
-# Held while a pipe to a child is made, and while a task forks: otherwise the copy might keep a pipe
-# that is not in _own_files yet.
-_fork_lock = threading.Lock()
-# In a threading.local, each thread has attributes of its own. `mask` stands for the signals that
-# the thread had blocked before it forked, to be restored after it.
-_fork_state = threading.local()
-
 
 def handle_stop_signals(handler: Callable[[int, Any], None]) -> None:
     """Have a function called for each of STOP_SIGNALS, but not in copies that a task forks."""
@@ -2104,6 +2100,14 @@ def handle_stop_signals(handler: Callable[[int, Any], None]) -> None:
         is_ignored = signal.getsignal(number) == signal.SIG_IGN
         if not (is_ignored and number.name == "SIGHUP"):  # nohup has it ignored
             signal.signal(number, handler)
+
+
+# Held while a pipe to a child is made, and while a task forks: otherwise the copy might keep a pipe
+# that is not in _own_files yet.
+_fork_lock = threading.Lock()
+# In a threading.local, each thread has attributes of its own. `mask` stands for the signals that
+# the thread had blocked before it forked, to be restored after it.
+_fork_state = threading.local()
 
 
 def _before_fork() -> None:
@@ -2193,10 +2197,11 @@ def _drop_signals() -> None:
 
     POSIX only. Their handlers must be set after this.
     """
+    # 1. Stop the timers that it has set.
     for timer in signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF:
         signal.setitimer(timer, 0)
-    # A signal may have come while the task had it blocked; it would reach the next task. When it is
-    # set to be ignored, the system drops it.
+    # 2. Drop signals that have come while it had them blocked. The system does so when they are set
+    #    to be ignored.
     for number in signal.sigpending():
         signal.signal(number, signal.SIG_IGN)
 
@@ -2223,7 +2228,7 @@ class Surroundings:
         for number, duplicate in self._streams.items():
             with contextlib.suppress(OSError):  # the task has closed the duplicate
                 os.dup2(duplicate, number)
-        if not self.has_limits():
+        if not self.limits_are_unchanged():
             _set_resource_limits(self._limits)
         os.umask(self._umask)
         if _POSIX:
@@ -2234,8 +2239,8 @@ class Surroundings:
         if _POSIX:
             signal.pthread_sigmask(signal.SIG_SETMASK, ())  # unblock all
 
-    def has_limits(self) -> bool:
-        """Return whether the limits of resources are as they were."""
+    def limits_are_unchanged(self) -> bool:
+        """Return whether the limits of resources are as they were at the start."""
         return self._limits == _resource_limits()
 
 
@@ -2282,7 +2287,7 @@ def _child_main(pipe: Any) -> None:
             # which the task has left behind ended the child later, the next task would fail.
             surroundings.restore()
             pipe.send_bytes(answer)
-            if not surroundings.has_limits():  # the next task gets another child
+            if not surroundings.limits_are_unchanged():  # the next task gets another child
                 return
     except (EOFError, OSError):  # the server has ended, or this child's worker
         pass
@@ -2424,8 +2429,8 @@ class Child:
         deadline = time.monotonic() + 5
         with self._reaping:
             self.kill()
-            # join(5) would wait for `sentinel`, which a copy of the process may keep open (fact 4).
-            # But `exitcode` asks the system.
+            # join(5) would wait until `sentinel` can be read, a descriptor that a copy of the
+            # process may keep open (fact 4). So ask the system, by `exitcode`, again and again.
             while self._process.exitcode is None and time.monotonic() < deadline:
                 self._process.join(0.02)
             status = self._process.exitcode
@@ -2698,8 +2703,9 @@ class Later(NamedTuple):
     watch: Callable[[Callable[[], None]], None]
     unwatch: Callable[[Callable[[], None]], None]
     answer: Callable[[], Response]
-    # False: before `wake` was called, answer() can only refuse, because the answer is still being
-    # made. So if the client has ended its sending, the connection waits on.
+    # True: answer() has something to say at any time; as for a long poll, the pending record.
+    # False: before `wake` was called, it can only refuse, so a client that has ended its sending
+    # waits on.
     answers_early: bool = True
 
 
@@ -3150,8 +3156,8 @@ def _check_import(name: str, function: Any, default: Default) -> None:
     The module of the function may be
 
     - __main__, this program;
-    - __mp_main__: this process is itself a child of `multiprocessing`, where the program has this
-      name; so it has in children of this process;
+    - __mp_main__: so the program is called in a child of `multiprocessing`. This process is one;
+      its own children will find the function under the same name;
     - any other: one of Python's finders must find it by its name.
     """
     module = getattr(_unwrapped(function), "__module__", None) or ""
@@ -3208,7 +3214,8 @@ def _is_importable(module: str) -> bool:
         return False
     path = getattr(sys.modules.get(package), "__path__", None)
     for finder in sys.meta_path:
-        find_spec = getattr(finder, "find_spec", None)  # some finders of Python 3.7 lack it
+        # Some finders of Python 3.7 cannot be asked. One of them might find it: let it pass.
+        find_spec = getattr(finder, "find_spec", None)
         if find_spec is None or find_spec(module, path) is not None:
             return True
     return False
@@ -3837,9 +3844,9 @@ BODY = Phase("body", _READ, True, 20)  # for the rest of its body
 LENT = Phase("lent", 0, False, math.inf)  # for a thread that works on the answer, or on TLS
 WAITING = Phase("waiting", _READ, True, math.inf)  # for an answer that comes later: `wait_for`
 ANSWER = Phase("answer", _WRITE, False, 20)  # for the socket to take the rest of what is sent
-# For its turn: the next request is in the buffer already, but other connections come first. To be
-# called again in the next round, it waits for room to send, which a socket nearly always has; it
-# sends nothing.
+# For its turn: the next request is in the buffer already, but other connections come first. A
+# trick has it called again in the next round: it waits for room to send, which a socket nearly
+# always has, and sends nothing.
 TURN = Phase("turn", _WRITE, False, 20)
 # The same in the middle of a body that comes in many small chunks. It shares its deadline with
 # BODY: to change between the two does not renew it.
@@ -3888,9 +3895,9 @@ def read_head(buffer: bytearray, peer: str = "") -> Generator[Phase, Any, Reques
             # see whether the method was HEAD: then the refusal must have no content.
             del buffer[: end + 4]
             return request
-        # Not complete, but wrong already? The sender may be waiting for an answer. (The last byte
-        # that was seen is looked at again: it may be a CR, and only now it is known what follows.
-        # What stands before it is seen by the lookbehind of the pattern.)
+        # Not complete, but wrong already? The sender may be waiting for an answer. (Begin one byte
+        # earlier: a CR that was the last byte can be judged only now. What stands before it is seen
+        # by the lookbehind of the pattern.)
         if _FORBIDDEN.search(buffer, max(0, seen - 1)):
             sentence = "Send HTTP/1.1 without control characters, in lines that end in CR LF."
             raise HTTPError(400, sentence)
@@ -4183,10 +4190,10 @@ def encode_response(response: Response, request: Request | None, close: bool) ->
     return head + b"\r\n\r\n" + body
 
 
-# Bytes that are received at once. TLS takes a piece of so many bytes at most (RFC 8446, 5.1) out of
-# the socket and decrypts it as a whole. If only a part of it were received here, the rest would lie
-# in the TLS object. The selector, which looks into the socket alone, would not see it, and the
-# connection would hang.
+# Bytes that are received at once: as many as a piece of TLS has at most (RFC 8446, 5.1). TLS takes
+# such a piece out of the socket and decrypts it as a whole. If only a part of it were received, the
+# rest would lie in the TLS object. The selector, which looks into the socket alone, would not see
+# it, and the connection would hang.
 RECEIVE_SIZE = 16_384
 MAX_PIPELINED = 65_536  # bytes that are read ahead while an answer comes later
 
@@ -5046,8 +5053,8 @@ class Listing:
             for number, record in enumerate(records, 1):
                 documents.append(encode_cached(record, False))
                 if number % 20 == 0:
-                    # Give way to the loop. Otherwise it would wait for the interpreter at each of
-                    # its system calls, up to a millisecond (see _switch_interval).
+                    # Give way to the loop. It gives the interpreter away at each system call, and
+                    # would wait up to a millisecond to get it back (see _switch_interval).
                     time.sleep(1e-5)
             self._response = Response(200, b'{"tasks": [%s]}' % b", ".join(documents))
         except Exception as error:
@@ -5768,7 +5775,7 @@ class Description:
         # For each kind, the names that are taken (in lower case, without punctuation), and the
         # schema, route or tag that has each; for _unique().
         self._owners: dict[str, dict[str, Any]] = {"schema": {}, "operation": {}, "tag": {}}
-        for name, schema in SCHEMAS.items():
+        for name, schema in SCHEMAS.items():  # nothing else gets these names
             self._unique("schema", name, schema)
 
     def document(self) -> dict[str, Any]:
@@ -7315,9 +7322,10 @@ def _leave(status: int, at_once: bool) -> NoReturn:
     """
     if at_once:
         os._exit(status)
-    # The two seconds begin when Python begins to end. From 3.9 on, a hook tells that. Hooks are
-    # called in reverse order. That of executors waits for their threads, perhaps for ever; this
-    # import registers it. Ours is registered later, so it is called first.
+    # The two seconds begin when Python begins to end. From 3.9 on, a hook tells that. It must be
+    # called before the hook of executors, which waits for their threads, perhaps for ever. The hook
+    # that was registered last is called first. So theirs is registered now, by an import, then
+    # ours.
     importlib.import_module("concurrent.futures.thread")
     has_begun = threading.Event()
     hook: Any = getattr(threading, "_register_atexit", None)
