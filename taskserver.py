@@ -452,8 +452,8 @@ def encode_cached(record: Record, with_result: bool = True) -> bytes:
 # Finds the escapes in a text of JSON, each as a whole. Only lone surrogates will be changed. But a
 # pattern for these alone would also match where there is none:
 #
-#     \ud83d\ude00    a pair, which is one character: each half looks like a lone surrogate
-#     \\ud800         an escaped backslash, then plain text: the same without its first character
+#     \ud83d\ude00  a pair, which is one character: each half looks like a lone surrogate
+#     \\ud800       an escaped backslash, then text; it looks like one without its first character
 _JSON_ESCAPE = re.compile(
     r"""
     \\ud[89ab].. \\ud[c-f]..  # two surrogates, a pair, which is one character
