@@ -2173,6 +2173,18 @@ def _end_group(leader: int) -> None:
             os.killpg(leader, signal.SIGKILL)
 
 
+def _was_reaped(child: int) -> bool:
+    """Return whether somebody else has reaped a child: a task may call os.wait (POSIX only)."""
+    if _POSIX:
+        try:
+            os.kill(child, 0)  # sends nothing
+        except ProcessLookupError:
+            return True
+        except OSError:  # it is there, and belongs to another user now
+            return False
+    return False
+
+
 def _resource_limits() -> dict[int, tuple[int, int]]:
     """Return the soft and the hard limit of each resource, such as memory; Windows has none."""
     if not _POSIX:
@@ -2369,6 +2381,7 @@ class Child:
         self._process: Any = None
         self._pipe: Any = None  # our end
         self._waker = Waker()  # has call() look whether its task was cancelled
+        self.may_retry = True  # becomes false once, by any thread, when this process ends
 
     def call(
         self,
@@ -2426,12 +2439,14 @@ class Child:
         """End the process and what it has started, if there is one; return how it ended."""
         if self._process is None:
             return ""
-        deadline = time.monotonic() + 5
         with self._reaping:
             self.kill()
+            deadline = time.monotonic() + 5
             # join(5) would wait until `sentinel` can be read, a descriptor that a copy of the
             # process may keep open (fact 4). So ask the system, by `exitcode`, again and again.
             while self._process.exitcode is None and time.monotonic() < deadline:
+                if _was_reaped(self._process.pid):
+                    break
                 self._process.join(0.02)
             status = self._process.exitcode
             if status is not None:
@@ -2475,7 +2490,7 @@ class Child:
             ) from None
         except Exception:  # not Cancelled, which is a BaseException
             how = self.end()
-            if not is_new:  # it has ended since its last task: have a new one begin
+            if not is_new and self.may_retry:  # it has ended since its last task: begin a new one
                 self._hand_over(function, payload, live, default)
                 return
             raise TaskError(
@@ -2582,6 +2597,7 @@ class Children:
         """
         self._closed = True
         for child in list(self._all):
+            child.may_retry = False
             child.kill()
 
     def _add(self) -> None:
@@ -4809,7 +4825,10 @@ class Server(http.server.ThreadingHTTPServer):
                 self._close(connection)
                 continue
             connection.closing = True
-            if connection.phase is WAITING:
+            later = connection.awaited  # a Later, if it is WAITING
+            # Who would only be refused waits on, but for the last second.
+            is_late = time.monotonic() >= self._give_up_at - 1
+            if isinstance(later, Later) and (later.answers_early or is_late):
                 self._act(connection, connection.resume)
         return bool(self._connections) and time.monotonic() < self._give_up_at
 

@@ -2644,6 +2644,53 @@ def test_a_daemon_that_a_task_has_left_costs_the_next_one_nothing_though_its_chi
     let_go(end)
 
 
+REAP = """
+import os, signal, threading, taskserver, test_taskserver as tests
+if __name__ == "__main__":
+    child = taskserver.Child(threading.Lock())
+    number = tests.run(child, tests.pid)
+    os.kill(number, signal.SIGKILL)
+    os.waitpid(number, 0)  # as a task in a thread may do
+    ending = threading.Thread(target=child.end, daemon=True)
+    ending.start()
+    ending.join(4)
+    print("waits on" if ending.is_alive() else "has ended")
+    os._exit(0)
+"""
+
+
+@posix
+def test_a_child_that_somebody_else_has_reaped_is_not_waited_for():
+    assert python(REAP).strip() == "has ended"
+
+
+def test_no_task_begins_in_a_new_child_once_all_are_killed(monkeypatch, tmp_path):
+    children, done = taskserver.Children(), tmp_path / "done"
+    wait = multiprocessing.connection.wait
+
+    def kill_and_wait(*of):
+        # Between the look whether tasks may begin, and the child's READY.
+        monkeypatch.setattr(multiprocessing.connection, "wait", wait)
+        children.kill()
+        return wait(*of)
+
+    def call(function, **payload):
+        data = json.dumps(payload).encode()
+        return children.call(function, data, taskserver.Live(), LONG, None)
+
+    with concurrent.futures.ThreadPoolExecutor(1) as worker:
+        worker.submit(call, pid).result()
+        monkeypatch.setattr(multiprocessing.connection, "wait", kill_and_wait)
+        with pytest.raises(taskserver.TaskError):
+            worker.submit(call, touch, path=str(done)).result()
+        worker.submit(children.end_mine).result()
+    assert not done.exists()
+
+
+def touch(payload, report):
+    pathlib.Path(payload["path"]).touch()
+
+
 def lower_a_hard_limit(payload, report):
     import resource
 
@@ -9180,6 +9227,20 @@ def test_a_listing_that_is_not_made_in_time_is_503_and_the_loop_does_not_make_it
     assert not made
 
 
+def test_a_listing_under_way_is_answered_when_the_server_ends(server, application, monkeypatch):
+    held, newest = Gate(), application.store.newest
+    monkeypatch.setattr(application.store, "newest", lambda *of: held({}) or newest(*of))
+    with server.client() as client:
+        client.send(raw("GET", "/tasks"))
+        held.wait_for()
+        ending = threading.Thread(target=server.shutdown, args=(LONG,), daemon=True)
+        ending.start()
+        assert not client.says(0.1)
+        held.opened.set()
+        assert client.answer().status == 200
+    ending.join(LONG)
+
+
 def test_only_so_many_listings_may_wait(application, monkeypatch):
     monkeypatch.setattr(taskserver, "MAX_LISTINGS", 2)
     held, newest, asked = Gate(), application.store.newest, request("GET", "/tasks")
@@ -9665,7 +9726,7 @@ def test_the_next_start_settles_what_the_last_process_left(application):
     assert ask(application, "GET", f"/poll-echo/{ids[6]}").status == 404  # older than it is kept
     assert ids[6] not in journal.records
     assert journal.records[ids[2]].status == "failed"
-    assert application.pool.counts() == (0, 0)
+    assert eventually(lambda: application.pool.counts() == (0, 0))  # its worker counts it last
 
 
 def test_a_journal_that_fails_at_the_start_keeps_nobody_from_serving(application, gate):
