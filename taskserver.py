@@ -192,8 +192,7 @@ log = logging.getLogger("taskserver")
 class ReadersWriterLock:
     """Many readers at once, or one writer alone.
 
-    A writer that waits goes before readers that come after it. A writer keeps the mutex from its
-    `__enter__` to its `__exit__`; a reader holds it only for moments, to count itself in and out.
+    A writer that waits goes before readers that come after it.
 
     `with lock.read:` and `with lock.write:` hold one side. The lock is not reentrant: a thread that
     holds a side and asks for one again may wait for ever. Nothing slow may be done while holding a
@@ -2175,13 +2174,14 @@ def _end_group(leader: int) -> None:
 
 def _was_reaped(child: int) -> bool:
     """Return whether somebody else has reaped a child: a task may call os.wait (POSIX only)."""
-    if _POSIX:
-        try:
-            os.kill(child, 0)  # sends nothing
-        except ProcessLookupError:
-            return True
-        except OSError:  # it is there, and belongs to another user now
-            return False
+    if not _POSIX:
+        return False
+    try:
+        os.kill(child, 0)  # sends nothing; fails if there is no such process
+    except ProcessLookupError:
+        return True
+    except PermissionError:  # it is there, and belongs to another user now
+        pass
     return False
 
 
@@ -4058,10 +4058,10 @@ def parse_request_line(line: bytes) -> tuple[str, str, str, str, int]:
         target = target[url.end() :]
         if target == b"" or target.startswith(b"?"):  # such as http://localhost?a=b
             target = b"/" + target
-    match = _PATH_AND_QUERY.fullmatch(target)
-    if not match:
+    parts = _PATH_AND_QUERY.fullmatch(target)
+    if not parts:
         raise HTTPError(400, _advice_for(line, sentence))
-    path, query = match.group(1), match.group(2) or b""
+    path, query = parts.group(1), parts.group(2) or b""
     if major != b"1":
         raise HTTPError(505, "Use HTTP/1.1.")
     is_asterisk = line.startswith(b"OPTIONS * ")
@@ -4825,12 +4825,18 @@ class Server(http.server.ThreadingHTTPServer):
                 self._close(connection)
                 continue
             connection.closing = True
-            later = connection.awaited  # a Later, if it is WAITING
-            # Who would only be refused waits on, but for the last second.
-            is_late = time.monotonic() >= self._give_up_at - 1
-            if isinstance(later, Later) and (later.answers_early or is_late):
+            if connection.phase is WAITING and self._ends_wait(connection.awaited):
                 self._act(connection, connection.resume)
         return bool(self._connections) and time.monotonic() < self._give_up_at
+
+    def _ends_wait(self, awaited: object) -> bool:
+        """Return whether a wait is over, because the server ends.
+
+        If its answer could only be a refusal now, it goes on until the last second.
+        """
+        if isinstance(awaited, Later) and awaited.answers_early:
+            return True
+        return time.monotonic() >= self._give_up_at - 1
 
 
 def _leave_servers() -> None:
@@ -5822,16 +5828,18 @@ class Description:
         }
 
     def _operation(self, route: Route) -> dict[str, Any]:
+        subject = route.summary or route.pattern
         operation: dict[str, Any] = {
             "operationId": self._name(route),
             "summary": route.summary or f"{route.method} {route.pattern}",
-            "description": route.details or f"{route.summary or route.pattern}.",
+            "description": route.details or f"{subject}.",
             "tags": [self._tag(route)],
             "responses": {str(status): self._success(route, status) for status in route.statuses},
         }
         for status in route.refusals:
-            is_of_token = status == 401
-            if status in route.waived or (is_of_token and not self._is_secured):
+            if status in route.waived:  # so it is never sent
+                continue
+            if status == 401 and not self._is_secured:
                 continue
             operation["responses"][str(status)] = self._refusal(status)
         if self._is_secured and 401 in route.waived:
